@@ -1,0 +1,353 @@
+"""The recipe: everything a run depends on, as one frozen, validated value read from YAML.
+
+Unknown keys are refused at every level. What a recipe says about a model (group indices, divisibility, rank)
+is checked against the model in :mod:`pipeline.plan`, before any expensive work.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import InputError
+
+PatternName = Literal["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# --- model -----------------------------------------------------------------------------------------------------
+
+
+class Training(Section):
+    """AdamW with linear warm-up over 5 % of the steps and cosine decay to zero."""
+
+    steps: Positive
+    batch_size: Positive = 128
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+
+
+class ScratchModel(Section):
+    """A transformers image classifier of ``model_type`` built from ``config`` and trained in the run."""
+
+    source: Literal["scratch"]
+    model_type: str
+    config: dict[str, Any]
+    training: Training
+
+
+class PretrainedModel(Section):
+    """A fine-tuned image classifier: a Hugging Face id or a local folder (``path`` is either)."""
+
+    source: Literal["pretrained"]
+    path: str
+    revision: str | None = None
+
+
+class PackagedOnnxModel(Section):
+    """A DINOv2 backbone inside the ONNX file of an installed package, with a linear head trained in the run."""
+
+    source: Literal["packaged_onnx"]
+    package: str
+    file: str
+    image_size: Positive
+    head: Training
+
+
+ModelSection = Annotated[ScratchModel | PretrainedModel | PackagedOnnxModel, Field(discriminator="source")]
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+
+class DigitsData(Section):
+    """scikit-learn's digits (1,797 images), as RGB images resized to ``image_size``."""
+
+    source: Literal["digits"]
+    image_size: Positive
+    test_fraction: Fraction = 0.33
+
+
+class ImageFolderData(Section):
+    """``path/{train,test}/LABEL/image.*``; the label is a name or index known to the model, in ImageNet style."""
+
+    source: Literal["image_folder"]
+    path: str
+    train: str = "train"
+    test: str = "val"
+
+
+class HubImageData(Section):
+    """An image classification dataset read with ``datasets`` (a hub id, or a local folder it understands)."""
+
+    source: Literal["hub"]
+    path: str
+    config: str | None = None
+    train: str = "train"
+    test: str = "validation"
+    image_column: str = "image"
+    label_column: str = "label"
+
+
+DataSection = Annotated[DigitsData | ImageFolderData | HubImageData, Field(discriminator="source")]
+
+
+# --- compression -----------------------------------------------------------------------------------------------
+
+
+class Sparsifier(Section):
+    """How the projections become sparse during the fit (METHOD: GMP, RigL, static magnitude).
+
+    ``ranking``: magnitudes are compared within each projection (``layer``) or over the whole group
+    (``group``, the paper's 'global'). The mask is updated every ``update_every`` steps until ``end`` of the
+    steps. ``initial_sparsity`` is where GMP starts; ``drop_fraction`` is RigL's, with cosine decay.
+    """
+
+    algorithm: Literal["gmp", "rigl", "static"] = "gmp"
+    ranking: Literal["layer", "group"] = "layer"
+    update_every: Positive = 50
+    end: Fraction = 0.75
+    initial_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    drop_fraction: Fraction = 0.1
+
+
+class Compression(Section):
+    """FiPS: groups of blocks, parameter budget, sparsity of the projections.
+
+    ``groups``: lists of block indices, or the size of groups of consecutive blocks. ``budget``: kept fraction
+    of the group's MLP parameters. ``pattern`` of the projections; an n:m pattern fixes ``sparsity``.
+    """
+
+    groups: list[list[int]] | Positive
+    budget: Annotated[float, Field(gt=0.0, le=1.0)]
+    pattern: PatternName = "bitmap"
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    initialization: Literal["svd", "activation_svd"] = "activation_svd"
+    sparsifier: Sparsifier = Sparsifier()
+
+    @model_validator(mode="after")
+    def _sparsity_follows_pattern(self) -> "Compression":
+        pattern = Pattern.parse(self.pattern)
+        if pattern.is_n_of_m:
+            implied: float | None = 1.0 - pattern.keep / pattern.of
+        else:
+            implied = 0.0 if self.pattern == "dense" else None
+        if implied is None and not self.sparsity:
+            raise ValueError("pattern bitmap needs a sparsity above 0 (for none, use pattern: dense)")
+        if implied is not None and self.sparsity not in (None, implied):
+            raise ValueError(f"pattern {self.pattern} means sparsity {implied}, not {self.sparsity}")
+        if pattern.is_n_of_m and self.sparsifier.ranking == "group":
+            raise ValueError(f"ranking: group is for unstructured sparsity; pattern {self.pattern} ranks within each {pattern.of} columns")
+        return self
+
+    @property
+    def target_sparsity(self) -> float:
+        """Fraction of the projections' entries that are zero."""
+        pattern = Pattern.parse(self.pattern)
+        if pattern.is_n_of_m:
+            return 1.0 - pattern.keep / pattern.of
+        return self.sparsity or 0.0
+
+
+class Fit(Section):
+    """Local error minimisation: AdamW on basis and projections against the dense MLPs' outputs."""
+
+    steps: Positive
+    batch_tokens: Positive = 2048
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class EndToEnd(Section):
+    """Training of the factors in the whole model: ``task`` loss, or ``distill`` (KL to the dense logits)."""
+
+    objective: Literal["task", "distill"]
+    steps: Positive
+    batch_size: Positive = 128
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+# --- quantization ----------------------------------------------------------------------------------------------
+
+
+class Grade(Section):
+    """A segment of the rank axis: a ``fraction`` of the rank entries stored with ``bits``."""
+
+    bits: Literal[2, 3, 4, 8]
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class FactorScheme(Section):
+    """How one kind of factor is quantized: symmetric, one float16 scale per ``block_size`` values.
+
+    ``bits``: 2, 3 or 4; or segments of the rank axis, the most energetic entries first; or ``allocate``:
+    reverse water-filling to ``quantization.target_stored_bits``. ``levels``: ``midtread`` has a level at zero,
+    ``midrise`` uses all levels symmetrically.
+    """
+
+    bits: Literal[2, 3, 4] | list[Grade] | Literal["allocate"]
+    block_size: Literal[16, 32, 64, 128, 256]
+    levels: Literal["midtread", "midrise"] = "midtread"
+
+    @model_validator(mode="after")
+    def _grades_are_complete(self) -> "FactorScheme":
+        if isinstance(self.bits, list):
+            total = sum(grade.fraction for grade in self.bits)
+            widths = [grade.bits for grade in self.bits]
+            if abs(total - 1.0) > 1e-6:
+                raise ValueError(f"the fractions of the segments add up to {total:g}, not 1")
+            if sorted(widths, reverse=True) != widths or len(set(widths)) != len(widths):
+                raise ValueError(f"segments must have falling bits, each once, out of {BIT_WIDTHS}; got {widths}")
+        return self
+
+
+class LocalTraining(Section):
+    """Block-wise QAT: the objective of the fit, with fake-quantized factors."""
+
+    objective: Literal["local"]
+    steps: Positive
+    batch_tokens: Positive = 2048
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class RestOfModel(Section):
+    """Storage of everything outside the MLPs. Linear layers (not the classifier) can take 4 or 8 bits
+    (MatMulNBits); all other weights are float16 or float32."""
+
+    weights: Literal["float32", "float16"] = "float16"
+    linear_bits: Literal[4, 8] | None = None
+    block_size: Literal[16, 32, 64, 128, 256] = 64
+
+
+class Quantization(Section):
+    basis: FactorScheme
+    projections: FactorScheme
+    target_stored_bits: PositiveFloat | None = None
+    learned_scales: bool = True
+    training: list[Annotated[LocalTraining | EndToEnd, Field(discriminator="objective")]] = []
+    rest: RestOfModel = RestOfModel()
+
+    @model_validator(mode="after")
+    def _target_goes_with_allocation(self) -> "Quantization":
+        allocated = "allocate" in (self.basis.bits, self.projections.bits)
+        if allocated != (self.target_stored_bits is not None):
+            raise ValueError("target_stored_bits goes with bits: allocate, and only with it")
+        return self
+
+
+class Export(Section):
+    """``accuracy_level`` 0: float32 activations; 4: int8 activations where the kernels can use them."""
+
+    accuracy_level: Literal[0, 4] = 0
+    max_shard_size: Annotated[int, Field(ge=4096)] = 2_000_000_000
+
+
+class Evaluation(Section):
+    """``samples``: how many test samples, in order; all if not given."""
+
+    samples: Positive | None = None
+    batch_size: Positive = 64
+
+
+class Calibration(Section):
+    """``samples``: how many training images, drawn at random; all if not given."""
+
+    samples: Positive | None = None
+    batch_size: Positive = 64
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelSection
+    data: DataSection
+    calibration: Calibration = Calibration()
+    compression: Compression
+    fit: Fit
+    finetune: EndToEnd | None = None
+    quantization: Quantization
+    export: Export = Export()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _blocks_hold_whole_bytes(self) -> "Recipe":
+        check_block_size(self.quantization.projections.block_size, Pattern.parse(self.compression.pattern))
+        return self
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply ``--set`` overrides (``key.subkey=value``, the value in YAML).
+
+    Raises InputError naming the file, key, value and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values")
+    for override in overrides or []:
+        _apply_override(content, override)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe given as nested mappings; ``where`` names it in errors. Raises InputError."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError("\n".join(_describe(where, problem) for problem in error.errors())) from None
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write it as key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = content
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else node
+    if not isinstance(node, dict):
+        raise InputError(f"--set {override}: {'.'.join(parents)} holds a value, not further keys")
+    node[last] = value
+
+
+def _describe(where: str, problem: Any) -> str:
+    # Pydantic puts the tags of unions into the location; only real keys help the reader.
+    tags = {"scratch", "pretrained", "packaged_onnx", "digits", "image_folder", "hub", "local", "task", "distill"}
+    location = [part for part in problem["loc"] if part not in tags and not str(part).startswith(("list[", "literal[", "constrained"))]
+    key = ".".join(str(part) for part in location) or "the recipe"
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"{where}: {key}: unknown key (its value: {problem['input']!r}); remove or correct it"
+    if kind == "missing":
+        return f"{where}: {key}: required key is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"{where}: {key}: {message}"
+    return f"{where}: {key}: got {problem['input']!r}; {message[:1].lower()}{message[1:]}"

@@ -1,0 +1,122 @@
+"""How a quantized matrix is laid out in bytes: shape, bit-widths, scales and sparsity pattern.
+
+A packed weight is a matrix ``S`` of ``rows × columns``. Each row is cut into *blocks* of ``block_size``
+columns; a block has one float16 scale. One axis (``segment_axis``; the rank axis of the factorization) may be
+cut into up to four *segments* stored with 8, 4, 3 and 2 bits, always in this order (graded precision: rank
+entries can be permuted freely, so sorting them by bit-width loses nothing).
+"""
+
+from dataclasses import dataclass, field
+
+BIT_WIDTHS = (8, 4, 3, 2)
+"""Bit-widths of the segments, in the order in which they are stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which entries of a matrix are stored.
+
+    ``keep`` of every ``of`` consecutive columns are stored (n:m), except for the two special forms
+    :data:`DENSE` (everything) and :data:`BITMAP` (any set, one bit per entry).
+    """
+
+    keep: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if (self.keep, self.of) not in _PATTERN_NAMES:
+            raise ValueError(f"unsupported pattern {self.keep}:{self.of}; supported: {', '.join(_PATTERN_NAMES.values())}")
+
+    @classmethod
+    def parse(cls, name: str) -> "Pattern":
+        """The pattern called ``name``: 'dense', 'bitmap', '1:4', '2:4', '1:8' or '2:8'."""
+        for key, known in _PATTERN_NAMES.items():
+            if known == name:
+                return cls(*key)
+        raise ValueError(f"unsupported pattern {name!r}; supported: {', '.join(_PATTERN_NAMES.values())}")
+
+    def __str__(self) -> str:
+        return _PATTERN_NAMES[self.keep, self.of]
+
+    @property
+    def is_n_of_m(self) -> bool:
+        return self.of > 1
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of one entry of the pattern stream: an index within its ``of`` columns, or a bitmap bit."""
+        return {0: 0, 1: 1, 4: 2, 8: 3}[self.of]
+
+
+_PATTERN_NAMES = {(0, 0): "dense", (1, 1): "bitmap", (1, 4): "1:4", (2, 4): "2:4", (1, 8): "1:8", (2, 8): "2:8"}
+DENSE = Pattern(0, 0)
+BITMAP = Pattern(1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything about a packed weight except its data.
+
+    ``segments`` holds the number of entries along ``segment_axis`` (0 = rows, 1 = columns) stored with 8, 4, 3
+    and 2 bits. ``midrise``: a signed level ``q`` in ``-2**(bits-1) … 2**(bits-1)-1`` stands for
+    ``(q + 0.5) * scale`` instead of ``q * scale``, which uses all levels symmetrically and has no zero.
+
+    Raises ValueError for sizes that do not fit together: every cut along the columns must be a multiple of
+    ``block_size``, and a block must hold whole bytes of stored codes.
+    """
+
+    rows: int
+    columns: int
+    block_size: int
+    segments: tuple[int, int, int, int]
+    segment_axis: int = 0
+    midrise: bool = False
+    pattern: Pattern = field(default=DENSE)
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ValueError(f"rows and columns must be positive, got {self.rows} x {self.columns}")
+        if self.segment_axis not in (0, 1):
+            raise ValueError(f"segment_axis must be 0 or 1, got {self.segment_axis}")
+        if self.block_size < 1 or self.columns % self.block_size:
+            raise ValueError(f"block_size {self.block_size} does not divide the {self.columns} columns")
+        check_block_size(self.block_size, self.pattern)
+        length = self.columns if self.segment_axis else self.rows
+        if len(self.segments) != len(BIT_WIDTHS) or min(self.segments) < 0 or sum(self.segments) != length:
+            raise ValueError(f"segments {self.segments} do not add up to the {length} entries of axis {self.segment_axis}")
+        if self.segment_axis == 1 and any(size % self.block_size for size in self.segments):
+            raise ValueError(f"segments {self.segments} along the columns are not multiples of block_size {self.block_size}")
+
+    @classmethod
+    def uniform(cls, rows: int, columns: int, bits: int, block_size: int, *, midrise: bool = False,
+                segment_axis: int = 0, pattern: Pattern = DENSE) -> "Layout":
+        """A layout with one bit-width (8, 4, 3 or 2) for the whole matrix."""
+        if bits not in BIT_WIDTHS:
+            raise ValueError(f"bits must be one of {sorted(BIT_WIDTHS)}, got {bits}")
+        length = columns if segment_axis else rows
+        sizes = [length if bits == width else 0 for width in BIT_WIDTHS]
+        return cls(rows, columns, block_size, (sizes[0], sizes[1], sizes[2], sizes[3]), segment_axis, midrise, pattern)
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """Shape of the float16 scales: (rows, blocks per row)."""
+        return self.rows, self.columns // self.block_size
+
+    def submatrices(self) -> list[tuple[int, slice, slice]]:
+        """``(bits, rows, columns)`` of each non-empty segment, in storage order."""
+        result = []
+        start = 0
+        for bits, size in zip(BIT_WIDTHS, self.segments, strict=True):
+            if size:
+                part = slice(start, start + size)
+                result.append((bits, slice(0, self.rows), part) if self.segment_axis else (bits, part, slice(0, self.columns)))
+            start += size
+        return result
+
+
+def check_block_size(block_size: int, pattern: Pattern) -> None:
+    """Raise ValueError unless the stored codes of one block fill whole bytes at every bit-width."""
+    kept = block_size * pattern.keep // pattern.of if pattern.is_n_of_m else block_size
+    if kept % 8 or (pattern.is_n_of_m and block_size % pattern.of):
+        smallest = 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
+        raise ValueError(f"block_size {block_size} is not a multiple of {smallest}, as pattern {pattern} needs")

@@ -1,0 +1,44 @@
+"""The ops of domain ``ai.fips`` in numpy: what every other implementation is tested against."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fips_ort.packed import PackedWeight, dequantize, unpack
+
+
+def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = True,
+             bias: NDArray[np.float32] | None = None, accuracy_level: int = 0) -> NDArray[np.float32]:
+    """``Y = A @ B (+ bias)``; the same function specifies QMatMul and SparseQMatMul.
+
+    ``a``: float32 [..., K]. The stored matrix S is read as B = S.T (``trans_b``: one stored row per output,
+    K = columns, N = rows) or as B = S (K = rows, N = columns). Returns float32 [..., N].
+
+    ``accuracy_level`` 0 computes with float32 activations. 4 permits int8 activations, used if ``trans_b``:
+    each block of ``block_size`` activations is rounded to ``round(a / s)`` with ``s = max|a| / 127`` (half to
+    even; all zeros if the block is zero), multiplied with the integer levels exactly, then scaled. Without
+    ``trans_b`` the scales vary along K, so level 4 computes as level 0.
+    """
+    if accuracy_level not in (0, 4):
+        raise ValueError(f"accuracy_level must be 0 or 4, got {accuracy_level}")
+    if accuracy_level == 4 and trans_b:
+        y = _int8_matmul(a, weight)
+    else:
+        stored = dequantize(weight)
+        y = a @ (stored.T if trans_b else stored)
+    return y if bias is None else y + bias
+
+
+def _int8_matmul(a: NDArray[np.float32], weight: PackedWeight) -> NDArray[np.float32]:
+    levels, scales, mask = unpack(weight)
+    block_size = weight.layout.block_size
+    blocks = a.reshape(*a.shape[:-1], -1, block_size)
+    a_scales = np.abs(blocks).max(axis=-1) / np.float32(127)
+    safe = np.where(a_scales > 0, a_scales, np.float32(1))
+    a_codes = np.rint(blocks / safe[..., None])
+    # Twice the level, so that the half of a midrise level stays an integer.
+    doubled = 2.0 * levels + (1.0 if weight.layout.midrise else 0.0)
+    if mask is not None:
+        doubled[~mask] = 0.0
+    doubled = doubled.reshape(levels.shape[0], -1, block_size)
+    dots = np.einsum("...bk,nbk->...nb", a_codes.astype(np.float64), doubled) * 0.5
+    return (dots * a_scales[..., None, :] * scales.astype(np.float64)).sum(axis=-1).astype(np.float32)
