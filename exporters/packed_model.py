@@ -1,0 +1,183 @@
+"""A compressed model's MLPs as stored: packed bases, packed projections and where they belong (numpy only).
+
+METHOD: every MLP of a group shares one basis ``U``; each of its linear layers keeps a projection ``V``.
+Stored orientation: the basis as ``U.T`` [rank, d]; the projection of a first linear layer (``fc1``, ``gate_proj``,
+``up_proj``) as ``V.T`` [n, rank]; the projection of the last one (``fc2``, ``down_proj``) as ``V`` [rank, n].
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fips_ort.layout import Layout, Pattern
+from fips_ort.packed import PackedWeight
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+_FORMAT = "fips-packed-model"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLinear:
+    """A projection and the bias of the linear layer it came from (float32 [out_features] or None)."""
+
+    weight: PackedWeight
+    bias: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMLP:
+    """One MLP of the model.
+
+    ``block``: index of the block in the whole model. ``path``: module path of the MLP. ``basis``: key into
+    :attr:`PackedModel.bases`. ``first``: child name → projection, the gate before the up projection. ``last``:
+    child name and projection. ``activation``: child name of the activation module in the original MLP.
+    """
+
+    block: int
+    path: str
+    basis: str
+    first: dict[str, PackedLinear]
+    last: tuple[str, PackedLinear]
+    activation: str
+
+    @property
+    def linears(self) -> dict[str, PackedLinear]:
+        """Child name → projection of every linear layer, in the order of computation."""
+        return {**self.first, self.last[0]: self.last[1]}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedModel:
+    """All bases and MLPs. Raises ValueError, naming the MLP, if shapes or names do not fit together."""
+
+    bases: dict[str, PackedWeight]
+    mlps: list[PackedMLP]
+
+    def __post_init__(self) -> None:
+        for mlp in self.mlps:
+            if mlp.basis not in self.bases:
+                raise ValueError(f"{mlp.path}: unknown basis {mlp.basis!r}; there are {sorted(self.bases)}")
+            _check_shapes(mlp, self.bases[mlp.basis].layout)
+        paths = [mlp.path for mlp in self.mlps]
+        if len(set(paths)) != len(paths):
+            raise ValueError(f"an MLP occurs twice in {paths}")
+        unused = set(self.bases) - {mlp.basis for mlp in self.mlps}
+        if unused:
+            raise ValueError(f"bases without an MLP: {sorted(unused)}")
+
+    def weights(self) -> dict[str, PackedWeight]:
+        """Every packed weight once, by its name in the model: ``shared_bases.{basis}`` or ``{path}.{child}``."""
+        named = {f"{BASES}.{name}": weight for name, weight in self.bases.items()}
+        for mlp in self.mlps:
+            named.update({f"{mlp.path}.{child}": linear.weight for child, linear in mlp.linears.items()})
+        return named
+
+
+BASES = "shared_bases"
+"""Name under which the bases are registered in a model."""
+
+
+def save_packed_model(packed: PackedModel, path: Path) -> None:
+    """Write ``packed`` as one safetensors file (arrays) with the structure as JSON in its header.
+
+    The file is written aside and moved into place. Inverse: :func:`load_packed_model`.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+
+    def describe(name: str, weight: PackedWeight) -> dict[str, Any]:
+        arrays.update({f"{name}.codes": weight.codes, f"{name}.pattern": weight.pattern, f"{name}.scales": weight.scales})
+        return asdict(weight.layout)
+
+    def describe_linear(name: str, linear: PackedLinear) -> dict[str, Any]:
+        if linear.bias is not None:
+            arrays[f"{name}.bias"] = linear.bias
+        return {"layout": describe(name, linear.weight), "bias": linear.bias is not None}
+
+    structure = {
+        "version": _VERSION,
+        "bases": {name: describe(f"{BASES}.{name}", weight) for name, weight in packed.bases.items()},
+        "mlps": [
+            {
+                "block": mlp.block,
+                "path": mlp.path,
+                "basis": mlp.basis,
+                "first": {child: describe_linear(f"{mlp.path}.{child}", linear) for child, linear in mlp.first.items()},
+                "last": [mlp.last[0], describe_linear(f"{mlp.path}.{mlp.last[0]}", mlp.last[1])],
+                "activation": mlp.activation,
+            }
+            for mlp in packed.mlps
+        ],
+    }
+    aside = path.with_name(path.name + ".partial")
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(contiguous, aside, metadata={_FORMAT: json.dumps(structure)})
+    os.replace(aside, path)
+
+
+def load_packed_model(path: Path) -> PackedModel:
+    """Read what :func:`save_packed_model` wrote. Raises ValueError if the file is of another kind or version."""
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get(_FORMAT)
+        if text is None:
+            raise ValueError(f"{path}: not a packed model")
+        structure = json.loads(text)
+        if structure["version"] != _VERSION:
+            raise ValueError(f"{path}: packed model of version {structure['version']}, expected {_VERSION}")
+
+        def weight(name: str, layout: dict[str, Any]) -> PackedWeight:
+            parts = (file.get_tensor(f"{name}.{part}") for part in ("codes", "pattern", "scales"))
+            return PackedWeight(_layout(layout), *parts)
+
+        def linear(name: str, entry: dict[str, Any]) -> PackedLinear:
+            return PackedLinear(weight(name, entry["layout"]), file.get_tensor(f"{name}.bias") if entry["bias"] else None)
+
+        return PackedModel(
+            {name: weight(f"{BASES}.{name}", layout) for name, layout in structure["bases"].items()},
+            [
+                PackedMLP(
+                    mlp["block"],
+                    mlp["path"],
+                    mlp["basis"],
+                    {child: linear(f"{mlp['path']}.{child}", entry) for child, entry in mlp["first"].items()},
+                    (mlp["last"][0], linear(f"{mlp['path']}.{mlp['last'][0]}", mlp["last"][1])),
+                    mlp["activation"],
+                )
+                for mlp in structure["mlps"]
+            ],
+        )
+
+
+def _layout(fields: dict[str, Any]) -> Layout:
+    return Layout(**{**fields, "segments": tuple(fields["segments"]), "pattern": Pattern(**fields["pattern"])})
+
+
+def _check_shapes(mlp: PackedMLP, basis: Layout) -> None:
+    if len(mlp.first) not in (1, 2):
+        raise ValueError(f"{mlp.path}: expected one first linear layer or gate and up, got {list(mlp.first)}")
+    rank, features = basis.rows, basis.columns
+    widths = {linear.weight.layout.rows for linear in mlp.first.values()}
+    last_name, last = mlp.last
+    for child, linear in mlp.first.items():
+        _check_axis(f"{mlp.path}.{child}", "columns", linear.weight.layout.columns, rank)
+        _check_bias(f"{mlp.path}.{child}", linear, linear.weight.layout.rows)
+    _check_axis(f"{mlp.path}.{last_name}", "rows", last.weight.layout.rows, rank)
+    _check_bias(f"{mlp.path}.{last_name}", last, features)
+    if widths != {last.weight.layout.columns}:
+        raise ValueError(f"{mlp.path}: widths differ: {sorted(widths)} into {last.weight.layout.columns}")
+
+
+def _check_axis(name: str, axis: str, actual: int, rank: int) -> None:
+    if actual != rank:
+        raise ValueError(f"{name}: projection has {actual} {axis}, expected the rank {rank} of its basis")
+
+
+def _check_bias(name: str, linear: PackedLinear, features: int) -> None:
+    bias = linear.bias
+    if bias is not None and (bias.shape != (features,) or bias.dtype != np.float32):
+        raise ValueError(f"{name}: bias is {bias.dtype} {bias.shape}, expected float32 {(features,)}")

@@ -1,0 +1,119 @@
+"""Graph passes that turn what the exporter wrote into what an artefact stores. All change the model in place."""
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+
+from exporters.modules import NODE_NAME
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_nodes(model: ir.Model, prefix: str) -> None:
+    """Give every node the name its metadata asks for, or ``{module path}/{op type}``, numbered if repeated.
+
+    ``prefix`` is dropped from module paths.
+    """
+    names: Counter[str] = Counter()
+    for node in model.graph:
+        name = node.metadata_props.get(NODE_NAME) or f"{_module_path(node, prefix)}/{node.op_type}".lstrip("/")
+        names[name] += 1
+        node.name = name if names[name] == 1 else f"{name}_{names[name]}"
+        if NODE_NAME in node.metadata_props:
+            node.outputs[0].name = f"{node.name}/output"
+
+
+def name_initializers(model: ir.Model, prefix: str, tensors: dict[str, np.ndarray]) -> None:
+    """Give every initializer the name of the tensor it holds.
+
+    ``tensors``: the torch model's parameters and buffers. The exporter transposes weights into unnamed constants:
+    they are found by their bytes. Other constants are named after the first node that reads them.
+    """
+    names = {}
+    for name, array in tensors.items():
+        if array.ndim == 2:
+            names[_digest(np.ascontiguousarray(array.T))] = name
+    taken = {value.name for value in model.graph.initializers.values()}
+    for value in list(model.graph.initializers.values()):
+        name = value.name.removeprefix(prefix)
+        if name not in tensors:
+            name = names.get(_digest(value.const_value.numpy())) or _constant_name(value)
+        taken.discard(value.name)
+        value.name = _unique(name, taken)
+        taken.add(value.name)
+
+
+def deduplicate_initializers(model: ir.Model) -> None:
+    """Store initializers of equal dtype, shape and bytes once."""
+    DeduplicateHashedInitializersPass(size_limit=2**62)(model)
+
+
+def store_float16(model: ir.Model) -> None:
+    """Store every float32 initializer of two or more elements that float16 holds exactly as float16, with a Cast.
+
+    Nothing is rounded here. ONNX Runtime folds the Cast when it loads the model.
+    """
+    first = model.graph[0]
+    for value in list(model.graph.initializers.values()):
+        if value.dtype != ir.DataType.FLOAT or value.const_value.size < 2:
+            continue
+        array = value.const_value.numpy()
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), array):
+            continue
+        name = value.name
+        assert name is not None
+        del model.graph.initializers[name]
+        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=ir.Tensor(half, name=name))
+        model.graph.register_initializer(stored)
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value}, name=f"{name}/Cast")
+        output = cast.outputs[0]
+        output.name, output.shape, output.type = f"{name}.float32", value.shape, value.type
+        value.replace_all_uses_with(output)
+        model.graph.insert_before(first, cast)
+
+
+def strip(model: ir.Model) -> None:
+    """Remove metadata and documentation strings: they hold stack traces with paths of the exporting machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def _module_path(node: ir.Node, prefix: str) -> str:
+    """Path of the module that made the node: the last but one of the exporter's scopes."""
+    text = node.metadata_props.get(_SCOPES, "[]")
+    scopes = [part.strip(" '\"") for part in text.strip("[]").split(",")]
+    path = scopes[-2] if len(scopes) > 1 else ""
+    return "" if path.startswith("_empty") else f"{path}.".removeprefix(prefix).rstrip(".")
+
+
+def _constant_name(value: ir.Value) -> str:
+    uses = [(use.node.name or "", use.idx) for use in value.uses()]
+    node, index = min(uses)
+    return f"{node}.input_{index}"
+
+
+def _unique(name: str, taken: set[str | None]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def _digest(array: np.ndarray) -> str:
+    contiguous = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{contiguous.dtype}{contiguous.shape}".encode() + contiguous.tobytes()).hexdigest()

@@ -1,0 +1,108 @@
+"""A transformers image classifier with packed MLPs → the ONNX graph of its artefact.
+
+Inputs and outputs follow optimum's conventions: ``pixel_values`` float32 [batch, channels, height, width] →
+``logits`` float32 [batch, labels]; only the batch is dynamic.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from fips_ort.ops import DOMAIN, VERSION
+from torch import Tensor, nn
+
+from exporters import passes
+from exporters.functions import op_functions
+
+OPSET = 20
+"""The newest ONNX opset that onnxruntime 1.17 knows, the oldest onnxruntime we support."""
+IR_VERSION = 9
+"""The newest ONNX IR version that onnxruntime 1.17 reads."""
+
+
+class _Logits(nn.Module):
+    """The classifier as a function of pixel values alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+_PREFIX = "model."
+
+
+def export_vision(model: nn.Module, pixel_shape: tuple[int, int, int]) -> ir.Model:
+    """Export ``model`` (a ``…ForImageClassification`` in eval mode) for images of ``pixel_shape`` (C, H, W).
+
+    Float32 weights whose numbers are all float16 numbers are stored as float16 (see
+    :func:`exporters.rest.round_to_float16`). The result is a pure function of the weights. Raises ValueError if
+    the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before the export")
+    example = torch.zeros(2, *pixel_shape)
+    with _eager_attention(model), _quiet():
+        program = torch.onnx.export(
+            _Logits(model),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None
+    exported = program.model
+    tensors = {
+        name: tensor.detach().cpu().numpy()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+    passes.name_nodes(exported, _PREFIX)
+    passes.name_initializers(exported, _PREFIX, tensors)
+    passes.deduplicate_initializers(exported)
+    passes.store_float16(exported)
+    passes.strip(exported)
+    exported.producer_name, exported.producer_version = "fips-onnx", None
+    exported.graph.name = type(model).__name__
+    exported.ir_version = IR_VERSION
+    used = {node.domain for node in exported.graph}
+    if DOMAIN in used:
+        exported.opset_imports[DOMAIN] = VERSION
+        for proto in op_functions(OPSET):
+            function = ir.from_proto(proto)
+            exported.functions[function.identifier()] = function
+    return exported
+
+
+@contextlib.contextmanager
+def _eager_attention(model: Any) -> Iterator[None]:
+    """Attention as plain matrix products: fused attention exports to shape arithmetic, and not at all for Swin."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings about its own internals; errors still arrive as exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,115 @@
+"""Tiny models with MLPs packed from random levels: material of the artefact tests."""
+
+import numpy as np
+import torch
+from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
+from fips_ort.layout import Layout, Pattern
+from fips_ort.packed import PackedWeight, pack
+from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+COMMON = {"image_size": 16, "patch_size": 4, "num_labels": 10, "initializer_range": 0.2}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, **COMMON}
+
+
+def tiny_model(kind: str, seed: int = 0) -> nn.Module:
+    """A ``…ForImageClassification`` in eval mode with random weights, biases included."""
+    torch.manual_seed(seed)
+    if kind == "vit":
+        model = ViTForImageClassification(ViTConfig(intermediate_size=64, **SMALL))
+    elif kind == "deit":
+        model = DeiTForImageClassification(DeiTConfig(intermediate_size=64, **SMALL))
+    elif kind == "dinov2":
+        model = Dinov2ForImageClassification(Dinov2Config(mlp_ratio=2, **{**SMALL, "image_size": 24}))
+    elif kind == "dinov2_swiglu":
+        model = Dinov2ForImageClassification(Dinov2Config(mlp_ratio=3, use_swiglu_ffn=True, **SMALL))
+    elif kind == "swin":
+        config = SwinConfig(embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=2, mlp_ratio=2, drop_path_rate=0.0, **COMMON)
+        model = SwinForImageClassification(config)
+    else:
+        raise ValueError(kind)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+    return model.eval()
+
+
+def pixel_shape(kind: str) -> tuple[int, int, int]:
+    return 3, 16, 16
+
+
+def mlp_paths(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module).__name__.endswith(("MLP", "FFN"))]
+
+
+def random_weight(rng: np.random.Generator, layout: Layout, gain: float = 1.0) -> PackedWeight:
+    """Random levels; scales such that a product keeps the magnitude of its input."""
+    levels = np.zeros((layout.rows, layout.columns), np.int8)
+    deviations = np.ones((layout.rows, layout.columns))
+    for bits, rows, columns in layout.submatrices():
+        half = 1 << (bits - 1)
+        part = levels[rows, columns]
+        levels[rows, columns] = rng.integers(-half, half, part.shape)
+        deviations[rows, columns] = half / np.sqrt(3)
+    mask = random_mask(rng, layout)
+    kept = 1.0 if mask is None else mask.mean()
+    per_block = deviations.reshape(layout.rows, -1, layout.block_size).mean(axis=-1)
+    scales = gain / (per_block * np.sqrt(layout.columns * kept)) * rng.uniform(0.5, 1.5, layout.scales_shape)
+    return pack(levels, scales.astype(np.float16), mask, layout)
+
+
+def random_mask(rng: np.random.Generator, layout: Layout) -> np.ndarray | None:
+    pattern = layout.pattern
+    shape = (layout.rows, layout.columns)
+    if not pattern.keep:
+        return None
+    if not pattern.is_n_of_m:
+        return rng.random(shape) < 0.25
+    order = rng.random((*shape[:1], shape[1] // pattern.of, pattern.of)).argsort(axis=-1)
+    return (order < pattern.keep).reshape(shape)
+
+
+def random_packed(model: nn.Module, pattern: str, *, per_group: int = 2, bits: int = 4, block_size: int = 32,
+                  graded: bool = False, seed: int = 0) -> PackedModel:
+    """Groups of ``per_group`` MLPs of equal width with random packed weights; ``graded``: half 4 bits, half 2."""
+    rng = np.random.default_rng(seed)
+    bases: dict[str, PackedWeight] = {}
+    mlps: list[PackedMLP] = []
+    rank = 64
+
+    def layout(rows: int, columns: int, axis: int, sparse: bool) -> Layout:
+        kind = Pattern.parse(pattern if sparse else "dense")
+        if graded:
+            return Layout(rows, columns, block_size, (0, rank // 2, 0, rank // 2), axis, True, kind)
+        return Layout.uniform(rows, columns, bits, block_size, segment_axis=axis, pattern=kind)
+
+    def linear(child: nn.Module, sizes: tuple[int, int], axis: int) -> PackedLinear:
+        bias = None if child.bias is None else child.bias.detach().numpy().copy()
+        return PackedLinear(random_weight(rng, layout(*sizes, axis, True)), bias)
+
+    for block, path in enumerate(mlp_paths(model)):
+        mlp = model.get_submodule(path)
+        names = ["gate_proj", "up_proj", "down_proj"] if hasattr(mlp, "gate_proj") else ["fc1", "fc2"]
+        first = mlp.get_submodule(names[0])
+        features, width = first.in_features, first.out_features
+        basis = f"group_{block // per_group}"
+        if basis not in bases:
+            bases[basis] = random_weight(rng, layout(rank, features, 0, False))
+        mlps.append(PackedMLP(
+            block,
+            path,
+            basis,
+            {name: linear(mlp.get_submodule(name), (width, rank), 1) for name in names[:-1]},
+            (names[-1], linear(mlp.get_submodule(names[-1]), (rank, width), 0)),
+            "act_fn" if hasattr(mlp, "act_fn") else "activation_fn",
+        ))
+    return PackedModel(bases, mlps)
