@@ -1,0 +1,67 @@
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fips {
+
+namespace generic {
+extern const Kernels kKernels;
+}
+#if defined(FIPS_X86)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+namespace {
+
+struct Choice {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+// Best first.
+const Choice kChoices[] = {
+#if defined(FIPS_X86)
+    {&avx512::kKernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+              __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+     }},
+    {&avx2::kKernels,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+     }},
+#endif
+    {&generic::kKernels, [] { return true; }},
+};
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+  for (const Choice& choice : kChoices) {
+    if (std::strcmp(choice.kernels->name, name) == 0) return choice.supported() ? choice.kernels : nullptr;
+  }
+  return nullptr;
+}
+
+const Kernels& select_kernels() {
+  if (const char* name = std::getenv("FIPS_ORT_ISA")) {
+    if (const Kernels* kernels = find_kernels(name)) return *kernels;
+    throw std::invalid_argument(std::string("FIPS_ORT_ISA=") + name + ": unknown, or this CPU lacks it");
+  }
+  for (const Choice& choice : kChoices) {
+    if (choice.supported()) return *choice.kernels;
+  }
+  return generic::kKernels;
+}
+
+}  // namespace fips

@@ -1,0 +1,139 @@
+#include "matmul.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace fips {
+namespace {
+
+constexpr size_t kAlignment = 64;
+// Below this many multiplications waking other threads costs more than it gains.
+constexpr size_t kSmallestParallelWork = 1 << 16;
+
+size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+struct AlignedDelete {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
+};
+
+template <typename T>
+class AlignedArray {
+ public:
+  explicit AlignedArray(size_t size)
+      : memory_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(kAlignment)))) {}
+  T* get() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<T, AlignedDelete> memory_;
+};
+
+// A thread's working memory, kept between calls; null if there is no memory.
+void* thread_scratch(size_t bytes) {
+  thread_local std::unique_ptr<void, AlignedDelete> scratch;
+  thread_local size_t capacity = 0;
+  if (bytes > capacity) {
+    capacity = 0;
+    scratch.reset(::operator new(bytes, std::align_val_t(kAlignment), std::nothrow));
+    if (!scratch) return nullptr;
+    capacity = bytes;
+  }
+  return scratch.get();
+}
+
+struct Job {
+  const Task* task;
+  const Kernels* kernels;
+  size_t scratch_bytes;
+  std::atomic<bool> out_of_memory{false};
+};
+
+void run_tile(void* data, size_t tile) {
+  Job& job = *static_cast<Job*>(data);
+  void* scratch = thread_scratch(job.scratch_bytes);
+  if (!scratch) {
+    job.out_of_memory = true;
+    return;
+  }
+  job.kernels->tile(*job.task, tile, scratch);
+}
+
+void run(Task& task, size_t outputs, const Kernels& kernels, const ParallelFor& parallel_for) {
+  const size_t tiles = (outputs + task.tile_outputs - 1) / task.tile_outputs;
+  const Layout& layout = *task.weight->layout;
+  Job job{&task, &kernels, kernels.scratch_bytes(task)};
+  if (tiles == 1 || layout.rows * layout.columns * task.m < kSmallestParallelWork) {
+    for (size_t tile = 0; tile < tiles; ++tile) run_tile(&job, tile);
+  } else {
+    parallel_for.run(parallel_for.context, tiles, run_tile, &job);
+  }
+  if (job.out_of_memory) throw std::bad_alloc();
+}
+
+// Outputs per tile. Rows of the stored matrix are outputs with trans_b; else whole blocks of columns are, and
+// tiles of several blocks are worth it only when enough of them remain for the threads.
+size_t tile_outputs(const Layout& layout) {
+  if (layout.trans_b) return 16;
+  const size_t wanted = std::min<size_t>(256, std::max<size_t>(64, layout.columns / 8));
+  return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
+}
+
+}  // namespace
+
+void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias, float* y, const Kernels& kernels,
+              const ParallelFor& parallel_for) {
+  const Layout& layout = *weight.layout;
+  if (m == 0) return;
+  const size_t k = layout.trans_b ? layout.columns : layout.rows;
+  const size_t n = layout.trans_b ? layout.rows : layout.columns;
+  Task task{&weight, m, a, k, bias, y, nullptr, nullptr, nullptr, tile_outputs(layout)};
+
+  const bool rounded = layout.accuracy_level == 4 && layout.trans_b;
+  if (rounded) {
+    const size_t blocks = layout.blocks();
+    AlignedArray<int8_t> codes(m * k);
+    AlignedArray<float> scales(m * blocks), sums(m * blocks);
+    for (size_t row = 0; row < m; ++row) {
+      kernels.quantize_row(a + row * k, k, layout.block_size, codes.get() + row * k, scales.get() + row * blocks,
+                           sums.get() + row * blocks);
+    }
+    if (kernels.supports_integers(layout)) {
+      task.codes = codes.get();
+      task.scales = scales.get();
+      task.sums = sums.get();
+      run(task, n, kernels, parallel_for);
+      return;
+    }
+    const size_t stride = round_up(k, kernels.vector_floats);
+    AlignedArray<float> values(m * stride);
+    for (size_t row = 0; row < m; ++row) {
+      float* out = values.get() + row * stride;
+      for (size_t i = 0; i < k; ++i) {
+        out[i] = static_cast<float>(codes.get()[row * k + i]) * scales.get()[row * blocks + i / layout.block_size];
+      }
+      std::fill(out + k, out + stride, 0.0f);
+    }
+    task.a = values.get();
+    task.a_stride = stride;
+    run(task, n, kernels, parallel_for);
+    return;
+  }
+  if (layout.trans_b && k % kernels.vector_floats != 0) {
+    const size_t stride = round_up(k, kernels.vector_floats);
+    AlignedArray<float> values(m * stride);
+    for (size_t row = 0; row < m; ++row) {
+      float* out = values.get() + row * stride;
+      std::copy(a + row * k, a + (row + 1) * k, out);
+      std::fill(out + k, out + stride, 0.0f);
+    }
+    task.a = values.get();
+    task.a_stride = stride;
+    run(task, n, kernels, parallel_for);
+    return;
+  }
+  run(task, n, kernels, parallel_for);
+}
+
+}  // namespace fips

@@ -1,0 +1,153 @@
+#include "weight.h"
+
+#include <cstring>
+#include <limits>
+#include <string>
+
+namespace fips {
+namespace {
+
+constexpr std::array<int, 4> kBitWidths = {8, 4, 3, 2};
+constexpr uint64_t kEveryByte = 0x0101010101010101u;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw InvalidWeight(message);
+}
+
+void require_flag(int64_t value, const char* name) {
+  require(value == 0 || value == 1, std::string(name) + " must be 0 or 1, got " + std::to_string(value));
+}
+
+void require_size(size_t actual, size_t expected, const char* name) {
+  require(actual == expected, std::string(name) + " has " + std::to_string(actual) + " bytes, expected " +
+                                  std::to_string(expected));
+}
+
+Encoding encoding_of(int bits, bool midrise, bool sparse) {
+  const uint64_t zero_point = uint64_t{1} << (bits - 1);
+  if (midrise && sparse && bits < 8) {
+    // Twice the scale of levels, so that zero lies between the levels as an integer.
+    return {1, kEveryByte, kEveryByte * (2 * zero_point), static_cast<float>(2 * zero_point), 0.5f};
+  }
+  return {0, 0, kEveryByte * zero_point, static_cast<float>(zero_point) - (midrise ? 0.5f : 0.0f), 1.0f};
+}
+
+size_t packed_size(size_t count, int bits) { return (count * static_cast<size_t>(bits) + 7) / 8; }
+
+uint64_t popcount(const uint8_t* bytes, size_t size) {
+  uint64_t count = 0;
+  size_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + i, 8);
+    count += static_cast<uint64_t>(__builtin_popcountll(word));
+  }
+  for (; i < size; ++i) count += static_cast<uint64_t>(__builtin_popcount(bytes[i]));
+  return count;
+}
+
+// Each pair of indices of a 2:m pattern ascends. A byte (m = 4) or 3 bytes (m = 8) hold whole pairs.
+bool pairs_ascend(const uint8_t* pattern, size_t size, int index_bits) {
+  const size_t step = index_bits == 3 ? 3 : 1;
+  const unsigned mask = (1u << index_bits) - 1;
+  for (size_t i = 0; i + step <= size; i += step) {
+    uint32_t word = 0;
+    std::memcpy(&word, pattern + i, step);
+    for (size_t bit = 0; bit < 8 * step; bit += 2 * static_cast<size_t>(index_bits)) {
+      const uint32_t pair = word >> bit;
+      if ((pair & mask) >= ((pair >> index_bits) & mask)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+Layout::Layout(const Attributes& a) {
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
+  require(a.k >= 1 && a.k <= kLargest && a.n >= 1 && a.n <= kLargest,
+          "K and N must be positive and below 2^31, got " + std::to_string(a.k) + " and " + std::to_string(a.n));
+  require_flag(a.trans_b, "transB");
+  require_flag(a.segment_axis, "segment_axis");
+  require_flag(a.midrise, "midrise");
+  require(a.accuracy_level == 0 || a.accuracy_level == 4,
+          "accuracy_level must be 0 or 4, got " + std::to_string(a.accuracy_level));
+  const bool known_pattern = (a.keep == 0 && a.of == 0) || (a.keep == 1 && a.of == 1) ||
+                             ((a.keep == 1 || a.keep == 2) && (a.of == 4 || a.of == 8));
+  require(known_pattern, "unsupported pattern: keep " + std::to_string(a.keep) + ", of " + std::to_string(a.of));
+
+  trans_b = a.trans_b != 0;
+  midrise = a.midrise != 0;
+  accuracy_level = static_cast<int>(a.accuracy_level);
+  keep = static_cast<size_t>(a.keep);
+  of = static_cast<size_t>(a.of);
+  rows = static_cast<size_t>(trans_b ? a.n : a.k);
+  columns = static_cast<size_t>(trans_b ? a.k : a.n);
+  require(a.block_size >= 1 && columns % static_cast<size_t>(a.block_size) == 0,
+          "block_size " + std::to_string(a.block_size) + " does not divide the " + std::to_string(columns) +
+              " columns");
+  block_size = static_cast<size_t>(a.block_size);
+  const size_t unit = of > 1 ? 8 * of / keep : 8;
+  require(block_size % unit == 0,
+          "block_size " + std::to_string(block_size) + " is not a multiple of " + std::to_string(unit));
+
+  const size_t length = a.segment_axis ? columns : rows;
+  size_t start = 0;
+  for (size_t i = 0; i < kBitWidths.size(); ++i) {
+    require(a.segments[i] >= 0 && static_cast<uint64_t>(a.segments[i]) <= length - start,
+            "the segments do not add up to the " + std::to_string(length) + " entries of axis " +
+                std::to_string(a.segment_axis));
+    const size_t size = static_cast<size_t>(a.segments[i]);
+    require(!a.segment_axis || size % block_size == 0,
+            "a segment of " + std::to_string(size) + " columns is not a multiple of block_size " +
+                std::to_string(block_size));
+    if (size == 0) continue;
+    const Encoding encoding = encoding_of(kBitWidths[i], midrise, sparse());
+    if (a.segment_axis) {
+      segments.push_back({kBitWidths[i], 0, rows, start, start + size, encoding});
+    } else {
+      segments.push_back({kBitWidths[i], start, start + size, 0, columns, encoding});
+    }
+    start += size;
+  }
+  require(start == length, "the segments add up to " + std::to_string(start) + ", not to the " +
+                               std::to_string(length) + " entries of axis " + std::to_string(a.segment_axis));
+}
+
+bool Layout::needs_mask() const { return sparse() && midrise && segments.front().bits == 8; }
+
+StreamIndex::StreamIndex(const Layout& layout, const uint8_t* pattern, size_t pattern_size, size_t codes_size) {
+  size_t pattern_bytes = 0;
+  for (const Segment& segment : layout.segments) {
+    const size_t stored = layout.of > 1 ? segment.entries() / layout.of * layout.keep : segment.entries();
+    pattern_bytes += packed_size(stored, layout.index_bits());
+  }
+  require_size(pattern_size, pattern_bytes, "pattern");
+  if (layout.keep == 2) {
+    require(pairs_ascend(pattern, pattern_size, layout.index_bits()), "indices of the n:m pattern are not ascending");
+  }
+
+  size_t pattern_start = 0, codes_start = 0;
+  for (const Segment& segment : layout.segments) {
+    SegmentStart start{pattern_start, codes_start, {}};
+    size_t stored = segment.entries();
+    if (layout.bitmap()) {
+      const size_t row_bytes = segment.columns() / 8;
+      start.codes_before.reserve(segment.row_end - segment.row_begin);
+      stored = 0;
+      for (size_t row = segment.row_begin; row < segment.row_end; ++row) {
+        start.codes_before.push_back(stored);
+        stored += popcount(pattern + pattern_start, row_bytes);
+        pattern_start += row_bytes;
+      }
+    } else if (layout.sparse()) {
+      stored = stored / layout.of * layout.keep;
+      pattern_start += packed_size(stored, layout.index_bits());
+    }
+    codes_start += packed_size(stored, segment.bits);
+    starts.push_back(std::move(start));
+  }
+  require_size(codes_size, codes_start, "codes");
+}
+
+}  // namespace fips

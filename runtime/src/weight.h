@@ -1,0 +1,85 @@
+// Packed weights as the kernels see them: sizes, where each segment's streams start, and the checks that make
+// reading them safe. The byte formats are specified in fips_ort/packed.py and docs/ops.md.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+namespace fips {
+
+// A node's attributes or inputs do not describe a packed weight; what() says why.
+struct InvalidWeight : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The attributes of a QMatMul or SparseQMatMul node, as in the model. keep = of = 0: dense.
+struct Attributes {
+  int64_t k, n, trans_b, block_size, segment_axis;
+  std::array<int64_t, 4> segments;
+  int64_t midrise, accuracy_level, keep, of;
+};
+
+// How the bytes of one segment stand for levels. A decoded byte u means (u - bias) * unit; codes become bytes as
+// (code << shift) | (ones & 1), and entries that are not stored become the byte `absent`.
+struct Encoding {
+  int shift;
+  uint64_t ones;    // the same bit in each of 8 bytes
+  uint64_t absent;  // the same byte 8 times
+  float bias;
+  float unit;
+};
+
+struct Segment {
+  int bits;
+  size_t row_begin, row_end, column_begin, column_end;
+  Encoding encoding;
+
+  size_t columns() const { return column_end - column_begin; }
+  size_t entries() const { return (row_end - row_begin) * columns(); }
+};
+
+// The checked attributes. Stored matrix: rows x columns; segments in storage order, without the empty ones.
+struct Layout {
+  // Throws InvalidWeight.
+  explicit Layout(const Attributes& attributes);
+
+  size_t rows, columns, block_size;
+  bool trans_b, midrise;
+  int accuracy_level;
+  size_t keep, of;
+  std::vector<Segment> segments;
+
+  bool sparse() const { return keep != 0; }
+  bool bitmap() const { return of == 1; }
+  int index_bits() const { return of == 8 ? 3 : of == 4 ? 2 : of == 1 ? 1 : 0; }
+  size_t blocks() const { return columns / block_size; }
+  // No byte is left to mean "absent" beside 256 half-integer levels: decoding then fills a separate mask.
+  bool needs_mask() const;
+};
+
+// Where each segment's bytes start. Of a bitmap also how many of a segment's codes come before each of its rows.
+struct StreamIndex {
+  // Throws InvalidWeight if the sizes do not follow from the layout or the pattern is malformed.
+  StreamIndex(const Layout& layout, const uint8_t* pattern, size_t pattern_size, size_t codes_size);
+
+  struct SegmentStart {
+    size_t pattern, codes;              // first byte in each stream
+    std::vector<uint64_t> codes_before; // bitmap: [rows of the segment]
+  };
+  std::vector<SegmentStart> starts;
+};
+
+// A weight in memory; nothing is owned. scales: float16 [rows, blocks].
+struct Weight {
+  const Layout* layout;
+  const StreamIndex* index;
+  const uint8_t* codes;
+  size_t codes_size;
+  const uint8_t* pattern;
+  const uint16_t* scales;
+};
+
+}  // namespace fips
