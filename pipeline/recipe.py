@@ -38,12 +38,16 @@ class Training(Section):
 
 
 class ScratchModel(Section):
-    """A transformers image classifier of ``model_type`` built from ``config`` and trained in the run."""
+    """A transformers image classifier of ``model_type`` built from ``config`` and trained in the run.
+
+    ``augmentation``: ``shift`` moves each training image by up to an eighth of its size.
+    """
 
     source: Literal["scratch"]
     model_type: str
     config: dict[str, Any]
     training: Training
+    augmentation: Literal["none", "shift"] = "none"
 
 
 class PretrainedModel(Section):

@@ -1,0 +1,189 @@
+"""Where the MLPs of a transformer are: found by model type and module names, never by shapes.
+
+A new architecture is one entry in ``_LAYOUTS``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class MLPSite:
+    """One MLP of a model.
+
+    ``block``: running index over the whole model, in execution order. ``stage``: Swin's stage, 0 elsewhere.
+    ``path``: module path of the MLP. ``first``: child names of the linears that read the input, gate before up.
+    ``last``: child name of the last linear. ``activation``: child name of the activation module.
+    ``width``: model dimension d of this block. ``hidden``: output dimension of each first linear.
+    ``output_scale``: path of the layer-scale parameter [d] that multiplies the MLP's output, if there is one.
+    """
+
+    block: int
+    stage: int
+    path: str
+    first: tuple[str, ...]
+    last: str
+    activation: str
+    width: int
+    hidden: int
+    output_scale: str | None
+
+
+@dataclass(frozen=True)
+class _Names:
+    first: tuple[str, ...]
+    last: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """``blocks``: path of the blocks below the base model, ``*`` standing for each index of a module list."""
+
+    blocks: str
+    names: _Names
+    gated: _Names | None = None
+    output_scale: str | None = None
+
+    def names_for(self, config: Any) -> _Names:
+        return self.gated if self.gated is not None and config.use_swiglu_ffn else self.names
+
+
+_PLAIN = _Names(first=("fc1",), last="fc2", activation="activation_fn")
+_SWIGLU = _Names(first=("gate_proj", "up_proj"), last="down_proj", activation="act_fn")
+
+_LAYOUTS = {
+    "vit": _Layout("layers.*", _PLAIN),
+    "deit": _Layout("layers.*", _PLAIN),
+    "dinov2": _Layout("encoder.layer.*", _PLAIN, gated=_SWIGLU, output_scale="layer_scale2.lambda1"),
+    "swin": _Layout("encoder.layers.*.blocks.*", _PLAIN),
+}
+
+SUPPORTED_MODEL_TYPES = tuple(sorted(_LAYOUTS))
+
+
+def check_model_type(model_type: str) -> None:
+    """Raise InputError unless models of this type have MLPs we know."""
+    if model_type not in _LAYOUTS:
+        raise InputError(
+            f"model type {model_type!r} has no MLPs known to FiPS; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+
+
+def find_mlps(model: nn.Module) -> list[MLPSite]:
+    """All MLPs of a transformers model, in execution order.
+
+    Raises InputError when the model type is unknown, a named child is missing, not ``nn.Linear`` or of an
+    unfitting shape (all offenders are named), or when two blocks share a module or a weight.
+    """
+    config: Any = model.config
+    check_model_type(config.model_type)
+    layout = _LAYOUTS[config.model_type]
+    prefix = str(model.base_model_prefix)
+    root = f"{prefix}." if hasattr(model, prefix) else ""
+    names = layout.names_for(config)
+    problems: list[str] = []
+    sites = []
+    for block, (indices, path) in enumerate(_expand(model, root + layout.blocks)):
+        found = _describe(model, f"{path}.mlp", names, problems)
+        scale = f"{path}.{layout.output_scale}" if layout.output_scale else None
+        if found is None:
+            continue
+        width, hidden = found
+        if scale is not None:
+            _check_scale(model, scale, width, problems)
+        stage = indices[0] if len(indices) > 1 else 0
+        sites.append(
+            MLPSite(block, stage, f"{path}.mlp", names.first, names.last, names.activation, width, hidden, scale)
+        )
+    problems += _aliases(model, sites)
+    if problems:
+        raise InputError(f"the MLPs of this {config.model_type} model cannot be used: " + "; ".join(problems))
+    if not sites:
+        raise InputError(f"this {config.model_type} model has no blocks at {root}{layout.blocks}")
+    return sites
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise InputError naming every parameter and buffer that contains NaN or infinity."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise InputError(f"the model's weights contain NaN or infinity: {', '.join(bad)}")
+
+
+def _expand(model: nn.Module, pattern: str) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Every (indices, path) of ``pattern`` in ``model``, in the order of the module lists."""
+    head, star, tail = pattern.partition(".*")
+    try:
+        module = model.get_submodule(head)
+    except AttributeError:
+        raise InputError(f"the model has no module {head!r}; was it made for another version of transformers?") from None
+    if not star:
+        yield (), head
+        return
+    if not isinstance(module, nn.ModuleList):
+        raise InputError(f"expected a module list at {head!r}, found {type(module).__name__}")
+    for index in range(len(module)):
+        for deeper, path in _expand(model, f"{head}.{index}{tail}"):
+            yield (index, *deeper), path
+
+
+def _describe(model: nn.Module, path: str, names: _Names, problems: list[str]) -> tuple[int, int] | None:
+    """(width, hidden) of the MLP at ``path``; None, and entries in ``problems``, when it is not as expected."""
+    try:
+        mlp = model.get_submodule(path)
+    except AttributeError:
+        problems.append(f"{path} is missing")
+        return None
+    children = dict(mlp.named_children())
+    linears = [*names.first, names.last]
+    wrong = [
+        f"{path}.{name} is {type(children[name]).__name__ if name in children else 'missing'}, not a Linear"
+        for name in linears
+        if not isinstance(children.get(name), nn.Linear)
+    ]
+    if names.activation not in children:
+        wrong.append(f"{path}.{names.activation} is missing")
+    if wrong:
+        problems += wrong
+        return None
+    first = [tuple(children[name].weight.shape) for name in names.first]
+    last = tuple(children[names.last].weight.shape)
+    if any(shape != (last[1], last[0]) for shape in first):
+        shapes = ", ".join(f"{name} {list(children[name].weight.shape)}" for name in linears)
+        problems.append(f"the shapes in {path} do not fit together: {shapes}")
+        return None
+    return last[0], last[1]
+
+
+def _check_scale(model: nn.Module, path: str, width: int, problems: list[str]) -> None:
+    owner, _, name = path.rpartition(".")
+    try:
+        shape = list(model.get_submodule(owner).get_parameter(name).shape)
+    except AttributeError:
+        problems.append(f"{path} is missing")
+        return
+    if shape != [width]:
+        problems.append(f"{path} has shape {shape}, not [{width}]")
+
+
+def _aliases(model: nn.Module, sites: list[MLPSite]) -> list[str]:
+    """Modules or weights that appear in more than one place of the MLPs."""
+    owner: dict[int, str] = {}
+    problems = []
+    for site in sites:
+        mlp = model.get_submodule(site.path)
+        parts: list[tuple[str, object]] = [(site.path, mlp)]
+        parts += [(f"{site.path}.{name}.weight", mlp.get_parameter(f"{name}.weight")) for name in (*site.first, site.last)]
+        for path, part in parts:
+            if id(part) in owner:
+                problems.append(f"{path} is the same object as {owner[id(part)]}")
+            owner.setdefault(id(part), path)
+    return problems
