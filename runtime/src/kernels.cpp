@@ -88,9 +88,13 @@ inline uint64_t spread(uint64_t word) {
 // 8 codes from whole bytes.
 template <int bits>
 inline uint64_t read_codes(const uint8_t* stream) {
-  uint64_t word = 0;
-  std::memcpy(&word, stream, bits);
-  return spread<bits>(word);
+  if constexpr (bits == 3) {
+    return spread<3>(stream[0] | uint64_t{stream[1]} << 8 | uint64_t{stream[2]} << 16);
+  } else {
+    uint64_t word = 0;
+    std::memcpy(&word, stream, bits);
+    return spread<bits>(word);
+  }
 }
 
 // Up to 8 codes from bit position `bit`; what lies beyond `end` reads as zero.

@@ -1,0 +1,199 @@
+import numpy as np
+import pytest
+from fips_ort.bits import pack_bits, packed_size, unpack_bits
+from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
+from fips_ort.ops import ATTRIBUTES, node_attributes, op_type
+from fips_ort.packed import PackedWeight, dequantize, pack, unpack
+from fips_ort.reference import q_matmul
+from hypothesis import given
+from hypothesis import strategies as st
+from op_samples import PATTERNS, layouts, random_levels, random_mask, random_weight
+
+
+@st.composite
+def any_layout(draw: st.DrawFn) -> Layout:
+    pattern = Pattern.parse(draw(st.sampled_from(PATTERNS)))
+    unit = 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
+    block_size = unit * draw(st.integers(1, 3))
+    axis = draw(st.sampled_from((0, 1)))
+    sizes = draw(st.tuples(*[st.integers(0, 3)] * 4).filter(any))
+    segments = tuple(size * (block_size if axis else 1) for size in sizes)
+    other = draw(st.integers(1, 4))
+    rows, columns = (other, sum(segments)) if axis else (sum(segments), other * block_size)
+    return Layout(rows, columns, block_size, segments, axis, draw(st.booleans()), pattern)
+
+
+@given(st.integers(1, 8), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_bits_unpack_to_what_was_packed(bits: int, count: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 1 << bits, count, dtype=np.uint8)
+    stream = pack_bits(values, bits)
+    assert stream.size == packed_size(count, bits)
+    np.testing.assert_array_equal(unpack_bits(stream, bits, count), values)
+
+
+def test_bits_are_least_significant_first() -> None:
+    # 5 = 101, 3 = 011, 6 = 110: bit positions 0…8 hold 101 110 011.
+    assert pack_bits(np.array([5, 3, 6], np.uint8), 3).tolist() == [0b10011101, 0b1]
+
+
+def test_bits_refuse_values_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="value 8 does not fit in 3 bits"):
+        pack_bits(np.array([1, 8], np.uint8), 3)
+    with pytest.raises(ValueError, match="bits must be 1…8, got 9"):
+        pack_bits(np.zeros(1, np.uint8), 9)
+    with pytest.raises(ValueError, match="2 bytes is too short for 6 values of 3 bits"):
+        unpack_bits(np.zeros(2, np.uint8), 3, 6)
+
+
+@given(any_layout(), st.integers(0, 2**32 - 1))
+def test_unpack_is_the_inverse_of_pack(layout: Layout, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    levels, mask = random_levels(rng, layout), random_mask(rng, layout)
+    scales = rng.uniform(0.1, 1.0, layout.scales_shape).astype(np.float16)
+    packed = pack(levels, scales, mask, layout)
+    again, scales_again, mask_again = unpack(packed)
+    np.testing.assert_array_equal(again, levels if mask is None else levels * mask)
+    np.testing.assert_array_equal(scales_again, scales)
+    assert (mask_again is None) == (mask is None)
+    if mask is not None:
+        np.testing.assert_array_equal(mask_again, mask)
+    expected = (levels + 0.5 * layout.midrise) * np.repeat(scales.astype(np.float64), layout.block_size, axis=1)
+    if mask is not None:
+        expected = expected * mask
+    np.testing.assert_array_equal(dequantize(packed), expected)
+
+
+def test_dequantized_by_hand() -> None:
+    layout = Layout(rows=2, columns=8, block_size=8, segments=(1, 0, 0, 1), pattern=BITMAP, midrise=True)
+    levels = np.array([[100, 0, 0, 0, 0, 0, 0, -128], [0, 1, -2, 0, 0, 0, 0, 0]], np.int8)
+    mask = np.array([[1, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 1, 0]], bool)
+    packed = pack(levels, np.array([[2.0], [0.5]], np.float16), mask, layout)
+    # 8 bits: 100 + 128, -128 + 128. 2 bits: 1 + 2 = 11, -2 + 2 = 00, 0 + 2 = 10, least significant first.
+    assert packed.codes.tolist() == [228, 0, 0b100011]
+    assert packed.pattern.tolist() == [0b10000001, 0b01000110]
+    expected = np.zeros((2, 8), np.float32)
+    expected[0, 0], expected[0, 7] = 201.0, -255.0
+    expected[1, 1], expected[1, 2], expected[1, 6] = 0.75, -0.75, 0.25
+    np.testing.assert_array_equal(dequantize(packed), expected)
+
+
+def test_indices_of_n_of_m_by_hand() -> None:
+    layout = Layout.uniform(1, 16, 4, 16, pattern=Pattern(2, 4))
+    mask = np.array([[1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1]], bool)
+    levels = np.arange(-8, 8, dtype=np.int8)[None]
+    packed = pack(levels, np.ones((1, 1), np.float16), mask, layout)
+    assert packed.pattern.tolist() == [0b11_01_01_00, 0b11_10_11_00]
+    assert packed.codes.tolist() == [0x10, 0x75, 0xB8, 0xFE]
+    np.testing.assert_array_equal(dequantize(packed), levels * mask)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_stored_bytes(pattern: str) -> None:
+    rng = np.random.default_rng(0)
+    for layout in layouts(pattern):
+        weight = random_weight(rng, layout)
+        entries = layout.rows * layout.columns
+        assert weight.nbytes == weight.codes.size + weight.pattern.size + 2 * entries // layout.block_size
+        if layout.pattern.is_n_of_m:
+            kept = entries * layout.pattern.keep // layout.pattern.of
+            assert weight.pattern.size * 8 == kept * layout.pattern.index_bits
+        else:
+            assert weight.pattern.size * 8 == (0 if layout.pattern == DENSE else entries)
+
+
+def test_layout_refuses_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="block_size 48 does not divide the 64 columns"):
+        Layout.uniform(4, 64, 4, 48)
+    with pytest.raises(ValueError, match="block_size 16 is not a multiple of 32, as pattern 1:4 needs"):
+        Layout.uniform(4, 64, 4, 16, pattern=Pattern(1, 4))
+    with pytest.raises(ValueError, match=r"segments \(1, 1, 1, 0\) do not add up to the 4 entries of axis 0"):
+        Layout(4, 64, 16, (1, 1, 1, 0))
+    with pytest.raises(ValueError, match="not multiples of block_size 16"):
+        Layout(4, 64, 16, (8, 56, 0, 0), segment_axis=1)
+    with pytest.raises(ValueError, match="bits must be one of"):
+        Layout.uniform(4, 64, 5, 16)
+    with pytest.raises(ValueError, match=r"rows and columns must be positive, got 0 x 64"):
+        Layout.uniform(0, 64, 4, 16)
+    with pytest.raises(ValueError, match="segment_axis must be 0 or 1, got 2"):
+        Layout(4, 64, 16, (4, 0, 0, 0), segment_axis=2)
+    with pytest.raises(ValueError, match="unsupported pattern 3:4"):
+        Pattern(3, 4)
+    with pytest.raises(ValueError, match="unsupported pattern '4:4'"):
+        Pattern.parse("4:4")
+
+
+def test_pack_refuses_what_the_layout_cannot_hold() -> None:
+    layout = Layout.uniform(1, 32, 2, 32, pattern=Pattern(1, 4))
+    scales = np.ones((1, 1), np.float16)
+    mask = np.tile([True, False, False, False], 8)[None]
+    with pytest.raises(ValueError, match="outside the range of 2 bits"):
+        pack(np.full((1, 32), 2, np.int8), scales, mask, layout)
+    with pytest.raises(ValueError, match="exactly 1 of every 4"):
+        pack(np.zeros((1, 32), np.int8), scales, ~mask, layout)
+    with pytest.raises(ValueError, match="needs a mask"):
+        pack(np.zeros((1, 32), np.int8), scales, None, layout)
+    with pytest.raises(ValueError, match="levels have shape"):
+        pack(np.zeros((2, 32), np.int8), scales, mask, layout)
+
+
+def test_packed_weight_refuses_wrong_streams() -> None:
+    weight = random_weight(np.random.default_rng(0), Layout.uniform(2, 64, 3, 32, pattern=BITMAP))
+    layout, codes, pattern, scales = weight.layout, weight.codes, weight.pattern, weight.scales
+    with pytest.raises(ValueError, match=f"codes have {codes.size - 1} bytes, expected {codes.size}"):
+        PackedWeight(layout, codes[:-1], pattern, scales)
+    with pytest.raises(ValueError, match="pattern has 15 bytes, expected 16"):
+        PackedWeight(layout, codes, pattern[:-1], scales)
+    with pytest.raises(ValueError, match=r"scales are float16 \(1, 2\), expected float16 \(2, 2\)"):
+        PackedWeight(layout, codes, pattern, scales[:1])
+    with pytest.raises(ValueError, match="scales are float32"):
+        PackedWeight(layout, codes, pattern, scales.astype(np.float32))
+
+
+def test_unpack_refuses_indices_that_do_not_ascend() -> None:
+    weight = random_weight(np.random.default_rng(0), Layout.uniform(1, 16, 4, 16, pattern=Pattern(2, 4)))
+    bad = PackedWeight(weight.layout, weight.codes, np.zeros_like(weight.pattern), weight.scales)
+    with pytest.raises(ValueError, match="not ascending"):
+        unpack(bad)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_reference_is_the_product_with_the_dequantized_matrix(pattern: str) -> None:
+    rng = np.random.default_rng(0)
+    for layout in layouts(pattern):
+        weight = random_weight(rng, layout)
+        stored = dequantize(weight).astype(np.float64)
+        a = rng.standard_normal((2, 3, layout.columns)).astype(np.float32)
+        bias = rng.standard_normal(layout.rows).astype(np.float32)
+        exact = a @ stored.T + bias
+        np.testing.assert_allclose(q_matmul(a, weight, bias=bias), exact, rtol=0, atol=2e-6 * np.abs(exact).max())
+        # Rounding to 255 levels: at most half a step per activation, against weights of at most |stored|.
+        steps = np.abs(a).reshape(2, 3, -1, layout.block_size).max(axis=-1) / 127
+        bound = np.repeat(steps, layout.block_size, axis=-1) @ np.abs(stored).T / 2
+        assert np.all(np.abs(q_matmul(a, weight, bias=bias, accuracy_level=4) - exact) <= 1.001 * bound + 1e-5)
+
+
+def test_int8_activations_by_hand() -> None:
+    layout = Layout.uniform(1, 16, 8, 8)
+    levels = np.arange(16, dtype=np.int8)[None]
+    weight = pack(levels, np.array([[2.0, 1.0]], np.float16), None, layout)
+    a = np.zeros((1, 16), np.float32)
+    a[0, 1], a[0, 2] = 127.0, 0.5      # step 1: rounds to 127 and, half to even, 0; the second block is all zeros
+    np.testing.assert_array_equal(q_matmul(a, weight, accuracy_level=4), [[254.0]])
+    with pytest.raises(ValueError, match="accuracy_level must be 0 or 4, got 1"):
+        q_matmul(a, weight, accuracy_level=1)
+
+
+def test_attributes_of_nodes() -> None:
+    layout = Layout(rows=3, columns=64, block_size=32, segments=(1, 0, 2, 0), midrise=True, pattern=Pattern(2, 8))
+    attributes = node_attributes(layout, True, 4)
+    assert attributes == {
+        "K": 64, "N": 3, "transB": 1, "block_size": 32, "segment_axis": 0, "size_8bit": 1, "size_4bit": 0,
+        "size_3bit": 2, "size_2bit": 0, "midrise": 1, "accuracy_level": 4, "keep": 2, "of": 8,
+    }
+    assert tuple(attributes) == ATTRIBUTES[op_type(layout)]
+    plain = Layout.uniform(3, 64, 2, 32)
+    assert (op_type(plain), op_type(layout)) == ("QMatMul", "SparseQMatMul")
+    assert tuple(node_attributes(plain, False, 0)) == ATTRIBUTES["QMatMul"]
+    assert (node_attributes(plain, False, 0)["K"], node_attributes(plain, False, 0)["N"]) == (3, 64)
+    with pytest.raises(ValueError, match="accuracy_level must be 0 or 4, got 2"):
+        node_attributes(plain, True, 2)
