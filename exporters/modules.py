@@ -43,7 +43,7 @@ class PackedMatrix(nn.Module):
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{op_type(self.layout)}",
             (x, *stored, bias),
-            attributes,
+            {**attributes},
             dtype=x.dtype,
             shape=(*x.shape[:-1], attributes["N"]),
             version=VERSION,
@@ -85,22 +85,32 @@ class PackedMLPModule(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """float32 [..., d] → float32 [..., d]."""
-        t = self.basis.matmul(hidden_states, trans_b=True, bias=None, name=f"{self.path}/basis_in")
+        t = self.basis.matmul(hidden_states, trans_b=True, bias=None, name=input_node(self.path))
         activated = self.get_submodule(self._activation)(self._project(self._first[0], t))
         if len(self._first) == 2:
             activated = activated * self._project(self._first[1], t)
         last = self._projection(self._last)
-        reduced = last.matmul(activated, trans_b=True, bias=None, name=f"{self.path}/{self._last}")
+        reduced = last.matmul(activated, trans_b=True, bias=None, name=linear_node(self.path, self._last))
         return self.basis.matmul(reduced, trans_b=False, bias=last.bias, name=output_node(self.path))
 
     def _project(self, child: str, t: Tensor) -> Tensor:
         projection = self._projection(child)
-        return projection.matmul(t, trans_b=True, bias=projection.bias, name=f"{self.path}/{child}")
+        return projection.matmul(t, trans_b=True, bias=projection.bias, name=linear_node(self.path, child))
 
     def _projection(self, child: str) -> PackedProjection:
         projection = self.get_submodule(child)
         assert isinstance(projection, PackedProjection)
         return projection
+
+
+def input_node(path: str) -> str:
+    """Name of the graph node of the MLP at ``path`` that multiplies its input with the shared basis."""
+    return f"{path}/basis_in"
+
+
+def linear_node(path: str, child: str) -> str:
+    """Name of the graph node of a projection."""
+    return f"{path}/{child}"
 
 
 def output_node(path: str) -> str:

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 _FORMAT = "fips-packed-model"
 _VERSION = 1
+_PARTS = ("codes", "pattern", "scales")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +92,7 @@ def save_packed_model(packed: PackedModel, path: Path) -> None:
     arrays: dict[str, NDArray[Any]] = {}
 
     def describe(name: str, weight: PackedWeight) -> dict[str, Any]:
-        arrays.update({f"{name}.codes": weight.codes, f"{name}.pattern": weight.pattern, f"{name}.scales": weight.scales})
+        arrays.update({f"{name}.{part}": getattr(weight, part) for part in _PARTS})
         return asdict(weight.layout)
 
     def describe_linear(name: str, linear: PackedLinear) -> dict[str, Any]:
@@ -131,11 +132,11 @@ def load_packed_model(path: Path) -> PackedModel:
             raise ValueError(f"{path}: packed model of version {structure['version']}, expected {_VERSION}")
 
         def weight(name: str, layout: dict[str, Any]) -> PackedWeight:
-            parts = (file.get_tensor(f"{name}.{part}") for part in ("codes", "pattern", "scales"))
-            return PackedWeight(_layout(layout), *parts)
+            return PackedWeight(_layout(layout), *(file.get_tensor(f"{name}.{part}") for part in _PARTS))
 
         def linear(name: str, entry: dict[str, Any]) -> PackedLinear:
-            return PackedLinear(weight(name, entry["layout"]), file.get_tensor(f"{name}.bias") if entry["bias"] else None)
+            bias = file.get_tensor(f"{name}.bias") if entry["bias"] else None
+            return PackedLinear(weight(name, entry["layout"]), bias)
 
         return PackedModel(
             {name: weight(f"{BASES}.{name}", layout) for name, layout in structure["bases"].items()},

@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import DeduplicateHashedInitializersPass
 
 from exporters.modules import NODE_NAME
 
@@ -38,17 +37,22 @@ def name_initializers(model: ir.Model, prefix: str, tensors: dict[str, np.ndarra
             names[_digest(np.ascontiguousarray(array.T))] = name
     taken = {value.name for value in model.graph.initializers.values()}
     for value in list(model.graph.initializers.values()):
-        name = value.name.removeprefix(prefix)
+        name = (value.name or "").removeprefix(prefix)
         if name not in tensors:
-            name = names.get(_digest(value.const_value.numpy())) or _constant_name(value)
+            name = names.get(_digest(tensor_of(value).numpy())) or _constant_name(value)
         taken.discard(value.name)
         value.name = _unique(name, taken)
         taken.add(value.name)
 
 
 def deduplicate_initializers(model: ir.Model) -> None:
-    """Store initializers of equal dtype, shape and bytes once."""
-    DeduplicateHashedInitializersPass(size_limit=2**62)(model)
+    """Store initializers of equal dtype, shape and bytes once, under the name of the first."""
+    first: dict[str, ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        kept = first.setdefault(_digest(tensor_of(value).numpy()), value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del model.graph.initializers[name]
 
 
 def store_float16(model: ir.Model) -> None:
@@ -58,9 +62,9 @@ def store_float16(model: ir.Model) -> None:
     """
     first = model.graph[0]
     for value in list(model.graph.initializers.values()):
-        if value.dtype != ir.DataType.FLOAT or value.const_value.size < 2:
+        if value.dtype != ir.DataType.FLOAT or tensor_of(value).size < 2:
             continue
-        array = value.const_value.numpy()
+        array = tensor_of(value).numpy()
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         if not np.array_equal(half.astype(np.float32), array):
@@ -68,7 +72,8 @@ def store_float16(model: ir.Model) -> None:
         name = value.name
         assert name is not None
         del model.graph.initializers[name]
-        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=ir.Tensor(half, name=name))
+        half_type = ir.TensorType(ir.DataType.FLOAT16)
+        stored = ir.Value(name=name, shape=value.shape, type=half_type, const_value=ir.Tensor(half, name=name))
         model.graph.register_initializer(stored)
         cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value}, name=f"{name}/Cast")
         output = cast.outputs[0]
@@ -90,6 +95,12 @@ def strip(model: ir.Model) -> None:
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def tensor_of(value: ir.Value) -> ir.TensorProtocol:
+    """The data of an initializer."""
+    assert value.const_value is not None
+    return value.const_value
 
 
 def _module_path(node: ir.Node, prefix: str) -> str:

@@ -6,6 +6,7 @@ same weights. Order of use: :func:`fix_position_embeddings`, :func:`quantize_lin
 
 import copy
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ def fix_position_embeddings(model: nn.Module, height: int, width: int) -> None:
     Changes ``model`` in place; the model computes the same for images of this size. Models that do not
     interpolate (ViT, DeiT, Swin) are left as they are.
     """
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         interpolate = getattr(module, "interpolate_pos_encoding", None)
         positions = getattr(module, "position_embeddings", None)
         if interpolate is None or not isinstance(positions, nn.Parameter):
@@ -59,7 +61,9 @@ def round_to_float16(model: nn.Module) -> nn.Module:
     return result
 
 
-def quantize_linears(model: nn.Module, bits: int, block_size: int, skip: Collection[str] = (), accuracy_level: int = 0) -> nn.Module:
+def quantize_linears(
+    model: nn.Module, bits: int, block_size: int, skip: Collection[str] = (), accuracy_level: int = 0
+) -> nn.Module:
     """A copy of ``model`` whose linear layers outside the packed MLPs are :class:`NBitsLinear`.
 
     ``skip``: module paths left alone (the classifier). Raises ValueError naming all layers whose input
@@ -125,7 +129,9 @@ class NBitsLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def quantize_blocks(weight: NDArray[np.float32], bits: int, block_size: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+def quantize_blocks(
+    weight: NDArray[np.float32], bits: int, block_size: int
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Round ``weight`` [N, K] to signed levels (int8 [N, K]) times float16 scales [N, K / block_size].
 
     The entry of largest magnitude of each block becomes the lowest level ``-2**(bits-1)``, by a negative scale
@@ -156,7 +162,9 @@ def pack_nbits(levels: NDArray[np.int8], bits: int, block_size: int) -> NDArray[
     """
     codes = (levels.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
     codes = codes.reshape(levels.shape[0], -1, block_size)
-    return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+    if bits == 8:
+        return codes
+    return np.bitwise_or(codes[..., 0::2], np.left_shift(codes[..., 1::2], np.uint8(4)))
 
 
 def unpack_nbits(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:

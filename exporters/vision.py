@@ -78,7 +78,7 @@ def export_vision(model: nn.Module, pixel_shape: tuple[int, int, int]) -> ir.Mod
     if DOMAIN in used:
         exported.opset_imports[DOMAIN] = VERSION
         for proto in op_functions(OPSET):
-            function = ir.from_proto(proto)
+            function = ir.serde.deserialize_function(proto)
             exported.functions[function.identifier()] = function
     return exported
 

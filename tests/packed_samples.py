@@ -1,9 +1,14 @@
 """Tiny models with MLPs packed from random levels: material of the artefact tests."""
 
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
+import onnx_ir as ir
 import torch
-from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
 from fips_ort.layout import Layout, Pattern
+from fips_ort.manifest import Manifest
 from fips_ort.packed import PackedWeight, pack
 from torch import nn
 from transformers import (
@@ -17,8 +22,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from exporters.artifact import Golden, Provenance, write_artifact
+from exporters.modules import install_packed
+from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
+from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
+from exporters.vision import export_vision
+
 COMMON = {"image_size": 16, "patch_size": 4, "num_labels": 10, "initializer_range": 0.2}
-SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, **COMMON}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, **COMMON}
 
 
 def tiny_model(kind: str, seed: int = 0) -> nn.Module:
@@ -33,18 +44,45 @@ def tiny_model(kind: str, seed: int = 0) -> nn.Module:
     elif kind == "dinov2_swiglu":
         model = Dinov2ForImageClassification(Dinov2Config(mlp_ratio=3, use_swiglu_ffn=True, **SMALL))
     elif kind == "swin":
-        config = SwinConfig(embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=2, mlp_ratio=2, drop_path_rate=0.0, **COMMON)
+        config = SwinConfig(embed_dim=32, depths=[2, 1], num_heads=[2, 4], window_size=2, mlp_ratio=2, **COMMON)
         model = SwinForImageClassification(config)
     else:
         raise ValueError(kind)
     for parameter in model.parameters():
         if parameter.ndim == 1:
-            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
     return model.eval()
 
 
-def pixel_shape(kind: str) -> tuple[int, int, int]:
-    return 3, 16, 16
+PIXEL_SHAPE = (3, 16, 16)
+
+
+def images(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, *PIXEL_SHAPE)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A packed model, the torch module of its stored numbers and its exported graph."""
+
+    packed: PackedModel
+    module: nn.Module
+    graph: ir.Model
+
+    def logits(self, pixel_values: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return self.module(pixel_values=torch.from_numpy(pixel_values)).logits.numpy()
+
+
+@functools.cache
+def sample(kind: str, pattern: str, graded: bool = False, accuracy_level: int = 0) -> Sample:
+    """Exported once per test process; the rest of the model is float16, attention 4 bits. Not to be changed."""
+    dense = tiny_model(kind)
+    fix_position_embeddings(dense, *PIXEL_SHAPE[1:])
+    packed = random_packed(dense, pattern, graded=graded)
+    module = quantize_linears(install_packed(dense, packed, accuracy_level), 4, 32, skip=["classifier"])
+    module = round_to_float16(module)
+    return Sample(packed, module, export_vision(module, PIXEL_SHAPE))
 
 
 def mlp_paths(model: nn.Module) -> list[str]:
@@ -113,3 +151,12 @@ def random_packed(model: nn.Module, pattern: str, *, per_group: int = 2, bits: i
             "act_fn" if hasattr(mlp, "act_fn") else "activation_fn",
         ))
     return PackedModel(bases, mlps)
+
+
+def write_sample(folder: Path, exported: Sample, *, max_shard_size: int = 1 << 30, title: str = "sample") -> Manifest:
+    """The artefact of a sample, with golden outputs computed by PyTorch."""
+    x = images(3)
+    golden = Golden({"pixel_values": x}, {"logits": exported.logits(x)})
+    provenance = Provenance(title, "Random weights.", {"name": title}, {"torch": torch.__version__})
+    save_config = exported.module.config.save_pretrained
+    return write_artifact(folder, exported.graph, exported.packed, golden, provenance, save_config, max_shard_size)

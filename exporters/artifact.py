@@ -1,0 +1,286 @@
+"""The artefact: a folder with graph, weights, manifest and all an edge device needs beside onnxruntime.
+
+It is written into a sibling folder and moved into place when complete, so that an artefact that was there
+before survives a full disk or a crash. Nothing in it depends on time or place: two runs write the same bytes.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from fips_ort.errors import ArtifactError
+from fips_ort.manifest import (
+    MANIFEST,
+    FileEntry,
+    GoldenEntry,
+    Manifest,
+    TensorEntry,
+    WeightEntry,
+    sha256,
+)
+from fips_ort.native import library_path
+from fips_ort.packed import PackedWeight
+from numpy.typing import NDArray
+
+from exporters.packed_model import PackedModel
+from exporters.passes import tensor_of
+
+MODEL = "model.onnx"
+INLINE_BYTES = 256
+"""Initializers below this size stay in the graph: shapes and scalars, which graph optimizers read."""
+_PAGE, _LINE = 4096, 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Golden:
+    """Inputs and the outputs the model must give for them, by name; float32 or int64 arrays.
+
+    ``tolerance``: allowed difference relative to the largest magnitude of an output. At accuracy_level 0 all
+    backends compute in float32 and differ only in the order of summation (about 1e-6); 1e-3 is the bound at
+    which parity is a failure. With int8 activations (level 4) the native kernels also round activations.
+    """
+
+    inputs: Mapping[str, NDArray[Any]]
+    outputs: Mapping[str, NDArray[Any]]
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What an artefact says about itself: ``title`` and ``notes`` (Markdown: model, licence terms) go into its
+    README, ``recipe`` and library ``versions`` into the manifest."""
+
+    title: str
+    notes: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+
+
+def write_artifact(
+    folder: Path,
+    model: ir.Model,
+    packed: PackedModel,
+    golden: Golden,
+    provenance: Provenance,
+    save_config: Callable[[Path], object],
+    max_shard_size: int,
+) -> Manifest:
+    """Write the artefact into ``folder``, replacing one that is there.
+
+    ``save_config`` is called with the folder being written and saves config.json, preprocessor_config.json and
+    whatever else belongs to the model. Raises ArtifactError if the disk is too small or a write fails; then
+    ``folder`` is as it was before.
+    """
+    recover(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    library = library_path()
+    _check_space(folder.parent, model, golden, library)
+    partial = _sibling(folder, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        save_config(partial)
+        tensors = _write_model(partial, model, max_shard_size)
+        shutil.copyfile(library, partial / library.name)
+        (partial / "README.md").write_text(_readme(provenance, golden), encoding="utf-8")
+        manifest = Manifest(
+            model=MODEL,
+            library=library.name,
+            golden=_write_golden(partial, golden),
+            tensors=tensors,
+            weights=[_weight_entry(name, weight) for name, weight in packed.weights().items()],
+            files=_list_files(partial),
+            recipe=provenance.recipe,
+            versions=provenance.versions,
+        )
+        (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _synchronize(partial / MANIFEST)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(f"{folder}: cannot write the artefact: {error.strerror or error}") from error
+        raise
+    _move_into_place(partial, folder)
+    return manifest
+
+
+def recover(folder: Path) -> None:
+    """Put back the old artefact if a crash hit between moving it away and moving the new one in."""
+    old = _sibling(folder, "old")
+    if not old.exists():
+        return
+    if folder.exists():
+        shutil.rmtree(old)
+    else:
+        os.replace(old, folder)
+
+
+def plan_shards(sizes: list[int], max_shard_size: int) -> list[list[tuple[int, int]]]:
+    """Distribute tensors, in order, over files: per file a list of (index of the tensor, offset).
+
+    Offsets are multiples of 64 (a cache line), and of 4096 (a page) for tensors of 1 MiB or more. A tensor larger
+    than ``max_shard_size`` gets a file of its own.
+    """
+    shards: list[list[tuple[int, int]]] = []
+    end = 0
+    for index, size in enumerate(sizes):
+        alignment = _PAGE if size >= 1 << 20 else _LINE
+        offset = -(-end // alignment) * alignment
+        if not shards or offset + size > max_shard_size:
+            shards.append([])
+            offset = 0
+        shards[-1].append((index, offset))
+        end = offset + size
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """``model.onnx.data``, or ``model-00001-of-0000N.onnx.data`` and so on."""
+    if count == 1:
+        return [f"{MODEL}.data"]
+    return [f"model-{number:05d}-of-{count:05d}.onnx.data" for number in range(1, count + 1)]
+
+
+def _write_model(folder: Path, model: ir.Model, max_shard_size: int) -> list[TensorEntry]:
+    values = list(model.graph.initializers.values())
+    external = [value for value in values if tensor_of(value).nbytes >= INLINE_BYTES]
+    shards = plan_shards([tensor_of(value).nbytes for value in external], max_shard_size)
+    places: dict[str, tuple[str, int]] = {}
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+        with (folder / name).open("wb") as file:
+            for index, offset in shard:
+                file.write(bytes(offset - file.tell()))
+                file.write(tensor_of(external[index]).tobytes())
+                places[external[index].name or ""] = (name, offset)
+    with _external_data(external, places, folder):
+        data = ir.to_proto(model).SerializeToString(deterministic=True)
+    (folder / MODEL).write_bytes(data)
+    return [
+        TensorEntry(
+            name=value.name or "",
+            dtype=tensor_of(value).dtype.name,
+            shape=list(tensor_of(value).shape.numpy()),
+            bytes=tensor_of(value).nbytes,
+            file=places.get(value.name or "", (MODEL, 0))[0],
+        )
+        for value in values
+    ]
+
+
+@contextlib.contextmanager
+def _external_data(values: list[ir.Value], places: dict[str, tuple[str, int]], folder: Path) -> Iterator[None]:
+    """While active, ``values`` refer to files instead of holding their data."""
+    originals = [(value, tensor_of(value)) for value in values]
+    try:
+        for value, tensor in originals:
+            location, offset = places[value.name or ""]
+            value.const_value = ir.ExternalTensor(
+                location,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir=folder,
+            )
+        yield
+    finally:
+        for value, tensor in originals:
+            value.const_value = tensor
+
+
+def _write_golden(folder: Path, golden: Golden) -> GoldenEntry:
+    (folder / "golden").mkdir()
+
+    def write(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+        for name, array in arrays.items():
+            np.save(folder / "golden" / f"{name}.npy", array, allow_pickle=False)
+        return {name: f"golden/{name}.npy" for name in arrays}
+
+    return GoldenEntry(write(golden.inputs), write(golden.outputs), golden.tolerance)
+
+
+def _weight_entry(name: str, weight: PackedWeight) -> WeightEntry:
+    layout = weight.layout
+    return WeightEntry(
+        name=name,
+        rows=layout.rows,
+        columns=layout.columns,
+        block_size=layout.block_size,
+        segments=list(layout.segments),
+        segment_axis=layout.segment_axis,
+        midrise=layout.midrise,
+        pattern=str(layout.pattern),
+        bytes=weight.nbytes,
+    )
+
+
+def _list_files(folder: Path) -> list[FileEntry]:
+    entries = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _synchronize(path)
+        entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, sha256(path)))
+    return entries
+
+
+def _synchronize(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _check_space(parent: Path, model: ir.Model, golden: Golden, library: Path) -> None:
+    arrays = [*golden.inputs.values(), *golden.outputs.values()]
+    tensors = [tensor_of(value).nbytes + _LINE for value in model.graph.initializers.values()]
+    # The last term is for graph, manifest, configuration and the padding of large tensors.
+    needed = sum(tensors) + sum(array.nbytes for array in arrays) + library.stat().st_size + (4 << 20)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ArtifactError(f"{parent}: the artefact needs about {needed:,} bytes of disk, {free:,} are free")
+
+
+def _move_into_place(partial: Path, folder: Path) -> None:
+    old = _sibling(folder, "old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(folder: Path, role: str) -> Path:
+    return folder.with_name(f".{folder.name}.{role}")
+
+
+def _readme(provenance: Provenance, golden: Golden) -> str:
+    shapes = {name: ("batch", *array.shape[1:]) for name, array in golden.inputs.items()}
+    inputs = ", ".join(f"`{name}` ({' × '.join(map(str, shape))})" for name, shape in shapes.items())
+    feeds = ", ".join(f'"{name}": {name}' for name in shapes)
+    return f"""# {provenance.title}
+
+An image classifier with MLPs factorized into shared, sparse, quantized matrices (FiPS). Inputs: {inputs};
+outputs: {', '.join(f'`{name}`' for name in golden.outputs)}.
+
+## Load it
+
+```python
+from fips_ort.load import load
+
+session = load("path/to/this/folder")
+({', '.join(golden.outputs)},) = session.run(None, {{{feeds}}})
+```
+
+This needs the packages `fips-ort`, `onnxruntime` (1.17 or newer) and `numpy`. Without `fips-ort`, any ONNX Runtime
+opens `{MODEL}` by its path and computes the same from the functions in the model, more slowly. Programs in other
+languages register the native library in this folder with their session options (`RegisterCustomOps`).
+
+`python -m fips_ort.validate FOLDER` proves that the folder is complete, unchanged and computes what it should.
+
+## Notes
+
+{provenance.notes}
+"""

@@ -1,0 +1,157 @@
+"""Audit of an artefact's graph: every initializer takes the bytes it was promised to take, and is stored once."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from fips_ort.bits import packed_size
+from fips_ort.ops import DOMAIN
+from fips_ort.packed import PackedWeight, unpack
+from numpy.typing import NDArray
+
+from exporters.artifact import MODEL
+from exporters.modules import input_node, linear_node, output_node
+from exporters.packed_model import PackedModel
+from exporters.passes import tensor_of
+
+SMALLEST = 64
+"""Initializers below this size are shapes and scalars: they may repeat, and stay float32."""
+
+Kind = Literal["basis", "projection", "bias", "matmul_nbits", "rest"]
+
+
+class AuditError(ValueError):
+    """The graph does not store what was promised; the message lists every violation."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """An initializer: ``bytes`` as stored and as ``promised`` by the layouts and the storage of the rest."""
+
+    name: str
+    kind: Kind
+    bytes: int
+    promised: int
+
+
+def audit(artifact: Path | ir.Model, packed: PackedModel, rest: Literal["float16", "float32"]) -> list[AuditRow]:
+    """Check the graph of an artefact's folder (or in memory) against the packed model it was made of.
+
+    ``rest``: how floating weights outside the packed MLPs and n-bit layers are stored. Returns one row per
+    initializer, in the graph's order. Raises AuditError if bytes differ from the promised ones, packed streams
+    from those of ``packed``, a shared basis is stored twice, or two initializers have equal type, shape and bytes.
+    """
+    model = artifact if isinstance(artifact, ir.Model) else ir.load(artifact / MODEL)
+    nodes = {node.name or "": node for node in model.graph}
+    promises: dict[str, tuple[Kind, int]] = {}
+    violations = list(_match_weights(nodes, packed, promises))
+    violations += _match_matmul_nbits(model, promises)
+    rows = []
+    for name, value in model.graph.initializers.items():
+        size = tensor_of(value).nbytes
+        kind, promised = promises.get(name, ("rest", _promised_rest(value, rest)))
+        rows.append(AuditRow(name, kind, size, promised))
+        if size != promised:
+            violations.append(f"{name} ({kind}) takes {size} bytes, promised were {promised}")
+    violations += _repetitions(model)
+    if violations:
+        raise AuditError("; ".join(violations))
+    return rows
+
+
+def promised_bytes(weight: PackedWeight) -> dict[str, int]:
+    """Bytes of ``codes``, ``pattern`` and ``scales`` that follow from the layout, and a bitmap's number of ones."""
+    layout = weight.layout
+    mask = unpack(weight)[2]
+    codes = pattern = 0
+    for bits, rows, columns in layout.submatrices():
+        entries = (rows.stop - rows.start) * (columns.stop - columns.start)
+        kept = entries if mask is None else int(mask[rows, columns].sum())
+        codes += packed_size(kept, bits)
+        if mask is not None:
+            pattern += packed_size(kept if layout.pattern.is_n_of_m else entries, layout.pattern.index_bits)
+    return {"codes": codes, "pattern": pattern, "scales": 2 * layout.scales_shape[0] * layout.scales_shape[1]}
+
+
+def _match_weights(
+    nodes: dict[str, ir.Node], packed: PackedModel, promises: dict[str, tuple[Kind, int]]
+) -> Iterator[str]:
+    """Compare the inputs of every ``ai.fips`` node with its packed weight; fill in ``promises``."""
+    expected: dict[str, tuple[Kind, PackedWeight]] = {}
+    for mlp in packed.mlps:
+        for name in (input_node(mlp.path), output_node(mlp.path)):
+            expected[name] = ("basis", packed.bases[mlp.basis])
+        for child, linear in mlp.linears.items():
+            expected[linear_node(mlp.path, child)] = ("projection", linear.weight)
+    present = {name for name, node in nodes.items() if node.domain == DOMAIN}
+    if present != expected.keys():
+        yield f"nodes of {DOMAIN} differ from the packed model's: {', '.join(sorted(present ^ expected.keys()))}"
+    promised = {id(weight): promised_bytes(weight) for _, weight in expected.values()}
+    stored_as: dict[int, tuple[str, ...]] = {}
+    for name in sorted(present & expected.keys()):
+        kind, weight = expected[name]
+        parts = ["codes", "pattern", "scales"] if weight.layout.pattern.keep else ["codes", "scales"]
+        inputs = nodes[name].inputs
+        values = [value for value in inputs[1 : 1 + len(parts)] if value is not None]
+        for part, value in zip(parts, values, strict=True):
+            promises[value.name or ""] = (kind, promised[id(weight)][part])
+            if value.const_value is None or not np.array_equal(_bytes(value), _view(getattr(weight, part))):
+                yield f"{name}: {part} differ from the packed weight's"
+        if len(inputs) > 1 + len(parts) and (bias := inputs[-1]) is not None and bias.is_initializer():
+            promises[bias.name or ""] = ("bias", 4 * tensor_of(bias).size)
+        names = tuple(value.name or "" for value in values)
+        if stored_as.setdefault(id(weight), names) != names:
+            yield f"{name}: its {kind} is stored twice, as {names[0]} and {stored_as[id(weight)][0]}"
+
+
+def _match_matmul_nbits(model: ir.Model, promises: dict[str, tuple[Kind, int]]) -> list[str]:
+    violations = []
+    for node in model.graph:
+        if node.op_type != "MatMulNBits":
+            continue
+        size = node.attributes["N"].as_int() * node.attributes["K"].as_int()
+        codes, scales = node.inputs[1], _behind_cast(node.inputs[2])
+        if codes is None or scales is None:
+            violations.append(f"{node.name}: codes or scales are missing")
+            continue
+        promises[codes.name or ""] = ("matmul_nbits", size * node.attributes["bits"].as_int() // 8)
+        promises[scales.name or ""] = ("matmul_nbits", 2 * size // node.attributes["block_size"].as_int())
+    return violations
+
+
+def _behind_cast(value: ir.Value | None) -> ir.Value | None:
+    producer = None if value is None else value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+
+
+def _promised_rest(value: ir.Value, rest: str) -> int:
+    tensor = tensor_of(value)
+    if rest == "float16" and tensor.dtype == ir.DataType.FLOAT and tensor.nbytes >= SMALLEST:
+        return 2 * tensor.size
+    return tensor.nbytes
+
+
+def _repetitions(model: ir.Model) -> list[str]:
+    seen: dict[tuple[object, ...], str] = {}
+    violations = []
+    for name, value in model.graph.initializers.items():
+        tensor = tensor_of(value)
+        if tensor.nbytes < SMALLEST:
+            continue
+        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(_bytes(value).tobytes()).digest())
+        if key in seen:
+            violations.append(f"{name} and {seen[key]} have equal bytes")
+        seen.setdefault(key, name)
+    return violations
+
+
+def _bytes(value: ir.Value) -> NDArray[np.uint8]:
+    return _view(tensor_of(value).numpy())
+
+
+def _view(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -1,0 +1,110 @@
+"""Proof that an artefact is sound, on a machine without torch: ``python -m fips_ort.validate FOLDER``.
+
+Exit status 0: sound. 1: it does not compute what it must. 2: it is damaged, or this is no artefact.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from fips_ort.errors import ArtifactError
+from fips_ort.load import load
+from fips_ort.manifest import Manifest, inside, read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of a validation."""
+
+    name: str
+    passed: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{'ok    ' if self.passed else 'FAILED'} {self.name}: {self.detail}"
+
+
+def validate(folder: Path) -> Iterator[Check]:
+    """Check the manifest, every file, and that the model reproduces the golden outputs natively and portably.
+
+    Raises ArtifactError where the artefact is damaged.
+    """
+    manifest = read_manifest(folder)
+    yield Check("manifest", True, f"{len(manifest.files)} files, {len(manifest.tensors)} tensors")
+    manifest.check_files(folder)
+    total = sum(entry.bytes for entry in manifest.files)
+    yield Check("files", True, f"sizes and SHA-256 of {total:,} bytes are as promised")
+    golden = manifest.golden
+    inputs = {name: _read_array(folder, path) for name, path in golden.inputs.items()}
+    expected = {name: _read_array(folder, path) for name, path in golden.outputs.items()}
+    for name, native in (("native", True), ("portable", False)):
+        yield from _check_session(folder, manifest, name, native, inputs, expected)
+
+
+def _check_session(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    native: bool,
+    inputs: dict[str, NDArray[np.float32]],
+    expected: dict[str, NDArray[np.float32]],
+) -> Iterator[Check]:
+    try:
+        session = load(folder, native=native, verify=False)
+        computed = dict(zip(expected, session.run(list(expected), inputs), strict=True))
+    except ArtifactError:
+        raise
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        yield Check(name, False, f"onnxruntime {onnxruntime.__version__} cannot run it: {error}")
+        return
+    for output, values in expected.items():
+        difference = relative_difference(computed[output], values)
+        passed = difference <= manifest.golden.tolerance
+        yield Check(
+            name,
+            passed,
+            f"{output} differ from the golden ones by {difference:.2e} of the largest, "
+            f"{manifest.golden.tolerance:.0e} is allowed",
+        )
+
+
+def relative_difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Largest absolute difference over the largest magnitude in ``expected``; infinite if shapes differ or NaN."""
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return float("inf")
+    difference = float(np.abs(actual - expected).max())
+    return difference / max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+
+
+def _read_array(folder: Path, path: str) -> NDArray[np.float32]:
+    try:
+        array: NDArray[np.float32] = np.load(inside(folder, path), allow_pickle=False)
+    except ValueError as error:
+        raise ArtifactError(f"{folder / path}: not a .npy file: {error}") from None
+    return array
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fips_ort.validate", description="Prove that an artefact is sound.")
+    parser.add_argument("folder", type=Path, help="the artefact's folder")
+    folder = parser.parse_args(arguments).folder
+    passed = True
+    try:
+        for check in validate(folder):
+            print(check, flush=True)
+            passed = passed and check.passed
+    except ArtifactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
