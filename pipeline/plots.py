@@ -1,0 +1,307 @@
+"""The report's plots: pure functions from a report to a matplotlib figure, and from a figure to SVG.
+
+The SVG carries text as text and names its colours as CSS variables with a fallback (``var(--plot-ink, #…)``), so
+that one picture is readable on light and on dark pages. The bytes depend on the report only: no dates, no
+random ids, no settings of the user's matplotlib.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import blended_transform_factory
+
+from pipeline.report_schema import Group, Report, TrainedStage, stages_of, trained_stages_of
+from pipeline.report_sections import STAGE_NAMES, block_runs, name_blocks
+from pipeline.units import BYTE_UNITS, accuracy_decimals, format_bytes, format_percent
+
+INK, MUTED, GRID, BAND = "#23272f", "#646b78", "#dfe2e8", "#f3f4f7"
+FACTORIZED, FITTED, FINETUNED, QAT = "#c45100", "#0068b0", "#007a58", "#a2407f"
+REST, PACKAGING = "#8b93a1", "#c99100"
+COLOURS = {
+    "ink": INK,
+    "muted": MUTED,
+    "grid": GRID,
+    "band": BAND,
+    "factorized": FACTORIZED,
+    "fitted": FITTED,
+    "finetuned": FINETUNED,
+    "qat": QAT,
+    "rest": REST,
+    "packaging": PACKAGING,
+}
+"""Name of the CSS variable (after ``--plot-``) → colour on a light page. Hues after Okabe and Ito."""
+
+MLP_PARTS = ("basis codes", "projection codes", "sparsity patterns", "scales")
+REST_PART = "rest of the model"
+_PART_KINDS = {FITTED: "MLPs", REST: REST_PART, PACKAGING: "graph, library, other files"}
+
+_WIDTH = 8.6
+_STAGE_STYLE: dict[TrainedStage, tuple[str, str]] = {
+    "factorized": (FACTORIZED, "^"),
+    "fitted": (FITTED, "o"),
+    "finetuned": (FINETUNED, "D"),
+    "qat": (QAT, "s"),
+}
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fips",
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+}
+
+
+def _styled(draw: Callable[[Report], Figure]) -> Callable[[Report], Figure]:
+    @wraps(draw)
+    def styled(report: Report) -> Figure:
+        with matplotlib.style.context(["default", _STYLE]):
+            return draw(report)
+
+    return styled
+
+
+@_styled
+def stages_figure(report: Report) -> Figure:
+    """Accuracy with its standard error, and bytes of the whole model, one row per stage."""
+    stages = stages_of(report)
+    quality, sizes = report["quality"], report["stage_bytes"]
+    rows = np.arange(len(stages))
+    accuracy = np.array([quality[stage] for stage in stages])
+    errors = np.array([quality["standard_error"][stage] for stage in stages])
+    size = np.array([sizes[stage] for stage in stages])
+    decimals = accuracy_decimals(quality["samples"])
+
+    figure = Figure(figsize=(_WIDTH, 1.25 + 0.36 * len(stages)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
+    left.errorbar(accuracy, rows, xerr=errors, fmt="o", color=FITTED, ecolor=FITTED, elinewidth=1.6, capsize=3)
+    left.axvline(quality["dense"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
+    left.set_title(f"Accuracy ± standard error, {quality['samples']:,} samples")
+    left.set_xlabel("top-1 accuracy (dashed: dense)")
+    left.set_xlim(*_padded(accuracy - errors, accuracy + errors))
+    left.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    left.set_yticks(rows, [STAGE_NAMES[stage] for stage in stages])
+    left.set_ylim(len(stages) - 0.5, -0.5)
+    left.grid(axis="x")
+    pairs = zip(accuracy, errors, strict=True)
+    _column(left, rows, [f"{100 * value:.{decimals}f} ± {100 * error:.{decimals}f} %" for value, error in pairs])
+
+    colours = [REST if stage == "dense" else FITTED for stage in stages]
+    right.barh(rows, size, height=0.56, color=colours)
+    right.set_title("Bytes of the whole model")
+    _bytes_axis(right, float(size.max()), "size, before quantization as float16")
+    _column(right, rows, [f"{format_bytes(value)} ({format_percent(value / size[0], 0)})" for value in size])
+    for axes in (left, right):
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(axes is right)
+    return figure
+
+
+@_styled
+def reconstruction_figure(report: Report) -> Figure:
+    """Relative reconstruction error of every compressed block after each stage, log axis; groups as bands."""
+    errors = report["reconstruction_error"]
+    figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained")
+    axes = figure.subplots()
+    blocks = sorted(block for group in report["groups"] for block in group["blocks"])
+    every = range(blocks[0], blocks[-1] + 1)
+    for stage in trained_stages_of(report):
+        found = errors[stage]
+        # A gap where a block was left dense; a log axis has no place for an error of zero either.
+        values = [found.get(str(block)) or np.nan for block in every]
+        colour, marker = _STAGE_STYLE[stage]
+        axes.plot(every, values, color=colour, marker=marker, label=STAGE_NAMES[stage])
+    _mark_groups(axes, report["groups"])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    _few_log_labels(axes)
+    axes.set_xlim(every[0] - 0.5, every[-1] + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(min(len(every), 25), integer=True))
+    axes.set_xlabel("block")
+    axes.set_ylabel("squared error / mean square of\nthe dense MLP's output")
+    axes.grid(axis="y")
+    figure.legend(loc="outside upper left", ncols=4, handlelength=1.8, columnspacing=1.8)
+    return figure
+
+
+@_styled
+def spectrum_figure(report: Report) -> Figure:
+    """Singular values of every group relative to its largest, log axis, the rank marked; one panel a group."""
+    groups = report["groups"]
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(_WIDTH, 0.5 + 2.2 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    last = max(max(group["rank"], len(group["singular_values"])) for group in groups)
+    for axes, group in zip(panels.flat, groups, strict=False):
+        _spectrum(axes, group, last)
+    for axes in panels.flat[len(groups) :]:
+        axes.set_visible(False)
+    for index, axes in enumerate(panels.flat[: len(groups)]):
+        if index + columns >= len(groups):
+            axes.set_xlabel("rank entry")
+            axes.tick_params(labelbottom=True)
+        if index % columns == 0:
+            axes.set_ylabel("singular value\n(largest = 1)")
+    return figure
+
+
+@_styled
+def bytes_figure(report: Report) -> Figure:
+    """The dense float16 model and the artefact as stacked bars, then every part of the artefact on its own."""
+    sizes = report["bytes"]
+    parts = sorted(sizes["by_part"].items(), key=lambda part: (-part[1], part[0]))
+    dense_mlp = sizes["mlp_dense_float16"]
+    by_colour = dict.fromkeys(_PART_KINDS, 0)
+    for name, size in parts:
+        by_colour[_part_colour(name)] += size
+    wholes = [
+        ("dense model, float16", [(FITTED, dense_mlp), (REST, sizes["dense_float16"] - dense_mlp)]),
+        ("artefact", list(by_colour.items())),
+    ]
+    bars = wholes + [(name, [(_part_colour(name), size)]) for name, size in parts]
+    # A little space parts the two wholes from the parts.
+    rows = np.array([0.0, 1.0, *(2.5 + np.arange(len(parts)))])
+
+    figure = Figure(figsize=(_WIDTH, 1.15 + 0.33 * (len(bars) + 0.5)), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, segments) in zip(rows, bars, strict=True):
+        start = 0
+        for colour, size in segments:
+            axes.barh(row, size, left=start, height=0.62, color=colour, linewidth=0)
+            start += size
+    axes.set_yticks(rows, [name for name, _ in bars])
+    for label in axes.get_yticklabels()[: len(wholes)]:
+        label.set_fontweight("bold")
+    axes.set_ylim(rows[-1] + 0.6, -0.6)
+    axes.tick_params(axis="y", length=0)
+    totals = [sum(size for _, size in segments) for _, segments in bars]
+    _bytes_axis(axes, max(totals), "size, and share of the dense float16 model")
+    dense = sizes["dense_float16"]
+    _column(axes, rows, [f"{format_bytes(total)} ({format_percent(total / dense)})" for total in totals])
+    handles = [Patch(color=colour, label=label) for colour, label in _PART_KINDS.items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, handlelength=1.2)
+    return figure
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an ``<svg>`` element to put into a page, its colours as CSS variables.
+
+    ``name`` begins every id, so that several figures can share a page.
+    """
+    buffer = io.BytesIO()
+    with matplotlib.style.context(["default", _STYLE]):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    text = buffer.getvalue().decode("utf-8")
+    text = text[text.index("<svg") :]
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
+    text = re.sub(r"(url\(|href=\")#", rf"\1#{name}-", text)
+    for variable, colour in COLOURS.items():
+        text = text.replace(f": {colour}", f": var(--plot-{variable}, {colour})")
+    return text
+
+
+def _padded(low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
+    """Limits around all values, at least a point of accuracy wide."""
+    first, last = float(low.min()), float(high.max())
+    margin = max(0.06 * (last - first), 0.005)
+    return first - margin, last + margin
+
+
+def _column(axes: Axes, rows: np.ndarray, texts: Sequence[str]) -> None:
+    """Texts in a column right of the axes, one a row."""
+    transform = blended_transform_factory(axes.transAxes, axes.transData)
+    for row, text in zip(rows, texts, strict=True):
+        axes.text(1.02, row, text, transform=transform, va="center", ha="left")
+
+
+def _bytes_axis(axes: Axes, largest: float, label: str) -> None:
+    unit, power = next((unit, power) for unit, power in BYTE_UNITS if largest >= power or power == 1)
+    axes.set_xlim(0, 1.02 * largest)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / power:g}"))
+    axes.set_xlabel(f"{label} ({unit})")
+    axes.grid(axis="x")
+
+
+def _few_log_labels(axes: Axes) -> None:
+    """Label 1, 2, 5 of each decade where the axis spans less than two decades, else the decades."""
+    low, high = axes.get_ylim()
+    short = high / low < 100
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if short else (1.0,)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark_groups(axes: Axes, groups: Sequence[Group]) -> None:
+    """Each run of neighbouring blocks of one group as a band, every second one shaded, with the group's name above."""
+    top = blended_transform_factory(axes.transData, axes.transAxes)
+    for index, group in enumerate(groups):
+        for first, last in block_runs(group["blocks"]):
+            if index % 2 == 0:
+                axes.axvspan(first - 0.5, last + 0.5, color=BAND, linewidth=0, zorder=0)
+            name = group["name"] if len(groups) <= 8 else group["name"].removeprefix("group_")
+            axes.text((first + last) / 2, 1.01, name, transform=top, ha="center", va="bottom", color=MUTED, fontsize=8)
+
+
+def _spectrum(axes: Axes, group: Group, last: int) -> None:
+    values = np.array(group["singular_values"], dtype=np.float64)
+    relative = values / values.max()
+    # Rounding noise of a matrix without full rank would stretch the axis over ten empty decades.
+    relative[relative < 1e-6] = np.nan
+    rank = group["rank"]
+    axes.plot(np.arange(1, len(values) + 1), relative, color=FITTED)
+    if rank > len(values):
+        axes.axvspan(len(values), rank, color=BAND, linewidth=0, zorder=0)
+    axes.axvline(rank, color=FACTORIZED, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1.06 * last)
+    side = "right" if rank > 0.4 * last else "left"
+    transform = blended_transform_factory(axes.transData, axes.transAxes)
+    axes.annotate(
+        f"rank {rank}",
+        (rank, 0.97),
+        xycoords=transform,
+        xytext=(-4 if side == "right" else 4, 0),
+        textcoords="offset points",
+        ha=side,
+        va="top",
+        color=FACTORIZED,
+    )
+    axes.set_yscale("log")
+    axes.set_title(f"{group['name']}: {name_blocks(group['blocks'])}, d = {group['width']}")
+    axes.grid(axis="y")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def _part_colour(name: str) -> str:
+    return FITTED if name in MLP_PARTS else REST if name == REST_PART else PACKAGING

@@ -1,0 +1,85 @@
+"""The report of a run: ``report.json``, and the same for readers as ``report.md`` and ``report.html``."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from pipeline.files import write_json, write_text
+from pipeline.plots import COLOURS, bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
+from pipeline.report_schema import Report, check_report
+from pipeline.report_sections import (
+    Plot,
+    key_figures,
+    recipe_text,
+    sections,
+    verdict,
+    verdict_detail,
+    warning_lines,
+)
+
+_FIGURES: dict[Plot, Callable[[Report], Figure]] = {
+    "stages": stages_figure,
+    "bytes": bytes_figure,
+    "spectrum": spectrum_figure,
+    "reconstruction": reconstruction_figure,
+}
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder``.
+
+    The HTML is one file without scripts or anything to fetch. Equal reports give equal bytes. Raises ValueError,
+    before anything is written, for a report that contradicts itself or holds numbers that are not finite.
+    """
+    check_report(report)
+    markdown, html = render_markdown(report), render_html(report)
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", markdown)
+    write_text(folder / "report.html", html)
+
+
+def render_markdown(report: Report) -> str:
+    return _render("report.md.j2", report)
+
+
+def render_html(report: Report) -> str:
+    plots = {name: Markup(to_svg(draw(report), name)) for name, draw in _FIGURES.items()}
+    return _render("report.html.j2", report, plots=plots, plot_colours=COLOURS)
+
+
+def _render(template: str, report: Report, **more: object) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown"] = _escape_markdown
+    environment.filters["nobreak"] = _keep_units
+    return environment.get_template(template).render(
+        name=report["recipe"]["name"],
+        model=report["model"],
+        verdict=verdict(report),
+        detail=verdict_detail(report),
+        figures=key_figures(report),
+        warnings=warning_lines(report),
+        sections=sections(report),
+        recipe=recipe_text(report),
+        **more,
+    )
+
+
+def _escape_markdown(text: str) -> str:
+    """``text`` on one line, shown as it is, also within a table."""
+    return re.sub(r"([\\`*<\[\]|])", r"\\\1", " ".join(text.split()))
+
+
+def _keep_units(text: str) -> str:
+    """``text`` with no line break between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=(?:%|[kMG]?B|points|nats)(?!\w))", "\N{NO-BREAK SPACE}", text)

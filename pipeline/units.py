@@ -1,0 +1,46 @@
+"""Numbers as a reader wants them: bytes in decimal units, shares in per cent, differences in points."""
+
+import re
+
+MINUS = "−"
+BYTE_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
+"""Decimal units with their bytes, largest first."""
+
+
+def format_bytes(size: float) -> str:
+    """``size`` bytes with three significant digits in decimal units."""
+    for unit, power in BYTE_UNITS[:-1]:
+        # 999.5 of a unit would round to 1000 of it.
+        if size >= 0.9995 * power:
+            value = size / power
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+    return f"{size:.0f} B"
+
+
+def format_percent(fraction: float, decimals: int = 1) -> str:
+    return f"{100 * fraction:.{decimals}f} %".replace("-", MINUS)
+
+
+def format_points(fraction: float, decimals: int = 1) -> str:
+    """A difference of two fractions in percentage points, with its sign; the unit is left to the heading."""
+    rounded = round(100 * fraction, decimals)
+    return f"{rounded:+.{decimals}f}".replace("-", MINUS) if rounded else f"{0:.{decimals}f}"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_error(value: float) -> str:
+    """A small positive number with two significant digits."""
+    return re.sub(r"e-0*", f"e{MINUS}", f"{value:.2g}")
+
+
+def accuracy_decimals(samples: int) -> int:
+    """Decimals of a percentage that tell one sample's difference without pretending to more."""
+    return 1 if samples < 2000 else 2
