@@ -1,0 +1,143 @@
+// Runs the kernels of every instruction set on cases read from a file and compares with the expected results.
+//
+// driver FILE [ISA...]: for each named instruction set prints "ISA cases refused worst": how many products were
+// computed, how many malformed weights refused, and the largest difference in units of the largest expected value.
+// Exits with 1 if one differs by more than its tolerance, if a malformed weight is accepted or a sound one is not.
+//
+// A case is 17 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
+// of, M, bytes of codes, bytes of pattern, 1 if malformed), then codes, pattern and, unless malformed, scales
+// [rows, blocks] float16, A [M, K], bias [N] and the expected Y [M, N] float32. Every array gets an allocation of its own exact size, so
+// that the address sanitizer sees a read past its end.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+#include "matmul.h"
+#include "weight.h"
+
+namespace {
+
+struct File {
+  explicit File(const char* path) : handle(std::fopen(path, "rb")) {
+    if (!handle) throw std::runtime_error(std::string("cannot open ") + path);
+  }
+  ~File() { std::fclose(handle); }
+
+  template <typename T>
+  std::vector<T> read(size_t count) {
+    std::vector<T> values(count);
+    if (count && std::fread(values.data(), sizeof(T), count, handle) != count) throw std::runtime_error("file too short");
+    values.shrink_to_fit();
+    return values;
+  }
+
+  bool at_end() {
+    const int next = std::fgetc(handle);
+    if (next == EOF) return true;
+    std::ungetc(next, handle);
+    return false;
+  }
+
+  std::FILE* handle;
+};
+
+// Last tile first on one thread, the others on another: no tile may depend on its place in the order.
+void run_on_two_threads(void*, size_t total, void (*fn)(void*, size_t), void* data) {
+  std::thread other([&] {
+    for (size_t i = 0; i < total / 2; ++i) fn(data, i);
+  });
+  for (size_t i = total; i > total / 2; --i) fn(data, i - 1);
+  other.join();
+}
+
+struct Case {
+  fips::Attributes attributes;
+  size_t m;
+  bool malformed;
+  std::vector<uint8_t> codes, pattern;
+  std::vector<uint16_t> scales;
+  std::vector<float> a, bias, expected;
+};
+
+Case read_case(File& file) {
+  const std::vector<int64_t> h = file.read<int64_t>(17);
+  const fips::Attributes attributes{h[0], h[1], h[2], h[3], h[4], {h[5], h[6], h[7], h[8]}, h[9], h[10], h[11], h[12]};
+  const size_t k = static_cast<size_t>(h[0]), n = static_cast<size_t>(h[1]), m = static_cast<size_t>(h[13]);
+  Case result{attributes, m, h[16] != 0, {}, {}, {}, {}, {}, {}};
+  result.codes = file.read<uint8_t>(static_cast<size_t>(h[14]));
+  result.pattern = file.read<uint8_t>(static_cast<size_t>(h[15]));
+  if (result.malformed) return result;
+  result.scales = file.read<uint16_t>(k * n / static_cast<size_t>(h[3]));
+  result.a = file.read<float>(m * k);
+  result.bias = file.read<float>(n);
+  result.expected = file.read<float>(m * n);
+  return result;
+}
+
+// The largest difference, of the largest expected value.
+double run(const Case& c, const fips::Kernels& kernels) {
+  const fips::Layout layout(c.attributes);
+  const fips::StreamIndex index(layout, c.pattern.data(), c.pattern.size(), c.codes.size());
+  const fips::Weight weight{&layout, &index, c.codes.data(), c.codes.size(), c.pattern.data(), c.scales.data()};
+  std::vector<float> y(c.expected.size());
+  fips::q_matmul(weight, c.a.data(), c.m, c.bias.data(), y.data(), kernels, {run_on_two_threads, nullptr});
+  double difference = 0, largest = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    difference = std::fmax(difference, std::fabs(static_cast<double>(y[i]) - static_cast<double>(c.expected[i])));
+    largest = std::fmax(largest, std::fabs(static_cast<double>(c.expected[i])));
+    if (std::isnan(y[i])) return HUGE_VAL;
+  }
+  return difference / largest;
+}
+
+bool is_refused(const Case& c) {
+  try {
+    const fips::Layout layout(c.attributes);
+    const fips::StreamIndex index(layout, c.pattern.data(), c.pattern.size(), c.codes.size());
+  } catch (const fips::InvalidWeight&) {
+    return true;
+  }
+  return false;
+}
+
+int run_all(int argc, char** argv) {
+  constexpr double kTolerance = 5e-6;
+  bool sound = true;
+  for (int i = 2; i < argc; ++i) {
+    const fips::Kernels* kernels = fips::find_kernels(argv[i]);
+    if (!kernels) throw std::runtime_error(std::string("no kernels for ") + argv[i]);
+    File file(argv[1]);
+    size_t cases = 0, refused = 0;
+    double worst = 0;
+    while (!file.at_end()) {
+      const Case c = read_case(file);
+      if (c.malformed) {
+        sound &= is_refused(c);
+        ++refused;
+      } else {
+        worst = std::fmax(worst, run(c, *kernels));
+        ++cases;
+      }
+    }
+    std::printf("%s %zu %zu %g\n", kernels->name, cases, refused, worst);
+    sound &= worst < kTolerance;
+  }
+  return sound ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run_all(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "driver: %s\n", error.what());
+    return 2;
+  }
+}

@@ -1,0 +1,109 @@
+"""The kernels under the address and undefined-behaviour sanitizers, without ONNX Runtime."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fips_ort.layout import Layout, Pattern
+from fips_ort.ops import node_attributes
+from fips_ort.packed import PackedWeight
+from fips_ort.reference import q_matmul
+from isa import available_isas
+from op_samples import PATTERNS, layouts, random_weight
+
+SOURCE = Path(__file__).with_name("native")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+    assert cmake, "cmake is needed (pip install cmake)"
+    build = tmp_path_factory.mktemp("driver")
+    for command in ([cmake, "-S", SOURCE, "-B", build], [cmake, "--build", build, "--target", "driver", "-j", "2"]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return build / "driver"
+
+
+def header(weight: PackedWeight, attributes: dict[str, int], m: int, malformed: bool) -> bytes:
+    names = (
+        "K", "N", "transB", "block_size", "segment_axis", "size_8bit", "size_4bit", "size_3bit", "size_2bit",
+        "midrise", "accuracy_level", "keep", "of",
+    )
+    values = [attributes.get(name, 0) for name in names] + [m, weight.codes.size, weight.pattern.size, malformed]
+    return np.array(values, np.int64).tobytes()
+
+
+def sound_case(weight: PackedWeight, trans_b: bool, accuracy_level: int, m: int, rng: np.random.Generator) -> bytes:
+    attributes = node_attributes(weight.layout, trans_b, accuracy_level)
+    a = rng.standard_normal((m, attributes["K"])).astype(np.float32)
+    bias = rng.standard_normal(attributes["N"]).astype(np.float32)
+    y = q_matmul(a, weight, trans_b=trans_b, bias=bias, accuracy_level=accuracy_level)
+    arrays = [weight.codes, weight.pattern, weight.scales, a, bias, y]
+    return header(weight, attributes, m, False) + b"".join(array.tobytes() for array in arrays)
+
+
+def malformed_case(weight: PackedWeight, stream: str = "", value: np.ndarray | None = None, **changes: int) -> bytes:
+    """A weight with one stream or some attributes replaced."""
+    streams = {"codes": weight.codes, "pattern": weight.pattern} | ({stream: value} if stream else {})
+    attributes = node_attributes(weight.layout, True, 0) | changes
+    values = np.frombuffer(header(weight, attributes, 1, True), np.int64).copy()
+    values[14:16] = streams["codes"].size, streams["pattern"].size
+    return values.tobytes() + streams["codes"].tobytes() + streams["pattern"].tobytes()
+
+
+def sound_cases(rng: np.random.Generator) -> Iterator[bytes]:
+    for pattern in PATTERNS:
+        for block_size in (64, 192):
+            for index, layout in enumerate(layouts(pattern, block_size, rows_unit=6)):
+                weight = random_weight(rng, layout)
+                for trans_b, accuracy_level in ((False, 0), (True, 0), (True, 4)):
+                    yield sound_case(weight, trans_b, accuracy_level, (1, 2, 9)[index % 3], rng)
+    for pattern, block_size in (("dense", 8), ("dense", 24), ("bitmap", 40), ("1:4", 32), ("2:4", 16), ("2:8", 96)):
+        weight = random_weight(rng, Layout.uniform(11, 3 * block_size, 3, block_size, pattern=Pattern.parse(pattern)))
+        for trans_b, accuracy_level in ((False, 0), (True, 0), (True, 4)):
+            yield sound_case(weight, trans_b, accuracy_level, 3, rng)
+
+
+def malformed_cases(rng: np.random.Generator) -> Iterator[bytes]:
+    for pattern in PATTERNS:
+        weight = random_weight(rng, Layout(12, 128, 64, (3, 3, 3, 3), pattern=Pattern.parse(pattern)))
+        yield malformed_case(weight, "codes", weight.codes[:-1])
+        yield malformed_case(weight, "codes", weight.codes[:0])
+        yield malformed_case(weight, "codes", np.append(weight.codes, np.uint8(0)))
+        yield malformed_case(weight, "pattern", np.append(weight.pattern, np.uint8(0)))
+        yield malformed_case(weight, size_8bit=4)
+        yield malformed_case(weight, size_8bit=-3)
+        yield malformed_case(weight, size_2bit=2**62)
+        yield malformed_case(weight, segment_axis=1)
+        yield malformed_case(weight, segment_axis=2)
+        yield malformed_case(weight, midrise=2)
+        yield malformed_case(weight, transB=-1)
+        yield malformed_case(weight, accuracy_level=1)
+        yield malformed_case(weight, keep=3, of=4)
+        yield malformed_case(weight, block_size=63)
+        yield malformed_case(weight, block_size=0)
+        yield malformed_case(weight, K=127)
+        yield malformed_case(weight, N=13)
+        yield malformed_case(weight, N=2**40)
+        if pattern != "dense":
+            yield malformed_case(weight, "pattern", weight.pattern[:-1])
+        if pattern == "bitmap":
+            yield malformed_case(weight, "pattern", np.full_like(weight.pattern, 255))
+        if pattern in ("2:4", "2:8"):
+            yield malformed_case(weight, "pattern", np.zeros_like(weight.pattern))
+
+
+def test_kernels_are_clean_and_correct_under_sanitizers(driver: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sound, malformed = list(sound_cases(rng)), list(malformed_cases(rng))
+    (tmp_path / "cases").write_bytes(b"".join(sound + malformed))
+    isas = available_isas()
+    result = subprocess.run([driver, tmp_path / "cases", *isas], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[:3] for line in lines] == [[isa, str(len(sound)), str(len(malformed))] for isa in isas]
