@@ -14,6 +14,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import blended_transform_factory
@@ -117,7 +118,7 @@ def stages_figure(report: Report) -> Figure:
     colours = [REST if stage == "dense" else FITTED for stage in stages]
     right.barh(rows, size, height=0.56, color=colours)
     right.set_title("Bytes of the whole model")
-    _bytes_axis(right, float(size.max()), "size, before quantization as float16")
+    _bytes_axis(right, float(size.max()), "before quantization as float16")
     _column(right, rows, [f"{format_bytes(value)} ({format_percent(value / size[0], 0)})" for value in size])
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
@@ -158,7 +159,7 @@ def spectrum_figure(report: Report) -> Figure:
     groups = report["groups"]
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(_WIDTH, 0.5 + 2.2 * lines), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.5 + 2.2 * lines), layout=ConstrainedLayoutEngine(wspace=0.04))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     last = max(max(group["rank"], len(group["singular_values"])) for group in groups)
     for axes, group in zip(panels.flat, groups, strict=False):
@@ -204,7 +205,7 @@ def bytes_figure(report: Report) -> Figure:
     axes.set_ylim(rows[-1] + 0.6, -0.6)
     axes.tick_params(axis="y", length=0)
     totals = [sum(size for _, size in segments) for _, segments in bars]
-    _bytes_axis(axes, max(totals), "size, and share of the dense float16 model")
+    _bytes_axis(axes, max(totals), "in brackets: share of the dense float16 model")
     dense = sizes["dense_float16"]
     _column(axes, rows, [f"{format_bytes(total)} ({format_percent(total / dense)})" for total in totals])
     handles = [Patch(color=colour, label=label) for colour, label in _PART_KINDS.items()]
@@ -245,12 +246,12 @@ def _column(axes: Axes, rows: np.ndarray, texts: Sequence[str]) -> None:
         axes.text(1.02, row, text, transform=transform, va="center", ha="left")
 
 
-def _bytes_axis(axes: Axes, largest: float, label: str) -> None:
+def _bytes_axis(axes: Axes, largest: float, note: str) -> None:
     unit, power = next((unit, power) for unit, power in BYTE_UNITS if largest >= power or power == 1)
     axes.set_xlim(0, 1.02 * largest)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / power:g}"))
-    axes.set_xlabel(f"{label} ({unit})")
+    axes.set_xlabel(f"size in {unit}; {note}")
     axes.grid(axis="x")
 
 

@@ -18,6 +18,9 @@ def format_bytes(size: float) -> str:
 
 
 def format_percent(fraction: float, decimals: int = 1) -> str:
+    """``fraction`` in per cent; what is positive but would be rounded to zero is shown as below the last digit."""
+    if fraction > 0 and round(100 * fraction, decimals) == 0:
+        return f"<{10.0**-decimals:.{decimals}f} %"
     return f"{100 * fraction:.{decimals}f} %".replace("-", MINUS)
 
 
@@ -38,7 +41,9 @@ def format_seconds(seconds: float) -> str:
 
 def format_error(value: float) -> str:
     """A small positive number with two significant digits."""
-    return re.sub(r"e-0*", f"e{MINUS}", f"{value:.2g}")
+    if value == 0 or value >= 1e-3:
+        return f"{value:.2g}"
+    return re.sub(r"e-0*", f"e{MINUS}", f"{value:.1e}")
 
 
 def accuracy_decimals(samples: int) -> int:

@@ -460,7 +460,12 @@ def test_units() -> None:
         "10.0 MB",
         "2.35 GB",
     ]
-    assert format_percent(-0.0123, 1) == "−1.2 %"
+    assert [format_percent(value) for value in (-0.0123, 0.0, 0.0004, 0.9996)] == [
+        "−1.2 %",
+        "0.0 %",
+        "<0.1 %",
+        "100.0 %",
+    ]
     assert [format_points(value) for value in (-0.0031, 0.0004, -0.0004, 0.012)] == ["−0.3", "0.0", "0.0", "+1.2"]
     assert [format_seconds(value) for value in (3.14, 59.94, 60.4, 3721)] == [
         "3.1 s",
@@ -468,5 +473,5 @@ def test_units() -> None:
         "1 min 00 s",
         "1 h 02 min",
     ]
-    assert [format_error(value) for value in (0.0, 3.14e-6, 0.0041, 1.5)] == ["0", "3.1e−6", "0.0041", "1.5"]
+    assert [format_error(value) for value in (0.0, 5e-6, 0.0041, 1.5)] == ["0", "5.0e−6", "0.0041", "1.5"]
     assert format_blocks([7, 0, 2, 1]) == "0–2, 7"
