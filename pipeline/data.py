@@ -271,7 +271,9 @@ def _load_hub(
         outside = (values < 0) | (values >= len(indices))
         if outside.any():
             row = int(np.argmax(outside))
-            raise InputError(f"{where}: label {values[row]} in row {row} is out of range: there are {len(indices)} labels")
+            raise InputError(
+                f"{where}: label {values[row]} in row {row} is out of range: there are {len(indices)} labels"
+            )
         chosen = _shuffled(len(values), seed)[:limit]
         images = _Rows(table.select(chosen), section.image_column, where)
         labels = indices[values[chosen]]
@@ -297,13 +299,12 @@ def _open_table(section: HubImageData, split: str) -> Any:
             table = datasets.load_from_disk(section.path)[split]
         else:
             table = datasets.load_dataset(section.path, section.config, split=split)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{where}: cannot load it: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where}: cannot load it (missing or empty?): {type(error).__name__}: {reason}") from None
     for column in (section.image_column, section.label_column):
         if column not in table.column_names:
             raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
-    if len(table) == 0:
-        raise InputError(f"{where}: no images")
     if not isinstance(table.features[section.image_column], datasets.Image):
         raise InputError(f"{where}: column {section.image_column!r} does not hold images")
     return table.cast_column(section.image_column, datasets.Image(decode=False))

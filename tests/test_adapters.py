@@ -34,8 +34,8 @@ def dinov2(**options: Any) -> Any:
 
 
 def swin() -> Any:
-    config = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[2, 2, 3, 1], num_heads=[1, 2, 2, 2], window_size=2)
-    return SwinForImageClassification(config)
+    sizes = {"image_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 8}
+    return SwinForImageClassification(SwinConfig(**sizes, depths=[2, 2, 3, 1], num_heads=[1, 2, 2, 2]))
 
 
 def test_vit() -> None:

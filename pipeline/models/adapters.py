@@ -124,7 +124,7 @@ def _expand(model: nn.Module, pattern: str) -> Iterator[tuple[tuple[int, ...], s
     try:
         module = model.get_submodule(head)
     except AttributeError:
-        raise InputError(f"the model has no module {head!r}; was it made for another version of transformers?") from None
+        raise InputError(f"the model has no module {head!r}; is it of another version of transformers?") from None
     if not star:
         yield (), head
         return
@@ -154,13 +154,13 @@ def _describe(model: nn.Module, path: str, names: _Names, problems: list[str]) -
     if wrong:
         problems += wrong
         return None
-    first = [tuple(children[name].weight.shape) for name in names.first]
-    last = tuple(children[names.last].weight.shape)
-    if any(shape != (last[1], last[0]) for shape in first):
-        shapes = ", ".join(f"{name} {list(children[name].weight.shape)}" for name in linears)
-        problems.append(f"the shapes in {path} do not fit together: {shapes}")
+    shapes = {name: list(mlp.get_parameter(f"{name}.weight").shape) for name in linears}
+    width, hidden = shapes[names.last]
+    if any(shapes[name] != [hidden, width] for name in names.first):
+        described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        problems.append(f"the shapes in {path} do not fit together: {described}")
         return None
-    return last[0], last[1]
+    return width, hidden
 
 
 def _check_scale(model: nn.Module, path: str, width: int, problems: list[str]) -> None:
@@ -180,8 +180,9 @@ def _aliases(model: nn.Module, sites: list[MLPSite]) -> list[str]:
     problems = []
     for site in sites:
         mlp = model.get_submodule(site.path)
+        weights = [f"{name}.weight" for name in (*site.first, site.last)]
         parts: list[tuple[str, object]] = [(site.path, mlp)]
-        parts += [(f"{site.path}.{name}.weight", mlp.get_parameter(f"{name}.weight")) for name in (*site.first, site.last)]
+        parts += [(f"{site.path}.{name}", mlp.get_parameter(name)) for name in weights]
         for path, part in parts:
             if id(part) in owner:
                 problems.append(f"{path} is the same object as {owner[id(part)]}")

@@ -51,7 +51,9 @@ def train_classifier(
             inputs = augment(inputs, generator)
         loss = F.cross_entropy(forward(inputs), labels)
         if not torch.isfinite(loss):
-            raise InputError(f"training the classifier diverged at step {step}; lower learning_rate ({training.learning_rate})")
+            raise InputError(
+                f"training the classifier diverged at step {step}; lower its learning_rate, {training.learning_rate}"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

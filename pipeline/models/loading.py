@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from optimum.exporters.tasks import TasksManager
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, BitImageProcessorPil, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -32,6 +35,8 @@ from pipeline.recipe import (
 _ATTENTION = "eager"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
 _FEATURE_BATCH = 64
+_CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError)
+_CHECKPOINT_ERRORS = (*_CONFIG_ERRORS, LookupError, OSError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ def load_preprocessing(
     else:
         preprocessing = _pretrained_preprocessing(model)
     if isinstance(data, DigitsData) and data.image_size != preprocessing.image_size:
-        raise InputError(f"data.image_size: {data.image_size} is not the model's image size, {preprocessing.image_size}")
+        raise InputError(
+            f"data.image_size: {data.image_size} is not the model's image size, {preprocessing.image_size}"
+        )
     return preprocessing
 
 
@@ -87,11 +94,10 @@ def load_model(
         model = _pretrained(section)
     model.eval().requires_grad_(True)
     check_finite(model)
-    model.config.id2label = dict(enumerate(data.labels))
-    model.config.label2id = {label: index for index, label in enumerate(data.labels)}
-    return LoadedModel(
-        model, preprocessing.image_processor, preprocessing.image_size, data.labels, hash_model(model)
-    )
+    config: Any = model.config
+    config.id2label = dict(enumerate(data.labels))
+    config.label2id = {label: index for index, label in enumerate(data.labels)}
+    return LoadedModel(model, preprocessing.image_processor, preprocessing.image_size, data.labels, hash_model(model))
 
 
 def hash_model(model: nn.Module) -> str:
@@ -118,13 +124,15 @@ def _scratch_config(section: ScratchModel, labels: int) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     for key, value in section.config.items():
         if key not in known or key in ("num_labels", "id2label", "label2id"):
-            raise InputError(f"model.config.{key}: not a setting of a {section.model_type} model (its labels come from the data)")
+            raise InputError(
+                f"model.config.{key}: not a setting of a {section.model_type} model (the labels come from the data)"
+            )
         if key in _NO_DROPOUT and value:
             raise InputError(f"model.config.{key}: got {value!r}; dropout is not supported, leave it out")
     dropout = {key: value for key, value in _NO_DROPOUT.items() if key in known}
     try:
         return AutoConfig.for_model(section.model_type, **{**dropout, **section.config}, num_labels=labels)
-    except (TypeError, ValueError) as error:
+    except _CONFIG_ERRORS as error:
         raise InputError(f"model.config: {' '.join(str(error).split())}") from None
 
 
@@ -133,8 +141,8 @@ def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model = _model_class().from_config(config, attn_implementation=_ATTENTION)
-        except (TypeError, ValueError) as error:
+            model = model_class().from_config(config, attn_implementation=_ATTENTION)
+        except _CONFIG_ERRORS as error:
             raise InputError(f"model.config: {' '.join(str(error).split())}") from None
     model.train()
     augment = random_shift if section.augmentation == "shift" else None
@@ -159,7 +167,14 @@ def _pretrained_preprocessing(section: PretrainedModel) -> Preprocessing:
     processor = _from_hub(section, AutoImageProcessor.from_pretrained, backend="pil")
     size = _square(config.image_size, f"model.path: {section.path}: image_size")
     labels = tuple(config.id2label[index] for index in range(config.num_labels))
-    return Preprocessing(processor, size, labels)
+    preprocessing = Preprocessing(processor, size, labels)
+    height, width = preprocessing([Image.new("RGB", (2 * size, 3 * size))]).shape[2:]
+    if (height, width) != (size, size):
+        raise InputError(
+            f"model.path: {section.path}: its image processor makes images of {height}x{width}, "
+            f"the model takes {size}x{size}"
+        )
+    return preprocessing
 
 
 def _pretrained(section: PretrainedModel) -> nn.Module:
@@ -169,11 +184,12 @@ def _pretrained(section: PretrainedModel) -> nn.Module:
             setattr(config, key, value)
     model, loading = _from_hub(
         section,
-        _model_class().from_pretrained,
+        model_class().from_pretrained,
         config=config,
         dtype=torch.float32,
         attn_implementation=_ATTENTION,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that we can name them
     )
     missing = sorted({*loading["missing_keys"], *(str(entry[0]) for entry in loading["mismatched_keys"])})
     if missing:
@@ -187,7 +203,7 @@ def _pretrained(section: PretrainedModel) -> nn.Module:
 def _from_hub(section: PretrainedModel, load: Any, **options: Any) -> Any:
     try:
         return load(section.path, revision=section.revision or "main", **options)
-    except (OSError, ValueError, KeyError) as error:
+    except _CHECKPOINT_ERRORS as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"model.path: {section.path}: cannot load it from a local folder or the Hugging Face hub: {reason}"
@@ -234,8 +250,8 @@ def train_head(
     split = TensorSplit((features - mean) / deviation, labels)
     train_classifier(head, head.parameters(), split, training, seed, None, progress)
     with torch.no_grad():
-        head.weight /= deviation
-        head.bias -= head.weight @ mean
+        head.weight.div_(deviation)
+        head.bias.sub_(head.weight @ mean)
     return head
 
 
@@ -258,7 +274,17 @@ def _features(model: nn.Module, data: ImageData) -> tuple[Tensor, Tensor]:
 # --- shared ----------------------------------------------------------------------------------------------------
 
 
-def _model_class() -> Any:
+def load_config(section: ScratchModel | PretrainedModel | PackagedOnnxModel, labels: int) -> Any:
+    """The configuration of a recipe's model; ``labels``: their number, where the model takes them from the data."""
+    if isinstance(section, ScratchModel):
+        return _scratch_config(section, labels)
+    if isinstance(section, PackagedOnnxModel):
+        return load_classifier(locate(section.package, section.file), section.image_size, labels).config
+    return _from_hub(section, AutoConfig.from_pretrained)
+
+
+def model_class() -> Any:
+    """The class of image classifiers, as optimum resolves the task."""
     return TasksManager.get_model_class_for_task("image-classification")
 
 

@@ -41,7 +41,8 @@ def locate(package: str, file: str) -> Path:
     folders = (spec.submodule_search_locations or []) if spec is not None else []
     if not folders:
         raise InputError(
-            f"model.package: {package} is not installed; for the package of our recipes: pip install 'fips-onnx[samples]'"
+            f"model.package: {package} is not installed; for the packages of our recipes: "
+            "pip install 'fips-onnx[samples]'"
         )
     for folder in folders:
         root = Path(folder).resolve()
@@ -107,7 +108,7 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
     wrong = sorted(name for name in read if used[name] != 1)
     if wrong:
         raise InputError(f"{path}: weights of the backbone without a single place in DINOv2: {', '.join(wrong)}")
-    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)) for name, array in weights.items()}
+    return {name: torch.from_numpy(array.astype(np.float32, order="C")) for name, array in weights.items()}
 
 
 def backbone_output(graph: onnx.GraphProto, path: Path) -> str:

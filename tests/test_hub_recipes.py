@@ -1,0 +1,285 @@
+"""Recipes of hub models parse and fit their architectures; tiny models of these load from local folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BitImageProcessorPil,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from pipeline.data import ImageData, load_data
+from pipeline.errors import InputError
+from pipeline.models.adapters import find_mlps
+from pipeline.models.loading import LoadedModel, load_model, load_preprocessing
+from pipeline.recipe import (
+    DigitsData,
+    ImageFolderData,
+    PretrainedModel,
+    ScratchModel,
+    Training,
+    load_recipe,
+)
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+IMAGE_SIZE = 32
+LABELS = {"id2label": {0: "cat", 1: "dog", 2: "emu"}, "label2id": {"cat": 0, "dog": 1, "emu": 2}}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+    **LABELS,
+}
+
+
+def vit() -> Any:
+    return ViTForImageClassification(ViTConfig(**SMALL, intermediate_size=32, hidden_dropout_prob=0.1))
+
+
+def deit() -> Any:
+    return DeiTForImageClassification(DeiTConfig(**SMALL, intermediate_size=32))
+
+
+def dinov2() -> Any:
+    return Dinov2ForImageClassification(Dinov2Config(**SMALL, mlp_ratio=2))
+
+
+def dinov2_swiglu() -> Any:
+    return Dinov2ForImageClassification(Dinov2Config(**SMALL, mlp_ratio=3, use_swiglu_ffn=True))
+
+
+def swin() -> Any:
+    sizes = {"image_size": IMAGE_SIZE, "patch_size": 2, "window_size": 2, "embed_dim": 8}
+    return SwinForImageClassification(SwinConfig(**sizes, depths=[2, 2, 2, 2], num_heads=[1, 2, 2, 2], **LABELS))
+
+
+def save(model: Any, path: Path) -> PretrainedModel:
+    torch.manual_seed(0)
+    model.save_pretrained(path)
+    ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(path)
+    return PretrainedModel(source="pretrained", path=str(path))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageFolderData:
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("dog", "cat"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(3):
+                pixels = generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return ImageFolderData(source="image_folder", path=str(tmp_path / "images"))
+
+
+def load(section: PretrainedModel | ScratchModel, data: Any) -> tuple[LoadedModel, ImageData]:
+    preprocessing = load_preprocessing(section, data)
+    images = load_data(data, preprocessing, 0)
+    return load_model(section, preprocessing, images, 0), images
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("vit-base", 12), ("deit-base", 12), ("swin-large", 24)])
+def test_hub_recipe_covers_every_block_once(name: str, blocks: int) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.name == name
+    assert isinstance(recipe.model, PretrainedModel)
+    groups = recipe.compression.groups
+    if isinstance(groups, int):
+        assert blocks % groups == 0
+    else:
+        covered = [block for group in groups for block in group]
+        assert covered == list(range(blocks))
+
+
+def test_swin_groups_follow_the_stages() -> None:
+    """Swin-L at an eighth of its width: the same 2, 2, 18 and 2 blocks."""
+    config = SwinConfig(embed_dim=24, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=7)
+    sites = find_mlps(SwinForImageClassification(config))
+    groups = load_recipe(RECIPES / "swin-large.yaml").compression.groups
+    assert isinstance(groups, list)
+    assert [{(sites[block].stage, sites[block].width) for block in group} for group in groups] == [
+        {(0, 24)}, {(1, 48)}, {(2, 96)}, {(2, 96)}, {(2, 96)}, {(3, 192)}
+    ]  # fmt: skip
+
+
+# --- local folders ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [vit, deit, dinov2, dinov2_swiglu, swin])
+def test_local_folder_gives_the_saved_model(make: Any, tmp_path: Path, images: ImageFolderData) -> None:
+    original = make().eval()
+    loaded, data = load(save(original, tmp_path / "model"), images)
+    pixel_values, labels = data.train.batch(range(6))
+    assert pixel_values.shape == (6, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(pixel_values=pixel_values).logits, original(pixel_values).logits)
+    assert find_mlps(loaded.model) == find_mlps(original)
+    assert (loaded.labels, loaded.image_size) == (["cat", "dog", "emu"], IMAGE_SIZE)
+
+
+def test_no_dropout_even_in_training_mode(tmp_path: Path, images: ImageFolderData) -> None:
+    loaded, data = load(save(vit(), tmp_path / "model"), images)
+    model = loaded.model
+    assert not model.training
+    pixel_values, _ = data.train.batch(range(6))
+    expected = model(pixel_values=pixel_values).logits
+    assert torch.equal(model.train()(pixel_values=pixel_values).logits, expected)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_source_hash_is_of_the_weights(tmp_path: Path, images: ImageFolderData) -> None:
+    model = vit()
+    first = load(save(model, tmp_path / "a"), images)[0].source_hash
+    assert load(save(model, tmp_path / "b"), images)[0].source_hash == first
+    with torch.no_grad():
+        model.classifier.bias[0] += 1.0
+    assert load(save(model, tmp_path / "c"), images)[0].source_hash != first
+
+
+def test_half_precision_checkpoints_are_loaded_as_float32(tmp_path: Path, images: ImageFolderData) -> None:
+    loaded, _ = load(save(vit().half(), tmp_path / "model"), images)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+
+def test_folder_that_does_not_exist(tmp_path: Path, images: ImageFolderData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"model\.path: .*nothing: cannot load it from a local folder or the Hugging"):
+        load_preprocessing(PretrainedModel(source="pretrained", path=str(tmp_path / "nothing")), images)
+
+
+def test_missing_weights_are_named(tmp_path: Path, images: ImageFolderData) -> None:
+    section = save(vit(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    removed = next(name for name in tensors if name.endswith("classifier.bias"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != removed}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks weights of ViTForImageClassification.*: classifier\.bias;"):
+        load(section, images)
+
+
+def test_backbone_without_classifier(tmp_path: Path, images: ImageFolderData) -> None:
+    section = save(ViTModel(ViTConfig(**SMALL, intermediate_size=32)), tmp_path / "model")
+    with pytest.raises(InputError, match=r"classifier\.bias, classifier\.weight; is it a fine-tuned image classif"):
+        load(section, images)
+
+
+def test_weights_of_another_shape(tmp_path: Path, images: ImageFolderData) -> None:
+    section = save(vit(), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 48}))
+    with pytest.raises(InputError, match=r"another shape: .*fc1\.bias"):
+        load(section, images)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path, images: ImageFolderData) -> None:
+    model = vit()
+    with torch.no_grad():
+        model.vit.layers[2].mlp.fc2.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"NaN or infinity: vit\.layers\.2\.mlp\.fc2\.weight"):
+        load(save(model, tmp_path / "model"), images)
+
+
+def test_truncated_weights(tmp_path: Path, images: ImageFolderData) -> None:
+    section = save(vit(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot load it"):
+        load(section, images)
+
+
+def test_model_type_without_known_mlps(tmp_path: Path, images: ImageFolderData) -> None:
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    with pytest.raises(InputError, match="'bert' has no MLPs known to FiPS; supported: deit, dinov2, swin, vit"):
+        load_preprocessing(save(BertForSequenceClassification(config), tmp_path / "model"), images)
+
+
+def test_processor_that_makes_another_size(tmp_path: Path, images: ImageFolderData) -> None:
+    section = save(vit(), tmp_path / "model")
+    cropping = BitImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 24, "width": 24})
+    cropping.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"makes images of 24x24, the model takes 32x32"):
+        load_preprocessing(section, images)
+
+
+# --- scratch ---------------------------------------------------------------------------------------------------
+
+
+def scratch(**config: Any) -> ScratchModel:
+    values = {"image_size": 8, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return ScratchModel(
+        source="scratch",
+        model_type="vit",
+        config={**values, "intermediate_size": 32, **config},
+        training=Training(steps=120, batch_size=64, learning_rate=1e-2),
+        augmentation="shift",
+    )
+
+
+DIGITS = DigitsData(source="digits", image_size=8)
+
+
+def test_scratch_model_learns_and_repeats_itself() -> None:
+    loaded, data = load(scratch(), DIGITS)
+    pixel_values, labels = data.test.batch(range(len(data.test)))
+    with torch.no_grad():
+        accuracy = (loaded.model(pixel_values=pixel_values).logits.argmax(dim=1) == labels).float().mean()
+    assert accuracy > 0.5
+    torch.rand(3)  # the global generator must not matter
+    assert load(scratch(), DIGITS)[0].source_hash == loaded.source_hash
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load(scratch(), DIGITS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hiden_size": 16}, r"model\.config\.hiden_size: not a setting of a vit model"),
+        ({"num_labels": 10}, r"model\.config\.num_labels: not a setting"),
+        ({"hidden_dropout_prob": 0.1}, r"model\.config\.hidden_dropout_prob: got 0\.1; dropout is not supported"),
+        ({"hidden_size": "big"}, r"model\.config: .*hidden_size"),
+        ({"image_size": [8, 16]}, r"model\.config\.image_size: \[8, 16\] is not square"),
+        ({"image_size": 12}, r"data\.image_size: 8 is not the model's image size, 12"),
+    ],
+)
+def test_bad_configs(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(scratch(**config), DIGITS)
+
+
+def test_unknown_model_type() -> None:
+    section = ScratchModel(source="scratch", model_type="vitt", config={}, training=Training(steps=1))
+    with pytest.raises(InputError, match="'vitt' has no MLPs known to FiPS; supported"):
+        load_preprocessing(section, DIGITS)
