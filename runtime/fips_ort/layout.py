@@ -25,7 +25,8 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if (self.keep, self.of) not in _PATTERN_NAMES:
-            raise ValueError(f"unsupported pattern {self.keep}:{self.of}; supported: {', '.join(_PATTERN_NAMES.values())}")
+            supported = ", ".join(_PATTERN_NAMES.values())
+            raise ValueError(f"unsupported pattern {self.keep}:{self.of}; supported: {supported}")
 
     @classmethod
     def parse(cls, name: str) -> "Pattern":
@@ -83,9 +84,13 @@ class Layout:
         check_block_size(self.block_size, self.pattern)
         length = self.columns if self.segment_axis else self.rows
         if len(self.segments) != len(BIT_WIDTHS) or min(self.segments) < 0 or sum(self.segments) != length:
-            raise ValueError(f"segments {self.segments} do not add up to the {length} entries of axis {self.segment_axis}")
+            raise ValueError(
+                f"segments {self.segments} do not add up to the {length} entries of axis {self.segment_axis}",
+            )
         if self.segment_axis == 1 and any(size % self.block_size for size in self.segments):
-            raise ValueError(f"segments {self.segments} along the columns are not multiples of block_size {self.block_size}")
+            raise ValueError(
+                f"segments {self.segments} along the columns are not multiples of block_size {self.block_size}",
+            )
 
     @classmethod
     def uniform(cls, rows: int, columns: int, bits: int, block_size: int, *, midrise: bool = False,
@@ -109,7 +114,8 @@ class Layout:
         for bits, size in zip(BIT_WIDTHS, self.segments, strict=True):
             if size:
                 part = slice(start, start + size)
-                result.append((bits, slice(0, self.rows), part) if self.segment_axis else (bits, part, slice(0, self.columns)))
+                rows, columns = slice(0, self.rows), slice(0, self.columns)
+                result.append((bits, rows, part) if self.segment_axis else (bits, part, columns))
             start += size
         return result
 

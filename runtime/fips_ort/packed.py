@@ -34,7 +34,8 @@ class PackedWeight:
     def __post_init__(self) -> None:
         layout = self.layout
         if self.scales.shape != layout.scales_shape or self.scales.dtype != np.float16:
-            raise ValueError(f"scales are {self.scales.dtype} {self.scales.shape}, expected float16 {layout.scales_shape}")
+            actual = f"{self.scales.dtype} {self.scales.shape}"
+            raise ValueError(f"scales are {actual}, expected float16 {layout.scales_shape}")
         pattern_bytes, code_bytes = _stream_sizes(layout, self.pattern)
         if self.pattern.size != pattern_bytes:
             raise ValueError(f"pattern has {self.pattern.size} bytes, expected {pattern_bytes}")
@@ -47,7 +48,8 @@ class PackedWeight:
         return self.codes.nbytes + self.pattern.nbytes + self.scales.nbytes
 
 
-def pack(levels: NDArray[np.int8], scales: NDArray[np.float16], mask: NDArray[np.bool_] | None, layout: Layout) -> PackedWeight:
+def pack(levels: NDArray[np.int8], scales: NDArray[np.float16], mask: NDArray[np.bool_] | None,
+         layout: Layout) -> PackedWeight:
     """Pack signed ``levels`` (int8 [rows, columns]) with their ``scales`` and ``mask`` (bool [rows, columns]).
 
     ``mask`` is None exactly if the pattern is dense; levels where it is False are not stored. Raises ValueError

@@ -1,0 +1,311 @@
+import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fips_ort
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+from fips_ort.layout import Layout, Pattern
+from fips_ort.ops import ATTRIBUTES
+from fips_ort.packed import PackedWeight
+from fips_ort.reference import q_matmul
+from isa import available_isas
+from onnx import numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
+from op_samples import PATTERNS, layouts, op_model, random_weight, relative_error, session_options
+
+MODES = [(False, 0), (False, 4), (True, 0), (True, 4)]
+
+
+def native_session(model: onnx.ModelProto | str) -> onnxruntime.InferenceSession:
+    options = session_options()
+    fips_ort.register(options)
+    return onnxruntime.InferenceSession(model if isinstance(model, str) else model.SerializeToString(), options)
+
+
+def sizes(layout: Layout, trans_b: bool) -> tuple[int, int]:
+    return (layout.columns, layout.rows) if trans_b else (layout.rows, layout.columns)
+
+
+def zero_functions() -> Sequence[onnx.FunctionProto]:
+    """Deliberately wrong bodies, so that a right answer can only come from the native kernels."""
+    functions = []
+    for name, inputs in (("QMatMul", "A, codes, scales, bias"), ("SparseQMatMul", "A, codes, pattern, scales, bias")):
+        functions.append(onnx.parser.parse_function(
+            f'<domain: "ai.fips", opset_import: ["" : 18]> {name} <{", ".join(ATTRIBUTES[name])}> ({inputs}) => (Y)'
+            "{ zero = Constant <value_float = 0.0> () n = Constant <value_int: int = @N> ()"
+            "  one = Constant <value_ints = [1]> () n_1 = Reshape (n, one) batch = Shape <end = -1> (A)"
+            "  shape = Concat <axis = 0> (batch, n_1) Y = Expand (zero, shape) }",
+        ))
+    return functions
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FIPS_ORT_ISA", request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("trans_b", "accuracy_level"), MODES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_kernels_agree_with_the_reference(isa: str, pattern: str, trans_b: bool, accuracy_level: int) -> None:
+    rng = np.random.default_rng(PATTERNS.index(pattern))
+    for block_size in (64, 192):
+        for index, layout in enumerate(layouts(pattern, block_size, rows_unit=7, blocks=3)):
+            weight = random_weight(rng, layout)
+            k, n = sizes(layout, trans_b)
+            a = rng.standard_normal(((1, 2, 5, 17)[index % 4], k)).astype(np.float32)
+            bias = rng.standard_normal(n).astype(np.float32) if index % 3 else None
+            expected = q_matmul(a, weight, trans_b=trans_b, bias=bias, accuracy_level=accuracy_level)
+            model = op_model(weight, trans_b, accuracy_level, bias, functions=zero_functions())
+            (actual,) = native_session(model).run(None, {"A": a})
+            assert relative_error(actual, expected) < 5e-6, layout
+
+
+@pytest.mark.parametrize(("trans_b", "accuracy_level"), MODES)
+@pytest.mark.parametrize(("pattern", "block_size"), [("dense", 8), ("dense", 24), ("dense", 160), ("bitmap", 40),
+                                                     ("bitmap", 32), ("1:4", 96), ("2:4", 16), ("2:8", 32)])
+def test_every_batch_size_and_odd_shapes(isa: str, pattern: str, block_size: int, trans_b: bool,
+                                         accuracy_level: int) -> None:
+    rng = np.random.default_rng(block_size)
+    layout = Layout(37, 7 * block_size, block_size, (5, 11, 0, 21), midrise=True, pattern=Pattern.parse(pattern))
+    weight = random_weight(rng, layout)
+    k, n = sizes(layout, trans_b)
+    bias = rng.standard_normal(n).astype(np.float32)
+    session = native_session(op_model(weight, trans_b, accuracy_level, bias))
+    a = rng.standard_normal((70, k)).astype(np.float32)
+    expected = q_matmul(a, weight, trans_b=trans_b, bias=bias, accuracy_level=accuracy_level)
+    for m in range(1, 71):
+        (actual,) = session.run(None, {"A": a[:m]})
+        assert relative_error(actual, expected[:m]) < 5e-6, m
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3), (0,), (2, 0), (1, 2, 3)])
+@pytest.mark.parametrize("trans_b", [False, True])
+def test_activations_of_any_rank(shape: tuple[int, ...], trans_b: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, Layout.uniform(6, 64, 3, 32))
+    a = rng.standard_normal((*shape, sizes(weight.layout, trans_b)[0])).astype(np.float32)
+    model = op_model(weight, trans_b, batch=[f"batch_{axis}" for axis in range(len(shape))])
+    (actual,) = native_session(model).run(None, {"A": a})
+    expected = q_matmul(a, weight, trans_b=trans_b)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("trans_b", [False, True])
+@pytest.mark.parametrize("pattern", ["dense", "bitmap", "1:4"])
+def test_large_products_run_in_parallel_tiles(pattern: str, trans_b: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, Layout(640, 2304, 128, (128, 128, 128, 256), pattern=Pattern.parse(pattern)))
+    a = rng.standard_normal((33, sizes(weight.layout, trans_b)[0])).astype(np.float32)
+    (actual,) = native_session(op_model(weight, trans_b)).run(None, {"A": a})
+    assert relative_error(actual, q_matmul(a, weight, trans_b=trans_b)) < 5e-6
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_stay_in_their_row(isa: str, value: float, accuracy_level: int) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, Layout.uniform(8, 64, 4, 32, midrise=True))
+    a = rng.standard_normal((3, 64)).astype(np.float32)
+    a[1, 5] = value
+    (actual,) = native_session(op_model(weight, True, accuracy_level)).run(None, {"A": a})
+    assert not np.isfinite(actual[1]).any()
+    expected = q_matmul(a[::2], weight, accuracy_level=accuracy_level)
+    assert relative_error(actual[::2], expected) < 5e-6
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_same_model_with_and_without_the_library(pattern: str) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, Layout(32, 128, 64, (8, 8, 8, 8), midrise=True, pattern=Pattern.parse(pattern)))
+    model = op_model(weight, True, 0, rng.standard_normal(32).astype(np.float32))
+    a = rng.standard_normal((5, 128)).astype(np.float32)
+    (native,) = native_session(model).run(None, {"A": a})
+    (portable,) = onnxruntime.InferenceSession(model.SerializeToString(), session_options()).run(None, {"A": a})
+    assert relative_error(native, portable) < 5e-6
+
+
+def test_the_profile_names_the_native_kernel(tmp_path: Path) -> None:
+    weight = random_weight(np.random.default_rng(0), Layout.uniform(8, 64, 4, 32))
+    a = np.ones((1, 64), np.float32)
+    executed = []
+    for native in (False, True):
+        options = session_options()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(tmp_path / f"profile_{native}")
+        if native:
+            fips_ort.register(options)
+        session = onnxruntime.InferenceSession(op_model(weight, True).SerializeToString(), options)
+        session.run(None, {"A": a})
+        events = json.loads(Path(session.end_profiling()).read_text())
+        executed.append({event["args"]["op_name"] for event in events if event.get("args", {}).get("op_name")})
+    portable, native_ops = executed
+    assert "QMatMul" not in portable
+    assert "Gemm" in portable
+    assert native_ops == {"QMatMul"}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_weights_may_be_inputs(pattern: str) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, Layout(12, 128, 64, (3, 3, 3, 3), pattern=Pattern.parse(pattern)))
+    a = rng.standard_normal((2, 128)).astype(np.float32)
+    feeds = {"A": a, "codes": weight.codes, "scales": weight.scales}
+    if pattern != "dense":
+        feeds["pattern"] = weight.pattern
+    session = native_session(op_model(weight, True, constant=False))
+    (actual,) = session.run(None, feeds)
+    assert relative_error(actual, q_matmul(a, weight)) < 5e-6
+
+
+def replace(model: onnx.ModelProto, name: str, value: np.ndarray) -> onnx.ModelProto:
+    (proto,) = [proto for proto in model.graph.initializer if proto.name == name]
+    proto.CopyFrom(numpy_helper.from_array(value, name))
+    return model
+
+
+def set_attribute(model: onnx.ModelProto, name: str, value: int) -> onnx.ModelProto:
+    (attribute,) = [attribute for attribute in model.graph.node[0].attribute if attribute.name == name]
+    attribute.i = value
+    return model
+
+
+def weight_of(pattern: str) -> PackedWeight:
+    layout = Layout(12, 128, 64, (3, 3, 3, 3), pattern=Pattern.parse(pattern))
+    return random_weight(np.random.default_rng(0), layout)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_truncated_codes_are_refused_when_the_session_is_made(pattern: str) -> None:
+    weight = weight_of(pattern)
+    model = replace(op_model(weight, True), "codes", weight.codes[:-1])
+    message = f"codes has {weight.codes.size - 1} bytes, expected {weight.codes.size}"
+    with pytest.raises(RuntimeException, match=message):
+        native_session(model)
+
+
+@pytest.mark.parametrize(("pattern", "stream", "value", "message"), [
+    ("bitmap", "pattern", np.full(192, 255, np.uint8), "codes has .* bytes, expected 816"),
+    ("bitmap", "pattern", np.zeros(191, np.uint8), "pattern has 191 bytes, expected 192"),
+    ("2:4", "pattern", np.zeros(192, np.uint8), "indices of the n:m pattern are not ascending"),
+    ("2:8", "pattern", np.zeros(144, np.uint8), "indices of the n:m pattern are not ascending"),
+    ("dense", "scales", np.ones((12, 1), np.float16), r"scales has shape \[12, 1\], expected \[12, 2\]"),
+    ("dense", "codes", np.zeros((2, 408), np.uint8), "codes must be a vector"),
+])
+def test_malformed_streams_are_refused(pattern: str, stream: str, value: np.ndarray, message: str) -> None:
+    with pytest.raises(RuntimeException, match=message):
+        native_session(replace(op_model(weight_of(pattern), True), stream, value))
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("K", 0, "K and N must be positive"),
+    ("transB", 2, "transB must be 0 or 1, got 2"),
+    ("midrise", -1, "midrise must be 0 or 1, got -1"),
+    ("segment_axis", 7, "segment_axis must be 0 or 1, got 7"),
+    ("accuracy_level", 1, "accuracy_level must be 0 or 4, got 1"),
+    ("block_size", 60, "block_size 60 does not divide the 128 columns"),
+    ("block_size", 4, "block_size 4 is not a multiple of 16"),
+    ("size_8bit", 4, "the segments do not add up to the 12 entries of axis 0"),
+    ("size_2bit", 2, "the segments add up to 11, not to the 12 entries of axis 0"),
+    ("keep", 3, "unsupported pattern: keep 3, of 4"),
+])
+def test_malformed_attributes_are_refused(name: str, value: int, message: str) -> None:
+    model = set_attribute(op_model(weight_of("2:4"), True, functions=zero_functions()), name, value)
+    with pytest.raises(RuntimeException, match=message):
+        native_session(model)
+
+
+def test_missing_attributes_are_refused() -> None:
+    model = op_model(weight_of("dense"), True, functions=zero_functions())
+    attributes = model.graph.node[0].attribute
+    attributes.remove(next(attribute for attribute in attributes if attribute.name == "block_size"))
+    with pytest.raises(RuntimeException,
+                       match="attribute block_size is missing"):
+        native_session(model)
+
+
+def test_wrong_inputs_are_refused_at_run_time() -> None:
+    weight = weight_of("bitmap")
+    a = np.ones((2, 128), np.float32)
+    session = native_session(op_model(weight, True, bias=np.ones(7, np.float32), functions=zero_functions()))
+    with pytest.raises(InvalidArgument,
+                       match=r"bias has shape \[7\], expected \[12\]"):
+        session.run(None, {"A": a})
+    model = op_model(weight, True, functions=zero_functions())
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "any"
+    with pytest.raises(InvalidArgument,
+                       match=r"A has shape \[2, 64\], expected \[..., 128\]"):
+        native_session(model).run(None, {"A": a[:, :64]})
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIPS_ORT_ISA", "avx9000")
+    with pytest.raises(RuntimeException,
+                       match="FIPS_ORT_ISA=avx9000: unknown, or this CPU lacks it"):
+        native_session(op_model(weight_of("dense"), True))
+
+
+@pytest.mark.parametrize("function", ["RegisterCustomOps", "FipsOrtRegisterCustomOps"])
+def test_onnxruntime_before_1_17_gets_a_clear_error(function: str) -> None:
+    messages = []
+    create_status_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    get_api_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    get_version_type = ctypes.CFUNCTYPE(ctypes.c_void_p)
+
+    @create_status_type
+    def create_status(code: int, message: bytes) -> int:
+        messages.append((code, message.decode()))
+        return 1
+
+    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p).value)
+    get_api = get_api_type(lambda version: None if version > 16 else ctypes.addressof(table))
+    version_string = ctypes.create_string_buffer(b"1.16.3")
+    get_version = get_version_type(lambda: ctypes.addressof(version_string))
+    base = (ctypes.c_void_p * 2)(*[ctypes.cast(entry, ctypes.c_void_p).value for entry in (get_api, get_version)])
+    register = getattr(ctypes.CDLL(str(fips_ort.library_path())), function)
+    register.restype = ctypes.c_void_p
+    assert register(None, ctypes.byref(base)) == 1
+    assert messages == [(1, "fips_ort needs ONNX Runtime 1.17 or later, this is 1.16.3")]
+
+
+NODES = 12
+MEMORY_SCRIPT = """
+import sys
+import numpy as np, onnxruntime, psutil, fips_ort
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+fips_ort.register(options)
+onnxruntime.InferenceSession(sys.argv[2], options)
+before = psutil.Process().memory_info().rss
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+session.run(None, {"A": np.ones((4, 4096), np.float32)})
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_basis_read_by_many_nodes_is_in_memory_once(external: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layout = Layout.uniform(8192, 4096, 4, 64)
+    weight = PackedWeight(
+        layout, rng.integers(0, 256, 16 << 20, dtype=np.uint8), np.zeros(0, np.uint8),
+        np.ones(layout.scales_shape, np.float16),
+    )
+    onnx.save(op_model(weight, True, nodes=NODES), tmp_path / "model.onnx", save_as_external_data=external,
+              location="weights" if external else None)
+    onnx.save(op_model(weight_of("dense"), True), tmp_path / "small.onnx")
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, tmp_path / "model.onnx", tmp_path / "small.onnx"],
+        capture_output=True, text=True, check=True,
+    )
+    resident = int(result.stdout)
+    # One copy and the working memory; a file without external data may be held once more, as the parsed model.
+    assert resident < (1.5 if external else 2.5) * weight.nbytes
