@@ -74,10 +74,12 @@ def write_artifact(
     """Write the artefact into ``folder``, replacing one that is there.
 
     ``save_config`` is called with the folder being written and saves config.json, preprocessor_config.json and
-    whatever else belongs to the model. Raises ArtifactError if the disk is too small or a write fails; then
-    ``folder`` is as it was before.
+    whatever else belongs to the model. Raises ArtifactError if ``folder`` holds something else than an artefact,
+    the disk is too small or a write fails; then ``folder`` is as it was before.
     """
     recover(folder)
+    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder}: exists and is no artefact (it has no {MANIFEST}); it is left untouched")
     folder.parent.mkdir(parents=True, exist_ok=True)
     library = library_path()
     _check_space(folder.parent, model, golden, library)
@@ -89,10 +91,11 @@ def write_artifact(
         tensors = _write_model(partial, model, max_shard_size)
         shutil.copyfile(library, partial / library.name)
         (partial / "README.md").write_text(_readme(provenance, golden), encoding="utf-8")
+        golden_files = _write_golden(partial, golden)
         manifest = Manifest(
             model=MODEL,
             library=library.name,
-            golden=_write_golden(partial, golden),
+            golden=golden_files,
             tensors=tensors,
             weights=[_weight_entry(name, weight) for name, weight in packed.weights().items()],
             files=_list_files(partial),

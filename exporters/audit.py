@@ -41,7 +41,8 @@ class AuditRow:
 def audit(artifact: Path | ir.Model, packed: PackedModel, rest: Literal["float16", "float32"]) -> list[AuditRow]:
     """Check the graph of an artefact's folder (or in memory) against the packed model it was made of.
 
-    ``rest``: how floating weights outside the packed MLPs and n-bit layers are stored. Returns one row per
+    ``rest``: how floating weights outside the packed MLPs and n-bit layers are stored (biases of packed layers may
+    be either). Returns one row per
     initializer, in the graph's order. Raises AuditError if bytes differ from the promised ones, packed streams
     from those of ``packed``, a shared basis is stored twice, or two initializers have equal type, shape and bytes.
     """
@@ -101,8 +102,8 @@ def _match_weights(
             promises[value.name or ""] = (kind, promised[id(weight)][part])
             if value.const_value is None or not np.array_equal(_bytes(value), _view(getattr(weight, part))):
                 yield f"{name}: {part} differ from the packed weight's"
-        if len(inputs) > 1 + len(parts) and (bias := inputs[-1]) is not None and bias.is_initializer():
-            promises[bias.name or ""] = ("bias", 4 * tensor_of(bias).size)
+        if len(inputs) > 1 + len(parts) and (bias := _behind_cast(inputs[-1])) is not None:
+            promises[bias.name or ""] = ("bias", tensor_of(bias).nbytes)
         names = tuple(value.name or "" for value in values)
         if stored_as.setdefault(id(weight), names) != names:
             yield f"{name}: its {kind} is stored twice, as {names[0]} and {stored_as[id(weight)][0]}"

@@ -5,6 +5,7 @@ same weights. Order of use: :func:`fix_position_embeddings`, :func:`quantize_lin
 """
 
 import copy
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -19,14 +20,15 @@ from exporters.modules import NODE_NAME, PackedMatrix, PackedMLPModule
 def fix_position_embeddings(model: nn.Module, height: int, width: int) -> None:
     """Replace position embeddings that the model interpolates at every call by those for one square image size.
 
-    Changes ``model`` in place; the model computes the same for images of this size. Models that do not
-    interpolate (ViT, DeiT, Swin) are left as they are.
+    Changes ``model`` in place; the model computes the same for images of this size. Models that interpolate on
+    request only (ViT, DeiT, Swin) are left as they are. Raises ValueError for images that are not square.
     """
     modules: list[Any] = list(model.modules())
     for module in modules:
         interpolate = getattr(module, "interpolate_pos_encoding", None)
         positions = getattr(module, "position_embeddings", None)
-        if interpolate is None or not isinstance(positions, nn.Parameter):
+        on_request = "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
+        if interpolate is None or on_request or not isinstance(positions, nn.Parameter):
             continue
         patch_height, patch_width = module.patch_embeddings.patch_size
         patches = (height // patch_height) * (width // patch_width)

@@ -74,9 +74,13 @@ class Sample:
             return self.module(pixel_values=torch.from_numpy(pixel_values)).logits.numpy()
 
 
-@functools.cache
-def sample(kind: str, pattern: str, graded: bool = False, accuracy_level: int = 0) -> Sample:
+def sample(kind: str, pattern: str, *, graded: bool = False, accuracy_level: int = 0) -> Sample:
     """Exported once per test process; the rest of the model is float16, attention 4 bits. Not to be changed."""
+    return _sample(kind, pattern, graded, accuracy_level)
+
+
+@functools.cache
+def _sample(kind: str, pattern: str, graded: bool, accuracy_level: int) -> Sample:
     dense = tiny_model(kind)
     fix_position_embeddings(dense, *PIXEL_SHAPE[1:])
     packed = random_packed(dense, pattern, graded=graded)

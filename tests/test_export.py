@@ -89,7 +89,7 @@ def test_installed_mlps_compute_the_factorization() -> None:
 
 @pytest.mark.parametrize(("kind", "pattern", "graded"), CASES)
 def test_graph_computes_what_torch_computes(kind: str, pattern: str, graded: bool) -> None:
-    exported = sample(kind, pattern, graded)
+    exported = sample(kind, pattern, graded=graded)
     session = onnxruntime.InferenceSession(ir.to_proto(exported.graph).SerializeToString())
     assert [(value.name, value.shape) for value in session.get_inputs()] == [("pixel_values", ["batch", *PIXEL_SHAPE])]
     assert [(value.name, value.shape) for value in session.get_outputs()] == [("logits", ["batch", 10])]
@@ -103,7 +103,7 @@ def test_graph_computes_what_torch_computes(kind: str, pattern: str, graded: boo
 
 @pytest.mark.parametrize(("kind", "pattern", "graded"), CASES)
 def test_graph_stores_what_was_promised(kind: str, pattern: str, graded: bool) -> None:
-    exported = sample(kind, pattern, graded)
+    exported = sample(kind, pattern, graded=graded)
     rows = {row.name: row for row in audit(exported.graph, exported.packed, "float16")}
     for name, weight in exported.packed.weights().items():
         stored = sum(rows[f"{name}.{part}"].bytes for part in promised_bytes(weight) if f"{name}.{part}" in rows)

@@ -136,3 +136,11 @@ def test_fixed_position_embeddings_compute_the_same() -> None:
     assert torch.equal(before, after)
     with pytest.raises(ValueError, match="square images only"):
         fix_position_embeddings(model, 16, 20)
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "swin"])
+def test_position_embeddings_interpolated_on_request_only_are_left_alone(kind: str) -> None:
+    model = tiny_model(kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fix_position_embeddings(model, 16, 16)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -85,7 +85,7 @@ def relative_difference(actual: NDArray[np.float32], expected: NDArray[np.float3
 def _read_array(folder: Path, path: str) -> NDArray[np.float32]:
     try:
         array: NDArray[np.float32] = np.load(inside(folder, path), allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError, OSError) as error:
         raise ArtifactError(f"{folder / path}: not a .npy file: {error}") from None
     return array
 
