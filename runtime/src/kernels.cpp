@@ -143,7 +143,25 @@ inline void put(uint64_t codes, uint64_t mask, const Encoding& e, uint8_t* out, 
 
 template <int bits>
 void decode_dense(const uint8_t* codes, size_t count, uint8_t* out) {
-  for (size_t i = 0; i < count / 8; ++i) {
+  size_t i = 0;
+#if defined(__AVX512VBMI__)
+  if constexpr (bits < 8) {
+    // 64 codes at a time: each 64-bit lane gets the bytes of its 8 codes, then each byte its own shift.
+    alignas(64) uint8_t source[64], shift[64];
+    for (size_t j = 0; j < 64; ++j) {
+      source[j] = static_cast<uint8_t>((j / 8 * bits + j % 8) & 63);
+      shift[j] = static_cast<uint8_t>(j % 8 * bits);
+    }
+    const __m512i sources = _mm512_load_si512(source), shifts = _mm512_load_si512(shift);
+    const __m512i lowest = _mm512_set1_epi8(static_cast<char>(low_bits(bits)));
+    for (; i + 8 <= count / 8; i += 8) {
+      const __m512i bytes = _mm512_maskz_loadu_epi8(low_bits(8 * bits), codes + i * bits);
+      const __m512i lanes = _mm512_permutexvar_epi8(sources, bytes);
+      _mm512_storeu_si512(out + i * 8, _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), lowest));
+    }
+  }
+#endif
+  for (; i < count / 8; ++i) {
     const uint64_t word = read_codes<bits>(codes + i * bits);
     std::memcpy(out + i * 8, &word, 8);
   }
