@@ -1,0 +1,76 @@
+"""Speed of sessions beside each other: interleaved runs, medians."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from exporters.rest import quantize_linears
+from exporters.vision import export_vision
+from fips_ort.load import load
+from numpy.typing import NDArray
+from torch import nn
+
+DENSE_FLOAT32 = "dense float32, onnxruntime"
+DENSE_INT4 = "dense MatMulNBits 4 bit, onnxruntime"
+NATIVE = "artefact, native kernels"
+PORTABLE = "artefact, portable functions"
+
+
+def seconds_per_run(
+    sessions: Mapping[str, onnxruntime.InferenceSession], pixel_values: NDArray[np.float32], seconds: float
+) -> dict[str, float]:
+    """Median wall time of one run of each session on ``pixel_values`` [batch, 3, H, W].
+
+    The sessions take turns, so that drifts of the machine's speed hit all alike; about ``seconds`` in all, at least
+    five rounds after one to warm up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 6 or time.perf_counter() < end:
+        for name, session in sessions.items():
+            begin = time.perf_counter()
+            session.run(["logits"], {"pixel_values": pixel_values})
+            times[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return {name: median(values[1:]) for name, values in times.items()}
+
+
+def artefact_sessions(folder: Path, threads: int) -> dict[str, onnxruntime.InferenceSession]:
+    """The artefact with native kernels and with functions only."""
+    return {
+        NATIVE: load(folder, session_options(threads), native=True, verify=False),
+        PORTABLE: load(folder, session_options(threads), native=False, verify=False),
+    }
+
+
+def dense_sessions(
+    dense: nn.Module, pixel_shape: tuple[int, int, int], threads: int
+) -> dict[str, onnxruntime.InferenceSession]:
+    """The dense model in ONNX Runtime, float32, and with its linear layers (not the classifier) as MatMulNBits.
+
+    4 bits, accuracy_level 4, blocks of 64, 32 or 16, whichever divides all layers; absent if none does.
+    """
+    models = {DENSE_FLOAT32: dense}
+    for block_size in (64, 32, 16):
+        try:
+            models[DENSE_INT4] = quantize_linears(dense, 4, block_size, ["classifier"], 4)
+            break
+        except ValueError:
+            continue
+    return {
+        name: onnxruntime.InferenceSession(
+            ir.to_proto(export_vision(model, pixel_shape)).SerializeToString(), session_options(threads)
+        )
+        for name, model in models.items()
+    }
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return options

@@ -1,0 +1,196 @@
+"""The command ``fips``. Exit status 0: done; 1: failed; 2: bad input, with one clear message."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+# Before torch and numpy start their thread pools: idle threads sleep instead of spinning, which on a machine with
+# other work costs many times what it saves.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import InputError, StageError
+from pipeline.progress import Progress
+from pipeline.recipe import load_recipe
+
+app = typer.Typer(
+    name="fips",
+    help="Compress a transformer's MLPs by fine-grained parameter sharing, train the factors at 2 to 4 bits, "
+    "export to ONNX with custom ops, and measure what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder of an artefact")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
+Threads = Annotated[int, typer.Option(help="threads of ONNX Runtime; 0: all cores")]
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show ranks, bytes, memory and disk of a run, without computing any weight."""
+    loaded = load_recipe(recipe, overrides)
+    from pipeline.estimate import estimate
+
+    _print_plan(loaded.name, estimate(loaded), loaded.calibration.samples)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="folder for artefact and report; default runs/NAME")] = None,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="use no result of an earlier run")] = False,
+) -> None:
+    """Run a recipe: from the model to a validated ONNX artefact and a report. Resumes where it was stopped."""
+    loaded = load_recipe(recipe, overrides)
+    from pipeline.run import ARTIFACT
+    from pipeline.run import run as run_recipe
+
+    folder = out or Path("runs") / loaded.name
+    report = run_recipe(loaded, folder, Progress(), fresh=fresh)
+    from pipeline.report_sections import verdict, verdict_detail
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{verdict(report)}\n{verdict_detail(report)}")
+    console.print(f"artefact  {folder / ARTIFACT}\nreport    {folder / 'report.html'}")
+
+
+@app.command()
+def validate(artifact: ArtifactPath) -> None:
+    """Prove an artefact complete, unchanged and right: manifest, hashes, golden outputs on both backends."""
+    from fips_ort.validate import main as validate_main
+
+    raise typer.Exit(validate_main([str(artifact)]))
+
+
+@app.command()
+def inspect(artifact: ArtifactPath) -> None:
+    """List an artefact's files and packed weights: shape, bits, pattern, bytes."""
+    from fips_ort.layout import BIT_WIDTHS
+    from fips_ort.manifest import read_manifest
+
+    manifest = read_manifest(artifact)
+    table = Table("weight", "rows × columns", "bits", "pattern", "block", "bytes", "bits/entry", box=None)
+    for weight in manifest.weights:
+        bits = " + ".join(f"{bits}×{size}" for bits, size in zip(BIT_WIDTHS, weight.segments, strict=True) if size)
+        stored = 8 * weight.bytes / (weight.rows * weight.columns)
+        shape = f"{weight.rows} × {weight.columns}"
+        table.add_row(weight.name, shape, bits, weight.pattern, str(weight.block_size), f"{weight.bytes:,}", f"{stored:.2f}")
+    files = Table("file", "bytes", "sha256", box=None)
+    for file in manifest.files:
+        files.add_row(file.path, f"{file.bytes:,}", file.sha256[:16])
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(files)
+    console.print(f"{sum(file.bytes for file in manifest.files):,} bytes in all")
+
+
+@app.command()
+def bench(
+    artifact: ArtifactPath,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Threads = 0,
+    seconds: Annotated[float, typer.Option(help="about how long to measure")] = 10.0,
+) -> None:
+    """Time an artefact, native kernels beside portable functions, interleaved; medians."""
+    import numpy as np
+    from fips_ort.manifest import read_manifest
+    from fips_ort.memory import measure_memory
+
+    from pipeline.bench import artefact_sessions, seconds_per_run
+
+    threads = threads or os.cpu_count() or 1
+    golden = np.load(artifact / read_manifest(artifact).golden.inputs["pixel_values"])
+    pixel_values = np.resize(golden, (batch, *golden.shape[1:]))
+    table = Table("backend", "images/s", "ms per run", "load RSS MB", "peak RSS MB", box=None)
+    for name, value in seconds_per_run(artefact_sessions(artifact, threads), pixel_values, seconds).items():
+        memory = measure_memory(artifact, native="native" in name)
+        table.add_row(
+            name,
+            f"{batch / value:.1f}",
+            f"{1000 * value:.2f}",
+            f"{memory['load_rss_bytes'] / 1e6:.1f}",
+            f"{memory['peak_rss_bytes'] / 1e6:.1f}",
+        )
+    console = Console(highlight=False)
+    console.print(f"batch {batch}, {threads} threads")
+    console.print(table)
+
+
+@app.command("eval")
+def evaluate_artifact(
+    artifact: ArtifactPath,
+    portable: Annotated[bool, typer.Option("--portable", help="use the functions in the model")] = False,
+) -> None:
+    """Accuracy of an artefact on the test data of the recipe it was made from."""
+    from fips_ort.load import load
+    from fips_ort.manifest import read_manifest
+
+    from pipeline.evaluate import evaluate_session
+    from pipeline.recipe import parse_recipe
+
+    manifest = read_manifest(artifact)
+    recipe = parse_recipe(manifest.recipe, str(artifact / "fips.json"))
+    quality = evaluate_session(load(artifact, native=not portable), recipe, Progress())
+    print(f"accuracy {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} % of {quality.samples} samples")
+
+
+def _print_plan(name: str, estimated: "Estimate", calibration_samples: int | None) -> None:  # type: ignore[name-defined]  # noqa: F821
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("group", "blocks", "d", "N", "rank", "MLP bytes", "stored bits/weight", "paper bits/weight", box=None)
+    for group in estimated.plan.groups:
+        size = estimated.sizes[group.name]
+        blocks = ", ".join(str(site.block) for site in group.sites)
+        table.add_row(
+            group.name,
+            blocks,
+            str(group.width),
+            str(group.columns),
+            str(group.rank),
+            f"{size.stored:,}",
+            f"{8 * size.stored / group.dense_parameters:.2f}",
+            f"{size.value_bits / group.dense_parameters:.2f}",
+        )
+    console.print(f"{name}: {estimated.parameters:,} parameters, {estimated.mlp_parameters:,} of them in compressed MLPs")
+    console.print(table)
+    if estimated.plan.dense_blocks:
+        console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
+    dense = 2 * estimated.parameters
+    console.print(
+        f"weights of the artefact  {estimated.artifact_bytes:,} bytes, {100 * estimated.artifact_bytes / dense:.1f} % of "
+        f"{dense:,} in float16 (graph, manifest and native library come on top)"
+    )
+    per_image = estimated.activation_bytes_per_image
+    total = f", {per_image * calibration_samples:,} in all" if calibration_samples else ""
+    console.print(f"disk for calibration     {per_image:,} bytes per image{total}")
+    console.print(
+        f"memory                   {4 * estimated.parameters:,} bytes for the dense model, "
+        f"{estimated.factor_bytes:,} to train the largest group"
+    )
+
+
+def main() -> None:
+    """Entry point: bad input is one message and exit status 2, a failed run one message and 1."""
+    from fips_ort.errors import ArtifactError
+
+    try:
+        app(standalone_mode=True)
+    except (InputError, ArtifactError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (StageError, FloatingPointError, ArithmeticError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

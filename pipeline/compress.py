@@ -1,0 +1,110 @@
+"""From a dense model to one with factorized MLPs and back: building, saving and loading factors by name.
+
+Names of factors: ``group_G.basis`` and ``block_B.LINEAR``.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from qat.factor import Factor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.calibrate import open_activations, second_moment
+from pipeline.factorize import svd_factors
+from pipeline.factorized_mlp import FactorizedMLP, dense_columns
+from pipeline.files import write_aside
+from pipeline.fit import LocalTarget
+from pipeline.models.adapters import MLPSite
+from pipeline.plan import GroupPlan
+
+
+def factorize_group(
+    model: nn.Module, group: GroupPlan, *, calibration: Path | None, masked: bool, seed: int
+) -> tuple[list[FactorizedMLP], Tensor]:
+    """The MLPs of a group, factorized, and the singular values [d] of their concatenated matrices W.
+
+    ``calibration``: folder of recorded activations, which then weight the SVD. ``masked``: give the projections
+    masks (all true) for a sparsifier to work on.
+    """
+    W = torch.cat([dense_columns(model.get_submodule(site.path), site) for site in group.sites], dim=1)
+    moment = None
+    if calibration is not None:
+        moment = second_moment([open_activations(calibration, site) for site in group.sites])
+    U, V = svd_factors(W, group.rank, seed=seed + group.index, second_moment=moment)
+    return _assemble(model, group, U, V, masked), torch.linalg.svdvals(W)
+
+
+def restore_group(model: nn.Module, group: GroupPlan, path: Path, *, masked: bool) -> list[FactorizedMLP]:
+    """The MLPs of a group with the factors saved at ``path``; the rest of them is the dense ``model``'s."""
+    mlps = _assemble(
+        model, group, torch.zeros(group.width, group.rank), torch.zeros(group.rank, group.columns), masked
+    )
+    load_factors(mlps, path)
+    return mlps
+
+
+def _assemble(model: nn.Module, group: GroupPlan, U: Tensor, V: Tensor, masked: bool) -> list[FactorizedMLP]:
+    basis = Factor(U.T)
+    mlps, start = [], 0
+    for site in group.sites:
+        projections = {}
+        for name in (*site.first, site.last):
+            part = V[:, start : start + site.hidden]
+            start += site.hidden
+            matrix = part if name == site.last else part.T
+            mask = torch.ones(matrix.shape, dtype=torch.bool) if masked else None
+            projections[name] = Factor(matrix, mask)
+        mlps.append(FactorizedMLP(site, group.name, model.get_submodule(site.path), basis, projections))
+    return mlps
+
+
+def install(model: nn.Module, mlps: Sequence[FactorizedMLP]) -> nn.Module:
+    """A frozen copy of the dense model with the given MLPs in place of its own (the MLPs themselves, not copies)."""
+    compressed = copy.deepcopy(model).requires_grad_(False)
+    for mlp in mlps:
+        compressed.set_submodule(mlp.site.path, mlp)
+    return compressed
+
+
+def named_factors(mlps: Sequence[FactorizedMLP]) -> dict[str, Factor]:
+    """All factors by name, the basis of each group once. Its being one module in all its MLPs is asserted."""
+    factors: dict[str, Factor] = {}
+    for mlp in mlps:
+        basis = factors.setdefault(f"{mlp.group}.basis", mlp.basis)
+        if basis is not mlp.basis:
+            raise AssertionError(f"the MLPs of {mlp.group} hold different bases")
+        for name, projection in mlp.projections.items():
+            assert isinstance(projection, Factor)
+            factors[f"block_{mlp.site.block}.{name}"] = projection
+    return factors
+
+
+def save_factors(mlps: Sequence[FactorizedMLP], path: Path) -> None:
+    """Weights, gains and masks of all factors, the shared bases once (safetensors)."""
+    tensors = {}
+    for name, factor in named_factors(mlps).items():
+        for key, value in factor.state_dict().items():
+            tensors[f"{name}/{key}"] = value.contiguous()
+    write_aside(path, lambda temporary: save_file(tensors, temporary))
+
+
+def load_factors(mlps: Sequence[FactorizedMLP], path: Path) -> None:
+    """Inverse of :func:`save_factors`, into factors of the same names and shapes."""
+    tensors = load_file(path)
+    for name, factor in named_factors(mlps).items():
+        prefix = f"{name}/"
+        factor.load_state_dict({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
+
+
+def local_targets(model: nn.Module, mlps: Sequence[FactorizedMLP], calibration: Path) -> list[LocalTarget]:
+    """The MLPs with their recorded activations; ``model`` is the dense model (for its layer scales)."""
+    return [
+        LocalTarget(mlp, open_activations(calibration, mlp.site), _output_scale(model, mlp.site)) for mlp in mlps
+    ]
+
+
+def _output_scale(model: nn.Module, site: MLPSite) -> Tensor | None:
+    return None if site.output_scale is None else model.get_parameter(site.output_scale).detach()

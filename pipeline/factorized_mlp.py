@@ -1,0 +1,59 @@
+"""The MLP of a transformer block with its matrices factorized over the basis shared by its group.
+
+``first: y = (x U) V + b`` (fc1, or gate and up, which read the same ``x U``), ``last: y = U (V a) + b``.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from qat.factor import Factor
+from torch import Tensor, nn
+
+from pipeline.models.adapters import MLPSite
+
+
+class FactorizedMLP(nn.Module):
+    """``basis`` [rank, d] of the ``group`` is one module shared by all MLPs of the group; projections are this MLP's own.
+
+    ``projections`` maps the names of the replaced linears to factors: of a first linear [n, rank], of the last
+    [rank, n]. Input and output: float32 [..., d].
+    """
+
+    def __init__(
+        self, site: MLPSite, group: str, dense: nn.Module, basis: Factor, projections: Mapping[str, Factor]
+    ) -> None:
+        super().__init__()
+        self.site = site
+        self.group = group
+        self.basis = basis
+        self.projections = nn.ModuleDict(dict(projections))
+        linears = {name: dense.get_submodule(name) for name in (*site.first, site.last)}
+        self.biases = nn.ParameterDict(
+            {name: copy.deepcopy(linear.bias) for name, linear in linears.items() if linear.bias is not None}
+        )
+        for bias in self.biases.values():
+            bias.requires_grad_(False)
+        self.activation = copy.deepcopy(dense.get_submodule(site.activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis = self.basis()
+        t = F.linear(x, basis)
+        first = [F.linear(t, self.projections[name](), self._bias(name)) for name in self.site.first]
+        hidden = self.activation(first[0])
+        if len(first) == 2:
+            hidden = hidden * first[1]
+        y = F.linear(hidden, self.projections[self.site.last]()) @ basis
+        bias = self._bias(self.site.last)
+        return y if bias is None else y + bias
+
+    def _bias(self, name: str) -> Tensor | None:
+        return self.biases[name] if name in self.biases else None
+
+
+def dense_columns(dense: nn.Module, site: MLPSite) -> Tensor:
+    """The MLP's matrices with the model dimension as rows, side by side: float32 [d, N of this block]."""
+    parts = [dense.get_submodule(name).weight.detach().T for name in site.first]
+    parts.append(dense.get_submodule(site.last).weight.detach())
+    return torch.cat(parts, dim=1)

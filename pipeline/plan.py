@@ -1,0 +1,204 @@
+"""Recipe × model, before any expensive work: groups, ranks, layouts and sizes, and everything that cannot work."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from fips_ort.bits import packed_size
+from fips_ort.layout import BIT_WIDTHS, DENSE, Layout, Pattern
+
+from pipeline.budget import kept_parameters, rank_for_budget
+from pipeline.errors import InputError
+from pipeline.models.adapters import MLPSite
+from pipeline.recipe import FactorScheme, Recipe
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A group of blocks that share one basis: ``rank`` entries of width ``width``."""
+
+    index: int
+    sites: tuple[MLPSite, ...]
+    width: int
+    columns: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return f"group_{self.index}"
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.width * self.columns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a model: its groups, and the blocks it leaves dense."""
+
+    groups: tuple[GroupPlan, ...]
+    dense_blocks: tuple[int, ...]
+
+
+def make_plan(recipe: Recipe, sites: list[MLPSite]) -> Plan:
+    """Check a recipe against the MLPs of a model and derive the ranks.
+
+    Raises InputError listing every offender: group indices out of range or used twice, groups of unequal
+    width, block sizes that do not divide, a rank below one block.
+    """
+    problems: list[str] = []
+    groups = _group_sites(recipe, sites, problems)
+    plans = []
+    for index, members in enumerate(groups):
+        plan = _plan_group(recipe, index, members, problems)
+        if plan is not None:
+            plans.append(plan)
+    if problems:
+        raise InputError("\n".join(f"recipe {recipe.name}: {problem}" for problem in problems))
+    grouped = {site.block for group in plans for site in group.sites}
+    return Plan(tuple(plans), tuple(site.block for site in sites if site.block not in grouped))
+
+
+def _group_sites(recipe: Recipe, sites: list[MLPSite], problems: list[str]) -> list[list[MLPSite]]:
+    wanted = recipe.compression.groups
+    if isinstance(wanted, int):
+        wanted = [list(range(start, min(start + wanted, len(sites)))) for start in range(0, len(sites), wanted)]
+    seen: dict[int, int] = {}
+    groups = []
+    for number, blocks in enumerate(wanted):
+        key = f"compression.groups.{number}"
+        if not blocks:
+            problems.append(f"{key}: the group is empty; remove it")
+        outside = [block for block in blocks if not 0 <= block < len(sites)]
+        if outside:
+            problems.append(f"{key}: blocks {outside} do not exist; the model has blocks 0 to {len(sites) - 1}")
+        for block in blocks:
+            if block in seen:
+                where = "twice in this group" if seen[block] == number else f"in group {seen[block]} already"
+                problems.append(f"{key}: block {block} is {where}; a block belongs to one group")
+            seen[block] = number
+        members = [sites[block] for block in blocks if 0 <= block < len(sites)]
+        widths = sorted({site.width for site in members})
+        if len(widths) > 1:
+            listed = ", ".join(f"block {site.block}: {site.width}" for site in members)
+            problems.append(f"{key}: blocks of unequal width cannot share a basis ({listed}); split the group")
+        elif members:
+            groups.append(members)
+    return groups
+
+
+def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list[str]) -> GroupPlan | None:
+    compression, quantization = recipe.compression, recipe.quantization
+    width = sites[0].width
+    columns = sum(site.hidden * (len(site.first) + 1) for site in sites)
+    basis_block, projection_block = quantization.basis.block_size, quantization.projections.block_size
+    if width % basis_block:
+        problems.append(
+            f"quantization.basis.block_size: {basis_block} does not divide the width {width} of group {index}; "
+            f"take one of {_dividing_blocks(width)}"
+        )
+    uneven = [f"block {site.block}: {site.hidden}" for site in sites if site.hidden % projection_block]
+    if uneven:
+        problems.append(
+            f"quantization.projections.block_size: {projection_block} does not divide the MLP width of "
+            f"{', '.join(uneven)}; take one of {_dividing_blocks(sites[0].hidden)}"
+        )
+    wanted = rank_for_budget(compression.budget, width, columns, compression.target_sparsity)
+    # First projections have blocks along the rank axis; rounding down keeps the budget.
+    rank = int(wanted) // projection_block * projection_block
+    if rank < 1:
+        problems.append(
+            f"compression.budget: {compression.budget} gives group {index} rank {wanted:.1f}, less than one block "
+            f"of {projection_block}; raise the budget or lower quantization.projections.block_size"
+        )
+        return None
+    return GroupPlan(index, tuple(sites), width, columns, rank)
+
+
+def _dividing_blocks(length: int) -> list[int]:
+    return [size for size in (16, 32, 64, 128, 256) if length % size == 0]
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------
+
+Segments = tuple[int, int, int, int]
+
+
+def scheme_segments(scheme: FactorScheme, group: GroupPlan, chunk: int) -> Segments | None:
+    """Sizes of the 8-, 4-, 3- and 2-bit segments of a group's rank axis, multiples of ``chunk``.
+
+    None if the scheme leaves them to the allocation. The last segment takes what rounding leaves.
+    """
+    if scheme.bits == "allocate":
+        return None
+    if isinstance(scheme.bits, int):
+        return _sizes({scheme.bits: group.rank})
+    sizes: dict[int, int] = {}
+    left = group.rank
+    for grade in scheme.bits[:-1]:
+        size = min(left, round(grade.fraction * group.rank / chunk) * chunk)
+        sizes[grade.bits] = size
+        left -= size
+    sizes[scheme.bits[-1].bits] = left
+    return _sizes(sizes)
+
+
+def basis_layout(recipe: Recipe, group: GroupPlan, segments: Segments) -> Layout:
+    """Stored basis: U.T [rank, d], segments along the rows."""
+    scheme = recipe.quantization.basis
+    return Layout(group.rank, group.width, scheme.block_size, segments, 0, scheme.levels == "midrise", DENSE)
+
+
+def projection_layout(recipe: Recipe, group: GroupPlan, site: MLPSite, name: str, segments: Segments) -> Layout:
+    """Stored projection: of a first linear V.T [n, rank], of the last V [rank, n]; the contracted axis last."""
+    scheme = recipe.quantization.projections
+    midrise = scheme.levels == "midrise"
+    pattern = Pattern.parse(recipe.compression.pattern)
+    if name == site.last:
+        return Layout(group.rank, site.hidden, scheme.block_size, segments, 0, midrise, pattern)
+    return Layout(site.hidden, group.rank, scheme.block_size, segments, 1, midrise, pattern)
+
+
+def _sizes(by_bits: dict[int, int]) -> Segments:
+    sizes = [by_bits.get(bits, 0) for bits in BIT_WIDTHS]
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """Promised sizes of a group's packed factors, in bytes; ``values`` are the kept parameters."""
+
+    values: float
+    value_bits: float
+    codes: int
+    pattern: int
+    scales: int
+
+    @property
+    def stored(self) -> int:
+        return self.codes + self.pattern + self.scales
+
+
+def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: Segments) -> GroupSize:
+    """What a group will take with the given segments of the rank axis (bitmaps: at the target sparsity)."""
+    sparsity = recipe.compression.target_sparsity
+    layouts = [basis_layout(recipe, group, basis)]
+    for site in group.sites:
+        layouts += [projection_layout(recipe, group, site, name, projections) for name in (*site.first, site.last)]
+    codes = pattern = scales = 0
+    value_bits = 0.0
+    for layout in layouts:
+        density = 1.0 if layout.pattern == DENSE else 1.0 - sparsity
+        for bits, rows, columns in layout.submatrices():
+            entries = (rows.stop - rows.start) * (columns.stop - columns.start)
+            codes += packed_size(round(entries * density), bits)
+            value_bits += entries * density * bits
+            if layout.pattern.is_n_of_m:
+                pattern += packed_size(entries // layout.pattern.of * layout.pattern.keep, layout.pattern.index_bits)
+            elif layout.pattern != DENSE:
+                pattern += packed_size(entries, 1)
+        scales += 2 * int(np.prod(layout.scales_shape))
+    values = kept_parameters(group.rank, group.width, group.columns, sparsity)
+    return GroupSize(values, value_bits, codes, pattern, scales)

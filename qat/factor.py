@@ -1,0 +1,71 @@
+"""One factor of the factorization: a trainable matrix, optionally masked, optionally fake-quantized."""
+
+import torch
+from fips_ort.layout import DENSE, Layout
+from fips_ort.packed import PackedWeight, dequantize, pack
+from torch import Tensor, nn
+
+from qat.fake_quantize import FakeQuantizer, search_scales
+
+
+class Factor(nn.Module):
+    """A [rows, columns] matrix in the orientation in which it will be stored.
+
+    ``weight`` (the parameter) has rows of about unit RMS and ``gain`` (fixed, [rows, 1]) carries their
+    magnitudes, which differ by orders of magnitude between rank entries: so one learning rate suits all rows.
+    ``mask`` (bool, or None if dense) is exact: masked entries of ``forward()`` are zero.
+    """
+
+    gain: Tensor
+    mask: Tensor | None
+
+    def __init__(self, matrix: Tensor, mask: Tensor | None = None) -> None:
+        super().__init__()
+        if matrix.dim() != 2:
+            raise ValueError(f"a factor is a matrix, got shape {tuple(matrix.shape)}")
+        gain = matrix.detach().square().mean(dim=1, keepdim=True).sqrt()
+        gain = torch.where(gain > 0, gain, torch.ones_like(gain))
+        self.register_buffer("gain", gain)
+        self.weight = nn.Parameter((matrix.detach() / gain).contiguous())
+        self.register_buffer("mask", None if mask is None else mask.bool())
+        self.quantizer: FakeQuantizer | None = None
+        self.track_dense_gradient = False
+        self.dense_gradient_source: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        """The matrix as the model sees it: float32 [rows, columns]."""
+        matrix = self.weight * self.gain
+        if self.quantizer is not None:
+            matrix = self.quantizer(matrix)
+        if self.mask is None:
+            return matrix
+        masked = matrix * self.mask
+        if self.track_dense_gradient:
+            # RigL grows entries by the gradient of the loss with respect to *all* entries, masked ones too.
+            masked.retain_grad()
+            self.dense_gradient_source = masked
+        return masked
+
+    def prepare(self, layout: Layout, *, learned_scales: bool) -> None:
+        """Start fake quantization in ``layout``, with scales searched for the current values."""
+        if (layout.pattern == DENSE) != (self.mask is None):
+            raise ValueError(f"pattern {layout.pattern} does not go with {'no' if self.mask is None else 'a'} mask")
+        with torch.no_grad():
+            matrix = self.weight * self.gain
+            scales = search_scales(matrix, self.mask, layout)
+        self.quantizer = FakeQuantizer(layout, scales, learned_scales=learned_scales)
+
+    def freeze(self) -> PackedWeight:
+        """Integer codes that stand for exactly the values of ``forward()``.
+
+        Raises ValueError if the factor is not prepared, or (our own invariant) if a value would change.
+        """
+        if self.quantizer is None:
+            raise ValueError("prepare() a factor before freezing it")
+        with torch.no_grad():
+            levels, scales = self.quantizer.levels(self.weight * self.gain)
+            mask = None if self.mask is None else self.mask.numpy()
+            packed = pack(levels.numpy(), scales.numpy(), mask, self.quantizer.layout)
+            if not torch.equal(torch.from_numpy(dequantize(packed)), self.forward()):
+                raise AssertionError("integer codes do not reproduce the fake-quantized factor")
+        return packed
