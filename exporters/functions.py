@@ -2,8 +2,8 @@
 
 The bodies are written in ONNX's textual syntax and are the executable specification of the ops beside
 :mod:`fips_ort.packed`. Everything except the product itself depends on initializers only, so ONNX Runtime
-folds the decoding into a float32 matrix when it loads a model with graph optimizations on. Codes and masks
-stay uint8 or bool and positions int32 until then: no value of a stored matrix takes more than 4 bytes.
+folds the decoding into a float32 matrix when it loads a model with graph optimizations on. It keeps every
+intermediate result until then, so codes and masks stay uint8 and bool, and positions int32, as long as they can.
 """
 
 import onnx
@@ -25,9 +25,9 @@ def op_functions(opset: int = MINIMUM_OPSET) -> list[onnx.FunctionProto]:
         raise ValueError(f"the functions need opset {MINIMUM_OPSET} or later, got {opset}")
     return [
         _function(opset, Q_MATMUL, "A, codes, scales, bias",
-                  _SIZES + _DENSE_COUNTS + _CODES + _DENSE_LEVELS + _PRODUCT),
+                  _SIZES + _DENSE_COUNTS + _CODES + _DENSE_VALUES + _PRODUCT),
         _function(opset, SPARSE_Q_MATMUL, "A, codes, pattern, scales, bias",
-                  _SIZES + _MASK + _CODES + _SPARSE_LEVELS + _PRODUCT),
+                  _SIZES + _MASK + _CODES + _SPARSE_VALUES + _PRODUCT),
     ]
 
 
@@ -124,7 +124,7 @@ _MASK = f"""
 
 
 def _segment_codes(index: int, bits: int) -> str:
-    """level_{bits}: float32 [counts[index]], what the stored codes of one segment stand for before scaling.
+    """stored_{bits}: uint8 [counts[index]], the codes of one segment.
 
     Codes are cut out of the bytes they touch: the byte where a code starts, shifted down, and for 3 bits the
     byte where it ends, shifted up. A shift by 7 leaves nothing within the lowest 3 bits.
@@ -166,10 +166,6 @@ def _segment_codes(index: int, bits: int) -> str:
     bytes_{bits} = Slice (codes, byte_start_{bits}, byte_end_{bits})
     {unpacked}
     stored_{bits} = Slice (all_{bits}, zero, count_{bits})
-    float_{bits} = Cast <to = 1> (stored_{bits})
-    zero_point_{bits} = Constant <value_floats = [{1 << (bits - 1)}.0]> ()
-    offset_{bits} = Sub (rise, zero_point_{bits})
-    level_{bits} = Add (float_{bits}, offset_{bits})
 """
 
 
@@ -191,49 +187,79 @@ _CODES = f"""
     byte_counts = Div (filled_bit_counts, eight)
     byte_ends_tail = CumSum (byte_counts, zero)
     byte_ends = Concat <axis = 0> (zero, byte_ends_tail)
-    midrise_scalar = Constant <value_int: int = @midrise> ()
-    midrise_1 = Reshape (midrise_scalar, one)
-    half = Constant <value_floats = [0.5]> ()
-    midrise_float = Cast <to = 1> (midrise_1)
-    rise = Mul (midrise_float, half)
     {"".join(_segment_codes(index, bits) for index, bits in enumerate(BIT_WIDTHS))}
 """
 
-_DENSE_LEVELS = """
-    levels = Concat <axis = 0> (level_8, level_4, level_3, level_2)
+
+def _matrix(name: str) -> str:
+    """{name}_blocks [rows, blocks, block_size] from {name} [entries] in segment order."""
+    parts = "".join(f"""
+    {name}_entries_{bits} = Slice ({name}, entry_start_{bits}, entry_end_{bits})
+    {name}_matrix_{bits} = Reshape <allowzero = 1> ({name}_entries_{bits}, matrix_shape_{bits})
+""" for bits in BIT_WIDTHS)
+    names = ", ".join(f"{name}_matrix_{bits}" for bits in BIT_WIDTHS)
+    return f"""
+    {parts}
+    {name}_matrix = Concat <axis: int = @segment_axis> ({names})
+    {name}_blocks = Reshape ({name}_matrix, block_shape)
 """
 
-# The element appended to the kept levels is what entries before the first kept one (place 0) pick up.
-_SPARSE_LEVELS = f"""
-    no_level = Constant <value_floats = [0.0]> ()
-    kept_levels = Concat <axis = 0> (level_8, level_4, level_3, level_2, no_level)
-    previous = Constant <value = {_ints(-1, dtype="int32")}> ()
-    kept_index = Add (place, previous)
-    spread = Gather (kept_levels, kept_index)
-    levels = Where (mask, spread, no_level)
-"""
 
-
-def _segment_matrix(index: int, bits: int) -> str:
+def _segment_values(index: int, bits: int) -> str:
+    """Shape and places of one segment; its zero point, less half a level if midrise, once per row or column."""
     return f"""
     entry_start_{bits} = Gather (entry_ends, index_{bits})
     entry_end_{bits} = Gather (entry_ends, next_{bits})
-    entries_{bits} = Slice (levels, entry_start_{bits}, entry_end_{bits})
     by_rows_{bits} = Concat <axis = 0> (size_{bits}bit_1, columns)
     by_columns_{bits} = Concat <axis = 0> (rows, size_{bits}bit_1)
     matrix_shape_{bits} = Where (along_columns, by_columns_{bits}, by_rows_{bits})
-    matrix_{bits} = Reshape <allowzero = 1> (entries_{bits}, matrix_shape_{bits})
+    middle_{bits} = Constant <value_floats = [{1 << (bits - 1)}.0]> ()
+    offset_{bits} = Sub (middle_{bits}, rise)
+    offsets_{bits} = Expand (offset_{bits}, size_{bits}bit_1)
 """
 
 
-_PRODUCT = f"""
-    {"".join(_segment_matrix(index, bits) for index, bits in enumerate(BIT_WIDTHS))}
-    unscaled = Concat <axis: int = @segment_axis> (matrix_8, matrix_4, matrix_3, matrix_2)
+# entry_codes → centred float32 [rows, blocks, block_size]: what they stand for before scaling; and the scales.
+_VALUES = f"""
+    {_attribute("midrise")}
+    half = Constant <value_floats = [0.5]> ()
+    midrise_float = Cast <to = 1> (midrise_1)
+    rise = Mul (midrise_float, half)
+    {"".join(_segment_values(index, bits) for index, bits in enumerate(BIT_WIDTHS))}
     block_shape = Concat <axis = 0> (rows, minus_one, block_size_1)
-    unscaled_blocks = Reshape (unscaled, block_shape)
+    offset_vector = Concat <axis = 0> ({", ".join(f"offsets_{bits}" for bits in BIT_WIDTHS)})
+    offset_by_row = Constant <value_ints = [-1, 1, 1]> ()
+    offset_by_column = Concat <axis = 0> (one, minus_one, block_size_1)
+    offset_shape = Where (along_columns, offset_by_column, offset_by_row)
+    offset = Reshape (offset_vector, offset_shape)
+    {_matrix("entry_codes")}
+    entry_values = Cast <to = 1> (entry_codes_blocks)
+    centred = Sub (entry_values, offset)
     scales_float = Cast <to = 1> (scales)
     block_scales = Unsqueeze (scales_float, minus_one)
-    scaled_blocks = Mul (unscaled_blocks, block_scales)
+"""
+
+_DENSE_VALUES = f"""
+    entry_codes = Concat <axis = 0> (stored_8, stored_4, stored_3, stored_2)
+    {_VALUES}
+    scaled_blocks = Mul (centred, block_scales)
+"""
+
+# The code appended to the stored ones is what entries before the first kept one (place 0) pick up.
+_SPARSE_VALUES = f"""
+    any_code = Constant <value = {_ints(0)}> ()
+    kept_codes = Concat <axis = 0> (stored_8, stored_4, stored_3, stored_2, any_code)
+    previous = Constant <value = {_ints(-1, dtype="int32")}> ()
+    kept_index = Add (place, previous)
+    entry_codes = Gather (kept_codes, kept_index)
+    {_VALUES}
+    {_matrix("mask")}
+    nothing = Constant <value_float = 0.0> ()
+    unscaled = Where (mask_blocks, centred, nothing)
+    scaled_blocks = Mul (unscaled, block_scales)
+"""
+
+_PRODUCT = """
     matrix_shape = Concat <axis = 0> (rows, columns)
     S = Reshape (scaled_blocks, matrix_shape)
     A_rows = Flatten <axis = -1> (A)
