@@ -80,60 +80,73 @@ size_t tile_outputs(const Layout& layout) {
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
 
+// Rows of K values, each followed by zeros up to a whole number of the kernels' vectors.
+struct PaddedRows {
+  PaddedRows(size_t rows, size_t row_size, size_t multiple)
+      : size(row_size), stride(round_up(row_size, multiple)), values(rows * stride) {
+    for (size_t i = 0; i < rows; ++i) std::fill(row(i) + size, row(i) + stride, 0.0f);
+  }
+  float* row(size_t i) const { return values.get() + i * stride; }
+
+  size_t size, stride;
+  AlignedArray<float> values;
+};
+
+// Activations of float32.
+void float_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, const ParallelFor& parallel_for) {
+  if (!task.weight->layout->trans_b || k % kernels.vector_floats == 0) {
+    run(task, n, kernels, parallel_for);
+    return;
+  }
+  const PaddedRows padded(task.m, k, kernels.vector_floats);
+  for (size_t i = 0; i < task.m; ++i) std::copy_n(task.a + i * k, k, padded.row(i));
+  task.a = padded.values.get();
+  task.a_stride = padded.stride;
+  run(task, n, kernels, parallel_for);
+}
+
+// Activations rounded to int8 in blocks. Kernels that cannot multiply integers get the rounded values as floats.
+void rounded_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, const ParallelFor& parallel_for) {
+  const Layout& layout = *task.weight->layout;
+  const size_t blocks = layout.blocks();
+  const AlignedArray<int8_t> codes(task.m * k);
+  const AlignedArray<float> scales(task.m * blocks), sums(task.m * blocks);
+  for (size_t i = 0; i < task.m; ++i) {
+    kernels.quantize_row(task.a + i * k, k, layout.block_size, codes.get() + i * k, scales.get() + i * blocks,
+                         sums.get() + i * blocks);
+  }
+  if (kernels.supports_integers(layout)) {
+    task.codes = codes.get();
+    task.scales = scales.get();
+    task.sums = sums.get();
+    run(task, n, kernels, parallel_for);
+    return;
+  }
+  const PaddedRows rounded(task.m, k, kernels.vector_floats);
+  for (size_t i = 0; i < task.m; ++i) {
+    for (size_t j = 0; j < k; ++j) {
+      rounded.row(i)[j] = static_cast<float>(codes.get()[i * k + j]) * scales.get()[i * blocks + j / layout.block_size];
+    }
+  }
+  task.a = rounded.values.get();
+  task.a_stride = rounded.stride;
+  run(task, n, kernels, parallel_for);
+}
+
 }  // namespace
 
 void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias, float* y, const Kernels& kernels,
               const ParallelFor& parallel_for) {
-  const Layout& layout = *weight.layout;
   if (m == 0) return;
+  const Layout& layout = *weight.layout;
   const size_t k = layout.trans_b ? layout.columns : layout.rows;
   const size_t n = layout.trans_b ? layout.rows : layout.columns;
   Task task{&weight, m, a, k, bias, y, nullptr, nullptr, nullptr, tile_outputs(layout)};
-
-  const bool rounded = layout.accuracy_level == 4 && layout.trans_b;
-  if (rounded) {
-    const size_t blocks = layout.blocks();
-    AlignedArray<int8_t> codes(m * k);
-    AlignedArray<float> scales(m * blocks), sums(m * blocks);
-    for (size_t row = 0; row < m; ++row) {
-      kernels.quantize_row(a + row * k, k, layout.block_size, codes.get() + row * k, scales.get() + row * blocks,
-                           sums.get() + row * blocks);
-    }
-    if (kernels.supports_integers(layout)) {
-      task.codes = codes.get();
-      task.scales = scales.get();
-      task.sums = sums.get();
-      run(task, n, kernels, parallel_for);
-      return;
-    }
-    const size_t stride = round_up(k, kernels.vector_floats);
-    AlignedArray<float> values(m * stride);
-    for (size_t row = 0; row < m; ++row) {
-      float* out = values.get() + row * stride;
-      for (size_t i = 0; i < k; ++i) {
-        out[i] = static_cast<float>(codes.get()[row * k + i]) * scales.get()[row * blocks + i / layout.block_size];
-      }
-      std::fill(out + k, out + stride, 0.0f);
-    }
-    task.a = values.get();
-    task.a_stride = stride;
-    run(task, n, kernels, parallel_for);
-    return;
+  if (layout.accuracy_level == 4 && layout.trans_b) {
+    rounded_matmul(task, k, n, kernels, parallel_for);
+  } else {
+    float_matmul(task, k, n, kernels, parallel_for);
   }
-  if (layout.trans_b && k % kernels.vector_floats != 0) {
-    const size_t stride = round_up(k, kernels.vector_floats);
-    AlignedArray<float> values(m * stride);
-    for (size_t row = 0; row < m; ++row) {
-      float* out = values.get() + row * stride;
-      std::copy(a + row * k, a + (row + 1) * k, out);
-      std::fill(out + k, out + stride, 0.0f);
-    }
-    task.a = values.get();
-    task.a_stride = stride;
-    run(task, n, kernels, parallel_for);
-    return;
-  }
-  run(task, n, kernels, parallel_for);
 }
 
 }  // namespace fips
