@@ -45,6 +45,8 @@ REST_PART = "rest of the model"
 _PART_KINDS = {FITTED: "MLPs", REST: REST_PART, PACKAGING: "graph, library, other files"}
 
 _WIDTH = 8.6
+_EXACT = 1e-6
+"""Relative errors and singular values below this are float32 rounding."""
 _STAGE_STYLE: dict[TrainedStage, tuple[str, str]] = {
     "factorized": (FACTORIZED, "^"),
     "fitted": (FITTED, "o"),
@@ -136,10 +138,12 @@ def reconstruction_figure(report: Report) -> Figure:
     every = range(blocks[0], blocks[-1] + 1)
     for stage in trained_stages_of(report):
         found = errors[stage]
-        # A gap where a block was left dense; a log axis has no place for an error of zero either.
-        values = [found.get(str(block)) or np.nan for block in every]
+        # A gap where a block was left dense, or reproduced up to rounding (an overcomplete basis before sparsity),
+        # which would stretch the axis over ten empty decades.
+        values = [error if (error := found.get(str(block), 0.0)) >= _EXACT else np.nan for block in every]
+        label = STAGE_NAMES[stage] + (f" (below {100 * _EXACT:g} %)" if np.isnan(values).all() else "")
         colour, marker = _STAGE_STYLE[stage]
-        axes.plot(every, values, color=colour, marker=marker, label=STAGE_NAMES[stage])
+        axes.plot(every, values, color=colour, marker=marker, label=label)
     _mark_groups(axes, report["groups"])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
@@ -172,6 +176,8 @@ def spectrum_figure(report: Report) -> Figure:
             axes.tick_params(labelbottom=True)
         if index % columns == 0:
             axes.set_ylabel("singular value\n(largest = 1)")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            _few_log_labels(axes)
     return figure
 
 
@@ -278,7 +284,7 @@ def _spectrum(axes: Axes, group: Group, last: int) -> None:
     values = np.array(group["singular_values"], dtype=np.float64)
     relative = values / values.max()
     # Rounding noise of a matrix without full rank would stretch the axis over ten empty decades.
-    relative[relative < 1e-6] = np.nan
+    relative[relative < _EXACT] = np.nan
     rank = group["rank"]
     axes.plot(np.arange(1, len(values) + 1), relative, color=FITTED)
     if rank > len(values):

@@ -268,7 +268,7 @@ def _groups(report: Report) -> Section:
         "Groups and their spectra",
         (
             "The blocks of a group share one basis U [d, r]; each MLP matrix has its own sparse projection. The "
-            "spectra are those of the matrix that was factorized at the start, before the fit.",
+            "spectra are those of the concatenated MLP matrices W of a group, before the fit.",
         ),
         (Table(header, tuple(rows), text_columns=5),),
         tuple(notes),
