@@ -4,6 +4,7 @@ Unknown keys are refused at every level. What a recipe says about a model (group
 is checked against the model in :mod:`pipeline.plan`, before any expensive work.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 class Section(BaseModel):
     """A part of a recipe: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # --- model -----------------------------------------------------------------------------------------------------
@@ -59,13 +60,17 @@ class PretrainedModel(Section):
 
 
 class PackagedOnnxModel(Section):
-    """A DINOv2 backbone inside the ONNX file of an installed package, with a linear head trained in the run."""
+    """A DINOv2 backbone inside the ONNX file of an installed package, with a linear head trained in the run.
+
+    ``augmentation``: ``shift`` also trains the head on images moved by up to an eighth of their size.
+    """
 
     source: Literal["packaged_onnx"]
     package: str
     file: str
     image_size: Positive
     head: Training
+    augmentation: Literal["none", "shift"] = "none"
 
 
 ModelSection = Annotated[ScratchModel | PretrainedModel | PackagedOnnxModel, Field(discriminator="source")]
@@ -132,7 +137,7 @@ class Compression(Section):
     of the group's MLP parameters. ``pattern`` of the projections; an n:m pattern fixes ``sparsity``.
     """
 
-    groups: list[list[int]] | Positive
+    groups: Annotated[list[list[int]], Field(min_length=1)] | Positive
     budget: Annotated[float, Field(gt=0.0, le=1.0)]
     pattern: PatternName = "bitmap"
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
@@ -151,7 +156,10 @@ class Compression(Section):
         if implied is not None and self.sparsity not in (None, implied):
             raise ValueError(f"pattern {self.pattern} means sparsity {implied}, not {self.sparsity}")
         if pattern.is_n_of_m and self.sparsifier.ranking == "group":
-            raise ValueError(f"ranking: group is for unstructured sparsity; pattern {self.pattern} ranks within each {pattern.of} columns")
+            raise ValueError(
+                f"sparsifier.ranking: group is for pattern bitmap; pattern {self.pattern} ranks within each "
+                f"{pattern.of} columns, so take ranking: layer"
+            )
         return self
 
     @property
@@ -276,7 +284,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSection
     data: DataSection
     calibration: Calibration = Calibration()
@@ -289,7 +297,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _blocks_hold_whole_bytes(self) -> "Recipe":
-        check_block_size(self.quantization.projections.block_size, Pattern.parse(self.compression.pattern))
+        try:
+            check_block_size(self.quantization.projections.block_size, Pattern.parse(self.compression.pattern))
+        except ValueError as error:
+            raise ValueError(f"quantization.projections.{error}") from None
         return self
 
 
@@ -299,12 +310,15 @@ class Recipe(Section):
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file and apply ``--set`` overrides (``key.subkey=value``, the value in YAML).
 
-    Raises InputError naming the file, key, value and what is allowed.
+    Entries of lists are addressed by their index, ``quantization.training.0.steps=50``. Raises InputError naming
+    the file, key, value and what is allowed.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot read the recipe: it is not text in UTF-8") from None
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -321,7 +335,7 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError("\n".join(_describe(where, problem) for problem in error.errors())) from None
+        raise InputError(_describe_all(where, error.errors())) from None
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -332,26 +346,78 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not valid YAML") from None
-    *parents, last = key.split(".")
     node: Any = content
-    for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else node
-    if not isinstance(node, dict):
-        raise InputError(f"--set {override}: {'.'.join(parents)} holds a value, not further keys")
-    node[last] = value
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        where = f"--set {override}: {'.'.join(parts[:depth])}"
+        last = depth == len(parts) - 1
+        if isinstance(node, dict):
+            if last:
+                node[part] = value
+            else:
+                node = node.setdefault(part, {})
+        elif isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                raise InputError(f"{where} is a list of {len(node)}; {part} is none of its indices, which start at 0")
+            if last:
+                node[int(part)] = value
+            else:
+                node = node[int(part)]
+        else:
+            raise InputError(f"{where} holds the value {node!r}, not further keys")
 
 
-def _describe(where: str, problem: Any) -> str:
-    # Pydantic puts the tags of unions into the location; only real keys help the reader.
-    tags = {"scratch", "pretrained", "packaged_onnx", "digits", "image_folder", "hub", "local", "task", "distill"}
-    location = [part for part in problem["loc"] if part not in tags and not str(part).startswith(("list[", "literal[", "constrained"))]
-    key = ".".join(str(part) for part in location) or "the recipe"
+def _describe_all(where: str, problems: Sequence[Any]) -> str:
+    """One line a key: of several alternatives that a value may follow, the one that it follows furthest."""
+    by_key: dict[tuple[str, ...], list[Any]] = {}
+    for problem in problems:
+        by_key.setdefault(_location(problem), []).append(problem)
+    lines = []
+    for key, group in by_key.items():
+        if not any(other[: len(key)] == key for other in by_key if len(other) > len(key)):
+            said = "; or ".join(dict.fromkeys(_complaint(problem) for problem in group))
+            given = _given(group[0]["input"])
+            lines.append(f"{where}: {'.'.join(key) or 'the recipe'}: {given}{said}")
+    return "\n".join(lines)
+
+
+def _location(problem: Any) -> tuple[str, ...]:
+    """Where a problem is, in the recipe's own keys: pydantic also names the alternatives that it tried."""
+    path = [str(part) for part in problem["loc"]]
     kind = problem["type"]
+    if kind.startswith("union_tag"):
+        path.append(problem["ctx"]["discriminator"].strip("'"))
+    named_last = kind in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found")
+    inner, outer = (path[:-1], path[-1:]) if named_last else (path, [])
+    return (*(part for part in inner if part not in _TAGS and "[" not in part and "constrained" not in part), *outer)
+
+
+_TAGS = {"scratch", "pretrained", "packaged_onnx", "digits", "image_folder", "hub", "local", "task", "distill"}
+
+
+def _given(value: Any) -> str:
+    return "" if isinstance(value, dict) else f"got {value!r}; "
+
+
+def _complaint(problem: Any) -> str:
+    kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return f"{where}: {key}: unknown key (its value: {problem['input']!r}); remove or correct it"
-    if kind == "missing":
-        return f"{where}: {key}: required key is missing"
+        return "unknown key; remove or correct it"
+    if kind in ("missing", "union_tag_not_found"):
+        return "required key is missing"
+    if kind == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"got {context['tag']!r}; input should be one of {context['expected_tags']}"
     message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], dict):
-        return f"{where}: {key}: {message}"
-    return f"{where}: {key}: got {problem['input']!r}; {message[:1].lower()}{message[1:]}"
+    message = message[:1].lower() + message[1:]
+    if kind == "float_type" and isinstance(value, str) and _is_number(value):
+        message += f" (YAML reads {value} as text; write a decimal point and the exponent's sign, as in 1.0e-3)"
+    return message
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

