@@ -8,18 +8,21 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from qat.factor import Factor
 from torch import Tensor, nn
 
 from pipeline.models.adapters import MLPSite
+from qat.factor import Factor
 
 
 class FactorizedMLP(nn.Module):
-    """``basis`` [rank, d] of the ``group`` is one module shared by all MLPs of the group; projections are this MLP's own.
+    """``basis`` [rank, d] is one module shared by all MLPs of the ``group``; the projections are this MLP's own.
 
     ``projections`` maps the names of the replaced linears to factors: of a first linear [n, rank], of the last
     [rank, n]. Input and output: float32 [..., d].
     """
+
+    basis: Factor
+    activation: nn.Module
 
     def __init__(
         self, site: MLPSite, group: str, dense: nn.Module, basis: Factor, projections: Mapping[str, Factor]
@@ -40,20 +43,26 @@ class FactorizedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         basis = self.basis()
         t = F.linear(x, basis)
-        first = [F.linear(t, self.projections[name](), self._bias(name)) for name in self.site.first]
+        first = [F.linear(t, self.projection(name)(), self._bias(name)) for name in self.site.first]
         hidden = self.activation(first[0])
         if len(first) == 2:
             hidden = hidden * first[1]
-        y = F.linear(hidden, self.projections[self.site.last]()) @ basis
+        y = F.linear(hidden, self.projection(self.site.last)()) @ basis
         bias = self._bias(self.site.last)
         return y if bias is None else y + bias
 
+    def projection(self, name: str) -> Factor:
+        """The factor that replaced the linear ``name``."""
+        factor = self.projections[name]
+        assert isinstance(factor, Factor)
+        return factor
+
     def _bias(self, name: str) -> Tensor | None:
-        return self.biases[name] if name in self.biases else None
+        return self.biases.get(name)
 
 
 def dense_columns(dense: nn.Module, site: MLPSite) -> Tensor:
     """The MLP's matrices with the model dimension as rows, side by side: float32 [d, N of this block]."""
-    parts = [dense.get_submodule(name).weight.detach().T for name in site.first]
-    parts.append(dense.get_submodule(site.last).weight.detach())
+    parts = [dense.get_parameter(f"{name}.weight").detach().T for name in site.first]
+    parts.append(dense.get_parameter(f"{site.last}.weight").detach())
     return torch.cat(parts, dim=1)

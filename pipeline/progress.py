@@ -51,7 +51,11 @@ class Progress:
             )
             with RichProgress(*columns, console=self.console, transient=True) as bars:
                 task = bars.add_task(label, total=total, completed=start, remark="")
-                yield lambda steps, remark="": bars.update(task, advance=steps, remark=remark)
+
+                def move(steps: int, remark: str = "") -> None:
+                    bars.update(task, advance=steps, remark=remark)
+
+                yield move
             return
         done, spoken_at = start, time.monotonic()
 

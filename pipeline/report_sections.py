@@ -66,7 +66,8 @@ def verdict(report: Report) -> str:
     sizes, quality = report["bytes"], report["quality"]
     decimals = accuracy_decimals(quality["samples"])
     share = format_percent(sizes["artifact"] / sizes["dense_float16"], 0)
-    before, after = (format_percent(quality[stage], decimals) for stage in ("dense", "onnx_native"))  # type: ignore[literal-required]
+    before = format_percent(quality["dense"], decimals)
+    after = format_percent(quality["onnx_native"], decimals)
     return f"{share} of the float16 bytes, accuracy {before} → {after}"
 
 
@@ -152,10 +153,9 @@ def _quality(report: Report) -> Section:
             )
         )
     trained = stages[stages.index("qat") - 1]
-    factors, quantization, export = (
-        format_points(quality[after] - quality[before], decimals)
-        for before, after in (("dense", trained), (trained, "qat"), ("qat", "onnx_native"))  # type: ignore[literal-required]
-    )
+    factors = format_points(quality[trained] - quality["dense"], decimals)
+    quantization = format_points(quality["qat"] - quality[trained], decimals)
+    export = format_points(quality["onnx_native"] - quality["qat"], decimals)
     divergence = report["divergence"]
     header = (
         "stage",

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 import torch
 from fips_ort.layout import Pattern
-from qat.factor import Factor
 from torch import Tensor
 
 from pipeline.recipe import Sparsifier
+from qat.factor import Factor
 
 
 def gmp_sparsity(progress: float, initial: float, final: float) -> float:
@@ -74,19 +74,22 @@ class MaskSchedule:
     its backward pass. The masks live in the factors, so a checkpoint of the factors resumes the schedule.
     """
 
-    def __init__(self, projections: Sequence[Factor], config: Sparsifier, pattern: Pattern, sparsity: float, steps: int):
+    def __init__(
+        self, projections: Sequence[Factor], config: Sparsifier, pattern: Pattern, sparsity: float, steps: int
+    ) -> None:
         self.projections = projections
         self.config = config
         self.pattern = pattern
         self.sparsity = sparsity
-        self.last_update = max(1, round(config.end * steps))
+        # Even the shortest run must reach the final sparsity before its last step.
+        self.last_update = min(steps - 1, max(1, round(config.end * steps)))
 
     def before_step(self, step: int) -> None:
         gmp = self.config.algorithm == "gmp"
         if step == 0 and not gmp:
             self._prune(self.sparsity)
         elif gmp and self._is_update(step):
-            progress = step / self.last_update
+            progress = step / self.last_update if self.last_update else 1.0
             self._prune(gmp_sparsity(progress, self.config.initial_sparsity, self.sparsity))
         grows = self.config.algorithm == "rigl" and step > 0 and self._is_update(step)
         for projection in self.projections:
@@ -142,7 +145,8 @@ def _swap_n_of_m(magnitude: Tensor, gradient: Tensor, mask: Tensor, fraction: fl
     groups = mask.reshape(-1, pattern.of)
     weakest = torch.where(groups, magnitude.reshape(groups.shape), torch.inf).min(dim=1)
     strongest = torch.where(groups, -torch.inf, gradient.abs().reshape(groups.shape)).max(dim=1)
-    chosen = torch.sort(weakest.values, stable=True).indices[: round(fraction * groups.shape[0])]
+    # At most one swap in a group at a time; the slice ends with the groups if the fraction asks for more.
+    chosen = torch.sort(weakest.values, stable=True).indices[: round(fraction * int(mask.sum()))]
     new = groups.clone()
     new[chosen, weakest.indices[chosen]] = False
     new[chosen, strongest.indices[chosen]] = True

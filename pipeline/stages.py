@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from fips_ort.layout import Pattern
-from qat.factor import Factor
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from pipeline.calibrate import record_activations
 from pipeline.compress import (
     factorize_group,
@@ -39,6 +38,7 @@ from pipeline.quantize import assert_coverage, choose_segments, prepare_factors
 from pipeline.recipe import EndToEnd, LocalTraining, PretrainedModel, Recipe
 from pipeline.sparsify import MaskSchedule
 from pipeline.training import train
+from qat.factor import Factor
 
 FACTORS = "factors.safetensors"
 ERROR_TOKENS = 4096
@@ -48,9 +48,15 @@ ERROR_TOKENS = 4096
 # --- dense model -----------------------------------------------------------------------------------------------
 
 
-def train_dense(folder: Path, recipe: Recipe, preprocessing: Preprocessing, data: ImageData, progress: Progress) -> None:
-    """Models that the run trains or rebuilds itself: saved like any transformers checkpoint."""
-    assert not isinstance(recipe.model, PretrainedModel)
+def train_dense(
+    folder: Path, recipe: Recipe, preprocessing: Preprocessing, data: ImageData, progress: Progress
+) -> None:
+    """Models that the run trains or rebuilds itself: saved like any transformers checkpoint.
+
+    A pretrained model stays where it is, uncopied.
+    """
+    if isinstance(recipe.model, PretrainedModel):
+        return
     training = recipe.model.training if recipe.model.source == "scratch" else recipe.model.head
     with progress.counter("train the dense model", training.steps) as report:
         loaded = load_model(recipe.model, preprocessing, data, recipe.seed, report)
@@ -82,6 +88,13 @@ def measure(
     return quality
 
 
+def evaluate_model(
+    folder: Path, name: str, make_model: Callable[[], nn.Module], recipe: Recipe, data: ImageData, progress: Progress
+) -> None:
+    """Accuracy of a PyTorch model, which is made only if it has to be evaluated."""
+    save_quality(measure(predictor(make_model().eval()), recipe, data, progress, name), folder)
+
+
 def predictor(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A PyTorch classifier as a function of pixel values."""
     return lambda pixel_values: model(pixel_values=pixel_values).logits
@@ -102,12 +115,13 @@ def load_quality(folder: Path) -> Quality:
 
 
 def calibrate(
-    folder: Path, recipe: Recipe, dense: nn.Module, sites: Sequence[MLPSite], data: ImageData, progress: Progress
+    folder: Path, recipe: Recipe, dense: nn.Module, plan: Plan, data: ImageData, progress: Progress
 ) -> None:
     """Activations of the dense model on training images (never test images) drawn at random."""
     wanted = recipe.calibration.samples or len(data.train)
     generator = np.random.default_rng(recipe.seed)
     samples = sorted(generator.permutation(len(data.train))[:wanted].tolist())
+    sites = [site for group in plan.groups for site in group.sites]
     record_activations(dense, sites, data.train, samples, recipe.calibration.batch_size, folder, progress)
 
 
@@ -127,7 +141,13 @@ def factorize(folder: Path, recipe: Recipe, dense: nn.Module, group: GroupPlan, 
 
 
 def fit(
-    folder: Path, recipe: Recipe, dense: nn.Module, group: GroupPlan, before: Path, calibration: Path, progress: Progress
+    folder: Path,
+    recipe: Recipe,
+    dense: nn.Module,
+    group: GroupPlan,
+    before: Path,
+    calibration: Path,
+    progress: Progress,
 ) -> None:
     """Local error minimisation of a group, with sparsification."""
     mlps = restore_group(dense, group, before / FACTORS, masked=is_masked(recipe))
@@ -240,57 +260,58 @@ def segments_of_groups(
     recipe: Recipe, dense: nn.Module, plan: Plan, before: Sequence[Path]
 ) -> dict[str, tuple[Segments, Segments]]:
     """Segments of (basis, projections) of every group, from the factors before quantization."""
-    return {
-        group.name: choose_segments(recipe, group, restore_group(dense, group, path / FACTORS, masked=is_masked(recipe)))
-        for group, path in zip(plan.groups, before, strict=True)
-    }
+    segments = {}
+    for group, path in zip(plan.groups, before, strict=True):
+        mlps = restore_group(dense, group, path / FACTORS, masked=is_masked(recipe))
+        segments[group.name] = choose_segments(recipe, group, mlps)
+    return segments
 
 
-def restore_quantized(
-    recipe: Recipe, base: nn.Module, plan: Plan, unquantized: Sequence[Path], quantized: Sequence[Path] | None
-) -> list[FactorizedMLP]:
-    """All MLPs with fake-quantized factors: prepared from the ``unquantized`` ones, then, if given, with the
-    trained state of the ``quantized`` ones."""
+@dataclass(frozen=True)
+class QuantizationInputs:
+    """What every step of QAT starts from: ``base`` is the dense model with its other weights as stored,
+    ``unquantized`` the folders of the groups' factors before quantization."""
+
+    recipe: Recipe
+    dense: nn.Module
+    base: nn.Module
+    plan: Plan
+    unquantized: Sequence[Path]
+    calibration: Path
+
+
+def restore_quantized(inputs: QuantizationInputs, quantized: Path | None) -> list[FactorizedMLP]:
+    """All MLPs with fake-quantized factors: prepared from the unquantized ones, then with the trained state of
+    the step in folder ``quantized``, if given."""
     mlps = []
-    for index, (group, path) in enumerate(zip(plan.groups, unquantized, strict=True)):
-        members = restore_group(base, group, path / FACTORS, masked=is_masked(recipe))
-        prepare_factors(recipe, group, members)
+    for group, path in zip(inputs.plan.groups, inputs.unquantized, strict=True):
+        members = restore_group(inputs.base, group, path / FACTORS, masked=is_masked(inputs.recipe))
+        prepare_factors(inputs.recipe, group, members)
         if quantized is not None:
-            load_factors(members, quantized[index] / FACTORS)
+            load_factors(members, quantized / group.name / FACTORS)
         mlps += members
     return mlps
 
 
-def quantize(
-    folder: Path, recipe: Recipe, dense: nn.Module, base: nn.Module, plan: Plan, before: Sequence[Path], calibration: Path
-) -> None:
+def quantize(folder: Path, inputs: QuantizationInputs) -> None:
     """Fake quantization without training: scales searched, nothing else changed."""
-    mlps = restore_quantized(recipe, base, plan, before, None)
-    assert_coverage(install(base, mlps), mlps)
-    _save_groups(folder, plan, mlps)
-    _save_errors(folder, recipe, dense, mlps, calibration)
+    mlps = restore_quantized(inputs, None)
+    assert_coverage(install(inputs.base, mlps), mlps)
+    _save_groups(folder, inputs.plan, mlps)
+    _save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)
 
 
 def train_quantized(
-    folder: Path,
-    recipe: Recipe,
-    position: int,
-    dense: nn.Module,
-    base: nn.Module,
-    plan: Plan,
-    unquantized: Sequence[Path],
-    before: Sequence[Path],
-    calibration: Path,
-    data: ImageData,
-    progress: Progress,
+    folder: Path, inputs: QuantizationInputs, position: int, before: Path, data: ImageData, progress: Progress
 ) -> None:
-    """Entry ``position`` of the recipe's QAT: local per group, or end to end."""
-    config = recipe.quantization.training[position]
-    seed = recipe.seed + 1 + position
-    mlps = restore_quantized(recipe, base, plan, unquantized, before)
+    """Entry ``position`` of the recipe's QAT, local per group or end to end, from the step in folder ``before``."""
+    config = inputs.recipe.quantization.training[position]
+    seed = inputs.recipe.seed + 1 + position
+    mlps = restore_quantized(inputs, before)
     label = f"QAT {position + 1}, {config.objective}"
+    checkpoint = folder / "checkpoint.pt"
     if isinstance(config, LocalTraining):
-        for group in plan.groups:
+        for group in inputs.plan.groups:
             members = [mlp for mlp in mlps if mlp.group == group.name]
             finished = folder / group.name / FACTORS
             if finished.exists():
@@ -298,7 +319,7 @@ def train_quantized(
                 continue
             train(
                 GroupModule(members),
-                local_loss(local_targets(dense, members, calibration), config.batch_tokens, seed),
+                local_loss(local_targets(inputs.dense, members, inputs.calibration), config.batch_tokens, seed),
                 steps=config.steps,
                 learning_rate=config.learning_rate,
                 weight_decay=config.weight_decay,
@@ -309,11 +330,11 @@ def train_quantized(
             save_factors(members, finished)
             (folder / f"{group.name}.pt").unlink(missing_ok=True)
     else:
-        model = install(base, mlps)
-        train_end_to_end(model, mlps, config, dense, data, seed, folder / "checkpoint.pt", label, progress)
-        _save_groups(folder, plan, mlps)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-    _save_errors(folder, recipe, dense, mlps, calibration)
+        model = install(inputs.base, mlps)
+        train_end_to_end(model, mlps, config, inputs.dense, data, seed, checkpoint, label, progress)
+        _save_groups(folder, inputs.plan, mlps)
+        checkpoint.unlink(missing_ok=True)
+    _save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)
 
 
 def restore_all(recipe: Recipe, model: nn.Module, plan: Plan, folders: Sequence[Path]) -> list[FactorizedMLP]:
@@ -330,6 +351,11 @@ def load_errors(folder: Path) -> dict[str, float]:
     return errors
 
 
+def merge_errors(folders: Sequence[Path]) -> dict[str, float]:
+    """Errors of several groups in one."""
+    return {block: error for folder in folders for block, error in load_errors(folder).items()}
+
+
 def _save_groups(folder: Path, plan: Plan, mlps: Sequence[FactorizedMLP]) -> None:
     for group in plan.groups:
         save_factors([mlp for mlp in mlps if mlp.group == group.name], folder / group.name / FACTORS)
@@ -344,6 +370,5 @@ def _save_errors(
 
 def kept_values(mlps: Sequence[FactorizedMLP]) -> int:
     """Values that the factors keep: bases, and unmasked entries of the projections."""
-    return sum(
-        factor.weight.numel() if factor.mask is None else int(factor.mask.sum()) for factor in named_factors(mlps).values()
-    )
+    factors = named_factors(mlps).values()
+    return sum(factor.weight.numel() if factor.mask is None else int(factor.mask.sum()) for factor in factors)

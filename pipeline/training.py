@@ -51,7 +51,7 @@ def train(
                 before_step(step)
             optimizer.zero_grad(set_to_none=True)
             value = loss(step)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             if after_backward is not None:
                 after_backward(step)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -61,10 +61,14 @@ def train(
                 raise FloatingPointError(f"{label}: the loss is {losses[-1]} at step {step + 1}")
             advance(1, f"loss {losses[-1]:.4g}")
             if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "losses": losses}
-                write_aside(checkpoint, lambda path, state=state: torch.save(state, path))
+                _save(checkpoint, module, optimizer, step + 1, losses)
                 saved_at = time.monotonic()
     return losses
+
+
+def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
+    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "losses": losses}
+    write_aside(path, lambda temporary: torch.save(state, temporary))
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -20,8 +20,8 @@ def allocate_bits(energy: NDArray[np.float64], budget: float) -> NDArray[np.int6
     """Bits for each of n equally large chunks of the rank axis.
 
     ``energy``: float64 [n], mean squared contribution of a chunk to the output. ``budget``: mean bits per value
-    over all chunks. Returns int64 [n] out of 2, 3, 4, 8, falling along the order of falling energy, whose mean is at most
-    ``budget``. Raises ValueError if the budget is below the smallest bit-width.
+    over all chunks. Returns int64 [n] out of 2, 3, 4, 8, falling along the order of falling energy, whose mean is
+    at most ``budget``. Raises ValueError if the budget is below the smallest bit-width.
     """
     widths = sorted(BIT_WIDTHS)
     if budget < widths[0]:

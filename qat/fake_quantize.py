@@ -11,14 +11,15 @@ exact in float32, so codes reproduce the fake-quantized values bit by bit.
 
 import numpy as np
 import torch
-from fips_ort.layout import Layout
+from fips_ort.layout import BIT_WIDTHS, Layout
 from torch import Tensor, nn
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.qat import IntxFakeQuantizeConfig
 from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 from torchao.quantization.quant_primitives import MappingType, ZeroPointDomain
 
-_DTYPES = {2: torch.int2, 3: torch.int3, 4: torch.int4, 8: torch.int8}
+# The sub-byte dtypes are missing from torch's type stubs.
+_DTYPES: dict[int, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits in BIT_WIDTHS}
 
 SMALLEST_SCALE = 2.0**-20
 """Scales are kept at or above this; below it, float16 has too few bits left to say what a scale is."""
