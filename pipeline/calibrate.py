@@ -1,5 +1,6 @@
 """Calibration: inputs and outputs of every compressed MLP of the dense model, on disk, memory-mapped."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ class Activations:
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``count`` tokens drawn at random (with replacement)."""
         rows = torch.randint(self.inputs.shape[0], (count,), generator=generator).sort().values.numpy()
-        return torch.from_numpy(self.inputs[rows]), torch.from_numpy(self.outputs[rows])
+        # Into memory of torch's own: its alignment does not vary, and with it the order of summation in products.
+        return torch.tensor(self.inputs[rows]), torch.tensor(self.outputs[rows])
 
 
 def activation_files(folder: Path, site: MLPSite) -> tuple[Path, Path]:
@@ -74,9 +76,7 @@ def record_activations(
                         per_image = arrays[0].shape[0] // len(indices)
                         files = activation_files(folder, site)
                         shape = (per_image * len(samples), site.width)
-                        maps[site.block] = tuple(  # type: ignore[assignment]
-                            open_memmap(file, mode="w+", dtype=np.float32, shape=shape) for file in files
-                        )
+                        maps[site.block] = _create(files[0], shape), _create(files[1], shape)
                     at = start.get(site.block, 0)
                     for target, array in zip(maps[site.block], arrays, strict=True):
                         if not np.isfinite(array).all():
@@ -96,13 +96,21 @@ def record_activations(
             target.flush()
 
 
+def _create(file: Path, shape: tuple[int, int]) -> np.memmap:
+    """A new file of float32 to be written through memory. Raises OSError if the disk has no room for it."""
+    array = open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    with file.open("r+b") as opened:  # otherwise a full disk kills the process when the memory is written
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
+
+
 def second_moment(activations: Sequence[Activations], chunk: int = 65536) -> Tensor:
     """``H = XᵀX / tokens`` over the inputs of several MLPs: float32 [d, d]."""
     total: Tensor | None = None
     tokens = 0
     for part in activations:
         for first in range(0, part.inputs.shape[0], chunk):
-            x = torch.from_numpy(part.inputs[first : first + chunk]).double()
+            x = torch.from_numpy(part.inputs[first : first + chunk].astype(np.float64))
             moment = x.T @ x
             total = moment if total is None else total + moment
             tokens += x.shape[0]

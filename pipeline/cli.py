@@ -5,14 +5,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-# Before torch and numpy start their thread pools: idle threads sleep instead of spinning, which on a machine with
-# other work costs many times what it saves.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.environment import prepare_process
 from pipeline.errors import InputError, StageError
 from pipeline.progress import Progress
 from pipeline.recipe import load_recipe
@@ -53,7 +50,11 @@ def run(
     from pipeline.run import run as run_recipe
 
     folder = out or Path("runs") / loaded.name
-    report = run_recipe(loaded, folder, Progress(), fresh=fresh)
+    try:
+        report = run_recipe(loaded, folder, Progress(), fresh=fresh)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        raise
     from pipeline.report_sections import verdict, verdict_detail
 
     console = Console(highlight=False, soft_wrap=True)
@@ -76,12 +77,14 @@ def inspect(artifact: ArtifactPath) -> None:
     from fips_ort.manifest import read_manifest
 
     manifest = read_manifest(artifact)
+    manifest.check_files(artifact)
     table = Table("weight", "rows × columns", "bits", "pattern", "block", "bytes", "bits/entry", box=None)
     for weight in manifest.weights:
         bits = " + ".join(f"{bits}×{size}" for bits, size in zip(BIT_WIDTHS, weight.segments, strict=True) if size)
         stored = 8 * weight.bytes / (weight.rows * weight.columns)
         shape = f"{weight.rows} × {weight.columns}"
-        table.add_row(weight.name, shape, bits, weight.pattern, str(weight.block_size), f"{weight.bytes:,}", f"{stored:.2f}")
+        block = str(weight.block_size)
+        table.add_row(weight.name, shape, bits, weight.pattern, block, f"{weight.bytes:,}", f"{stored:.2f}")
     files = Table("file", "bytes", "sha256", box=None)
     for file in manifest.files:
         files.add_row(file.path, f"{file.bytes:,}", file.sha256[:16])
@@ -106,7 +109,9 @@ def bench(
     from pipeline.bench import artefact_sessions, seconds_per_run
 
     threads = threads or os.cpu_count() or 1
-    golden = np.load(artifact / read_manifest(artifact).golden.inputs["pixel_values"])
+    manifest = read_manifest(artifact)
+    manifest.check_files(artifact)
+    golden = np.load(artifact / manifest.golden.inputs["pixel_values"])
     pixel_values = np.resize(golden, (batch, *golden.shape[1:]))
     table = Table("backend", "images/s", "ms per run", "load RSS MB", "peak RSS MB", box=None)
     for name, value in seconds_per_run(artefact_sessions(artifact, threads), pixel_values, seconds).items():
@@ -129,15 +134,9 @@ def evaluate_artifact(
     portable: Annotated[bool, typer.Option("--portable", help="use the functions in the model")] = False,
 ) -> None:
     """Accuracy of an artefact on the test data of the recipe it was made from."""
-    from fips_ort.load import load
-    from fips_ort.manifest import read_manifest
+    from pipeline.evaluate_artifact import evaluate_artifact as evaluate
 
-    from pipeline.evaluate import evaluate_session
-    from pipeline.recipe import parse_recipe
-
-    manifest = read_manifest(artifact)
-    recipe = parse_recipe(manifest.recipe, str(artifact / "fips.json"))
-    quality = evaluate_session(load(artifact, native=not portable), recipe, Progress())
+    quality = evaluate(artifact, Progress(), native=not portable)
     print(f"accuracy {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} % of {quality.samples} samples")
 
 
@@ -157,14 +156,14 @@ def _print_plan(name: str, estimated: "Estimate", calibration_samples: int | Non
             f"{8 * size.stored / group.dense_parameters:.2f}",
             f"{size.value_bits / group.dense_parameters:.2f}",
         )
-    console.print(f"{name}: {estimated.parameters:,} parameters, {estimated.mlp_parameters:,} of them in compressed MLPs")
+    console.print(f"{name}: {estimated.parameters:,} parameters, {estimated.mlp_parameters:,} in compressed MLPs")
     console.print(table)
     if estimated.plan.dense_blocks:
         console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
     dense = 2 * estimated.parameters
     console.print(
-        f"weights of the artefact  {estimated.artifact_bytes:,} bytes, {100 * estimated.artifact_bytes / dense:.1f} % of "
-        f"{dense:,} in float16 (graph, manifest and native library come on top)"
+        f"weights of the artefact  {estimated.artifact_bytes:,} bytes, {100 * estimated.artifact_bytes / dense:.1f} % "
+        f"of {dense:,} in float16 (graph, manifest and native library come on top)"
     )
     per_image = estimated.activation_bytes_per_image
     total = f", {per_image * calibration_samples:,} in all" if calibration_samples else ""
@@ -177,19 +176,17 @@ def _print_plan(name: str, estimated: "Estimate", calibration_samples: int | Non
 
 def main() -> None:
     """Entry point: bad input is one message and exit status 2, a failed run one message and 1."""
+    prepare_process()
     from fips_ort.errors import ArtifactError
 
     try:
-        app(standalone_mode=True)
+        app()
     except (InputError, ArtifactError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (StageError, FloatingPointError, ArithmeticError) as error:
+    except (StageError, FloatingPointError) as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 A stage's result is a folder ``work/STAGE`` with a ``stage.json`` that holds the key; it is written last, so a
 killed stage leaves none and is run again (long training continues from its checkpoint, which carries the
-same key). Only successes are kept. A key covers: the stage's name and settings, the key of the stage before,
+same key). It also lists the result's files with their sizes: a result that lost some is computed anew. Only
+successes are kept. A key covers: the stage's name and settings, the key of the stage before,
 our own source code and the versions of the libraries that compute.
 """
 
 import hashlib
 import importlib.metadata
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import digest, read_json, write_json
+from pipeline.files import digest, read_json, write_json, writing
 from pipeline.progress import Progress
 
 LIBRARIES = ("fips-onnx", "fips-ort", "torch", "torchao", "transformers", "numpy", "onnx", "onnx-ir", "onnxruntime")
@@ -33,23 +33,28 @@ class RunFolder:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.reused: list[str] = []
-        try:
-            if fresh:
-                shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {folder}: cannot make the folder: {error.strerror}") from None
+        self.fresh = fresh
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Refuse a second run in the same folder. The system lifts the lock when the process ends, however it ends."""
+        """Refuse a second run in the same folder. The system lifts the lock when the process ends, however it ends.
+
+        With ``fresh``, the results of earlier runs are deleted.
+        """
         import fcntl
 
-        with (self.work / "lock").open("w") as file:
+        with writing(self.work):
+            self.work.mkdir(parents=True, exist_ok=True)
+            file = (self.work / "lock").open("w")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise InputError(f"--out {self.folder}: another run is working in this folder; wait or choose another") from None
+                message = f"--out {self.folder}: another run works in this folder; wait, or choose another"
+                raise InputError(message) from None
+            if self.fresh:
+                for folder in filter(Path.is_dir, self.work.iterdir()):
+                    shutil.rmtree(folder)
             yield
 
     def stage(
@@ -68,44 +73,57 @@ class RunFolder:
         key = stage_key(name, settings, before)
         folder = self.work / name
         done, started = folder / "stage.json", folder / "started.json"
-        if done.exists() and _key_in(done) == key and is_valid(folder):
-            self.seconds[name] = read_json(done)["seconds"]
+        result = _read(done)
+        if result.get("key") == key and result.get("files") == _file_sizes(folder) and is_valid(folder):
+            self.seconds[name] = result["seconds"]
             self.reused.append(name)
             self.progress.say(f"{name}: unchanged, taken from {folder}")
             return key
-        if not started.exists() or _key_in(started) != key:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        if _read(started).get("key") != key:
+            with writing(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
             write_json(started, {"key": key})
         done.unlink(missing_ok=True)
-        self.progress.say(f"{name}")
+        self.progress.say(name)
         begin = time.monotonic()
-        compute(folder)
+        with writing(folder):
+            compute(folder)
         self.seconds[name] = round(time.monotonic() - begin, 3)
-        write_json(done, {"key": key, "seconds": self.seconds[name]})
+        write_json(done, {"key": key, "seconds": self.seconds[name], "files": _file_sizes(folder)})
         started.unlink()
         return key
 
 
 def stage_key(name: str, settings: Any, before: str) -> str:
-    return digest({"stage": name, "settings": settings, "before": before, "code": code_digest(), "versions": versions()})
+    depends_on = {"stage": name, "settings": settings, "before": before, "code": code_digest(), "versions": versions()}
+    return digest(depends_on)
 
 
-def _key_in(path: Path) -> str | None:
+def _read(path: Path) -> dict[str, Any]:
+    """A stage's JSON file; empty if it is missing or damaged."""
     try:
-        return str(read_json(path)["key"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
+        content = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a stage's result, by path."""
+    own = {folder / "stage.json", folder / "started.json"}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 @cache
 def code_digest() -> str:
     """SHA-256 over the source files of our packages."""
-    import exporters
     import fips_ort
-    import qat
 
+    import exporters
     import pipeline
+    import qat
 
     sha256 = hashlib.sha256()
     for package in (pipeline, exporters, qat, fips_ort):
