@@ -44,9 +44,7 @@ def evaluate(
 
     Raises InputError when the split has fewer images or the logits are not finite.
     """
-    total = len(split) if samples is None else samples
-    if not 0 < total <= len(split):
-        raise InputError(f"evaluation: {total} samples asked for, the test split has {len(split)}")
+    total = check_samples(split, samples)
     parts = []
     correct = 0
     for start in range(0, total, batch_size):
@@ -67,6 +65,14 @@ def evaluate(
             progress(indices.stop, total, f"{correct / indices.stop:.2%} correct")
     accuracy = correct / total
     return Quality(accuracy, correct, total, float(np.sqrt(accuracy * (1 - accuracy) / total)), torch.cat(parts))
+
+
+def check_samples(split: ImageSplit, samples: int | None) -> int:
+    """How many images of ``split`` an evaluation takes. Raises InputError when the split has fewer, or none."""
+    total = len(split) if samples is None else samples
+    if not 0 < total <= len(split):
+        raise InputError(f"evaluation: {total} samples asked for, the test split has {len(split)}")
+    return total
 
 
 def divergence(logits: Tensor, dense_logits: Tensor) -> Divergence:

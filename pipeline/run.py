@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from fips_ort.native import library_path
 from torch import nn
 
 from exporters.modules import install_packed
@@ -13,7 +14,9 @@ from exporters.packed_model import load_packed_model, save_packed_model
 from pipeline import deliver, stages
 from pipeline.compress import install
 from pipeline.data import load_data
-from pipeline.evaluate import Quality
+from pipeline.estimate import estimate
+from pipeline.evaluate import Quality, check_samples
+from pipeline.files import file_digest
 from pipeline.models.adapters import find_mlps
 from pipeline.models.loading import load_preprocessing
 from pipeline.plan import make_plan
@@ -34,6 +37,7 @@ def run(recipe: Recipe, folder: Path, progress: Progress, *, fresh: bool = False
     Stages whose inputs have not changed are taken from ``folder/work``. Raises InputError for what the user can
     mend, StageError if the artefact does not keep what was promised.
     """
+    estimate(recipe)  # refuses what cannot work before anything is computed or written
     run_folder = RunFolder(folder, progress, fresh=fresh)
     with run_folder.lock():
         return _run(recipe, run_folder, progress)
@@ -51,6 +55,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
     limited = isinstance(recipe.model, PretrainedModel)
     limits = (recipe.calibration.samples, recipe.evaluation.samples) if limited else (None, None)
     data = load_data(recipe.data, preprocessing, recipe.seed, *limits)
+    check_samples(data.test, recipe.evaluation.samples)
     key = folder.stage(
         "model",
         [settings["model"], recipe.seed, data.hash],
@@ -151,7 +156,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
     artifact = folder.folder / ARTIFACT
     key = folder.stage(
         "export",
-        [settings["export"], recipe.name],
+        [settings, file_digest(library_path())],  # both go into the artefact
         key,
         lambda out: deliver.export(out, recipe, dense, stored, packed, artifact),
         is_valid=lambda out: deliver.is_intact(out, artifact),
