@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from qat.factor import Factor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from pipeline.files import write_aside
 from pipeline.fit import LocalTarget
 from pipeline.models.adapters import MLPSite
 from pipeline.plan import GroupPlan
+from qat.factor import Factor
 
 
 def factorize_group(
@@ -70,7 +70,10 @@ def install(model: nn.Module, mlps: Sequence[FactorizedMLP]) -> nn.Module:
 
 
 def named_factors(mlps: Sequence[FactorizedMLP]) -> dict[str, Factor]:
-    """All factors by name, the basis of each group once. Its being one module in all its MLPs is asserted."""
+    """All factors by name, the basis of each group once.
+
+    Asserted: the basis is one module in all MLPs of its group, and no other weight is in two places.
+    """
     factors: dict[str, Factor] = {}
     for mlp in mlps:
         basis = factors.setdefault(f"{mlp.group}.basis", mlp.basis)
@@ -78,7 +81,15 @@ def named_factors(mlps: Sequence[FactorizedMLP]) -> dict[str, Factor]:
             raise AssertionError(f"the MLPs of {mlp.group} hold different bases")
         for name, projection in mlp.projections.items():
             assert isinstance(projection, Factor)
-            factors[f"block_{mlp.site.block}.{name}"] = projection
+            key = f"block_{mlp.site.block}.{name}"
+            if key in factors:
+                raise AssertionError(f"two factors are called {key}")
+            factors[key] = projection
+    owners: dict[int, str] = {}
+    for name, factor in factors.items():
+        owner = owners.setdefault(id(factor.weight), name)
+        if owner != name:
+            raise AssertionError(f"{owner} and {name} are one weight")
     return factors
 
 

@@ -1,5 +1,6 @@
 """Recipe × model, before any expensive work: groups, ranks, layouts and sizes, and everything that cannot work."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ def make_plan(recipe: Recipe, sites: list[MLPSite]) -> Plan:
     problems: list[str] = []
     groups = _group_sites(recipe, sites, problems)
     plans = []
-    for index, members in enumerate(groups):
+    for index, members in groups:
         plan = _plan_group(recipe, index, members, problems)
         if plan is not None:
             plans.append(plan)
@@ -58,7 +59,8 @@ def make_plan(recipe: Recipe, sites: list[MLPSite]) -> Plan:
     return Plan(tuple(plans), tuple(site.block for site in sites if site.block not in grouped))
 
 
-def _group_sites(recipe: Recipe, sites: list[MLPSite], problems: list[str]) -> list[list[MLPSite]]:
+def _group_sites(recipe: Recipe, sites: list[MLPSite], problems: list[str]) -> list[tuple[int, list[MLPSite]]]:
+    """(number in the recipe, MLPs) of every group that can share a basis; what cannot goes to ``problems``."""
     wanted = recipe.compression.groups
     if isinstance(wanted, int):
         wanted = [list(range(start, min(start + wanted, len(sites)))) for start in range(0, len(sites), wanted)]
@@ -82,7 +84,7 @@ def _group_sites(recipe: Recipe, sites: list[MLPSite], problems: list[str]) -> l
             listed = ", ".join(f"block {site.block}: {site.width}" for site in members)
             problems.append(f"{key}: blocks of unequal width cannot share a basis ({listed}); split the group")
         elif members:
-            groups.append(members)
+            groups.append((number, members))
     return groups
 
 
@@ -94,13 +96,14 @@ def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list
     if width % basis_block:
         problems.append(
             f"quantization.basis.block_size: {basis_block} does not divide the width {width} of group {index}; "
-            f"take one of {_dividing_blocks(width)}"
+            f"{_dividing_blocks(width, DENSE)}"
         )
     uneven = [f"block {site.block}: {site.hidden}" for site in sites if site.hidden % projection_block]
     if uneven:
         problems.append(
             f"quantization.projections.block_size: {projection_block} does not divide the MLP width of "
-            f"{', '.join(uneven)}; take one of {_dividing_blocks(sites[0].hidden)}"
+            f"{', '.join(uneven)}; "
+            f"{_dividing_blocks(math.gcd(*(site.hidden for site in sites)), Pattern.parse(compression.pattern))}"
         )
     wanted = rank_for_budget(compression.budget, width, columns, compression.target_sparsity)
     # First projections have blocks along the rank axis; rounding down keeps the budget.
@@ -114,8 +117,11 @@ def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list
     return GroupPlan(index, tuple(sites), width, columns, rank)
 
 
-def _dividing_blocks(length: int) -> list[int]:
-    return [size for size in (16, 32, 64, 128, 256) if length % size == 0]
+def _dividing_blocks(length: int, pattern: Pattern) -> str:
+    """The remedy for a block size that does not divide ``length``."""
+    smallest = 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
+    sizes = [str(size) for size in (16, 32, 64, 128, 256) if length % size == 0 and size % smallest == 0]
+    return f"take {' or '.join(sizes)}" if sizes else f"no supported block size does with pattern {pattern}"
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------

@@ -1,27 +1,31 @@
 """The QAT stage's pure parts: layouts for all factors, allocation of bits, and the packed model."""
 
+import bisect
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
+from fips_ort.layout import BIT_WIDTHS
 from numpy.typing import NDArray
-from qat.allocation import allocate_bits, segments_of
-from qat.factor import Factor
 from torch import nn
 
+from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
 from pipeline.compress import named_factors
 from pipeline.errors import InputError
 from pipeline.factorized_mlp import FactorizedMLP
 from pipeline.plan import GroupPlan, Segments, basis_layout, group_size, projection_layout, scheme_segments
 from pipeline.recipe import Recipe
+from qat.allocation import allocate_bits, segments_of
+from qat.factor import Factor
 
 
 def choose_segments(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedMLP]) -> tuple[Segments, Segments]:
     """Segments of the rank axis of (basis, projections): given by the recipe, or allocated.
 
     Allocation spends what ``target_stored_bits`` (per original MLP weight of the group, every stored byte counted)
-    leaves after scales, pattern and factors of given bits. Raises InputError if that is too little.
+    leaves after scales, pattern and factors of given bits, on chunks of rank entries in the order of falling
+    energy (:func:`sort_rank_entries`). Raises InputError if that is too little.
     """
     quantization = recipe.quantization
     chunk = quantization.projections.block_size
@@ -30,27 +34,56 @@ def choose_segments(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedM
         return given[0], given[1]  # type: ignore[return-value]
     at_two_bits = (0, 0, 0, group.rank)
     base = group_size(recipe, group, given[0] or at_two_bits, given[1] or at_two_bits)
-    sparsity = recipe.compression.target_sparsity
-    open_values = group.rank * (group.width if given[0] is None else 0)
-    if given[1] is None:
-        open_values += round(group.rank * group.columns * (1.0 - sparsity))
     assert quantization.target_stored_bits is not None
-    spare_bits = quantization.target_stored_bits * group.dense_parameters - 8 * base.stored
-    budget = 2.0 + spare_bits / open_values
-    if budget < 2.0:
-        least = 8 * base.stored / group.dense_parameters
+    least = 8 * base.stored
+    if recipe.compression.pattern == "bitmap":
+        # Kept entries are spread unevenly, so each segment of each projection may end in a partly filled byte.
+        least += 7 * len(BIT_WIDTHS) * sum(len(mlp.projections) for mlp in mlps)
+    spare_bits = quantization.target_stored_bits * group.dense_parameters - least
+    if spare_bits < 0:
+        # Rounded up, so that the value named is one that works.
+        enough = math.ceil(1000 * least / group.dense_parameters) / 1000
         raise InputError(
             f"recipe {recipe.name}: quantization.target_stored_bits: {quantization.target_stored_bits} is below what "
-            f"group {group.index} takes with 2 bits everywhere, {least:.3f}; raise it, or lower compression.budget"
+            f"group {group.index} takes with 2 bits everywhere, {enough:.3f}; raise it, or lower compression.budget"
         )
-    bits = allocate_bits(_chunk_energy(group, mlps, chunk), budget)
-    segments = segments_of(bits, chunk)
+    energy = _chunk_energy(group, mlps, chunk)
+    order = np.argsort(-energy, kind="stable")
+    values = _open_values(group, mlps, chunk, basis=given[0] is None, projections=given[1] is None)[order]
+
+    def bits_with(extra: int) -> NDArray[np.int64]:
+        return allocate_bits(energy[order], 2.0 + extra / energy.size)
+
+    # Chunks hold unequal numbers of kept values, so the largest affordable budget is searched, not computed.
+    levels = range((max(BIT_WIDTHS) - 2) * energy.size + 1)
+    affordable = bisect.bisect_right(levels, spare_bits, key=lambda extra: float((bits_with(extra) - 2) @ values)) - 1
+    segments = segments_of(bits_with(affordable), chunk)
     return given[0] or segments, given[1] or segments
 
 
+@torch.no_grad()
+def sort_rank_entries(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) -> None:
+    """Permute the rank axis of all factors of a group so that the energy of its chunks falls; products stay the same.
+
+    Whole chunks of ``chunk`` entries move, so that n:m patterns along the rank axis survive.
+    """
+    order = np.argsort(-_chunk_energy(group, mlps, chunk), kind="stable")
+    entries = torch.from_numpy((order[:, None] * chunk + np.arange(chunk)).reshape(-1))
+    mlps[0].basis.permute(entries, axis=0)
+    for mlp in mlps:
+        for name, projection in mlp.projections.items():
+            assert isinstance(projection, Factor)
+            projection.permute(entries, axis=0 if name == mlp.site.last else 1)
+
+
 def prepare_factors(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedMLP]) -> tuple[Segments, Segments]:
-    """Start fake quantization of every factor of a group; returns the segments of (basis, projections)."""
+    """Start fake quantization of every factor of a group; returns the segments of (basis, projections).
+
+    Where bits are graded, the rank entries are sorted first: segments take them in the order of falling bits.
+    """
     basis_segments, projection_segments = choose_segments(recipe, group, mlps)
+    if any(max(segments) < group.rank for segments in (basis_segments, projection_segments)):
+        sort_rank_entries(group, mlps, recipe.quantization.projections.block_size)
     learned = recipe.quantization.learned_scales
     mlps[0].basis.prepare(basis_layout(recipe, group, basis_segments), learned_scales=learned)
     for mlp in mlps:
@@ -62,17 +95,20 @@ def prepare_factors(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedM
 
 
 def assert_coverage(model: nn.Module, mlps: Sequence[FactorizedMLP]) -> None:
-    """Every factor of ``model`` is fake-quantized, and every one is among those that get packed.
+    """Every factor of ``model`` is fake-quantized, and exactly these are the ones that get packed.
 
     (torchao's ``quantize_`` passes over what it does not know without a word.) Raises AssertionError.
     """
-    known = {id(factor): name for name, factor in named_factors(mlps).items()}
+    missing = {id(factor): name for name, factor in named_factors(mlps).items()}
     for path, module in model.named_modules():
         if isinstance(module, Factor):
-            if id(module) not in known:
+            name = missing.pop(id(module), None)
+            if name is None:
                 raise AssertionError(f"{path}: factor is not part of the compressed MLPs")
             if module.quantizer is None:
-                raise AssertionError(f"{path} ({known[id(module)]}): factor is not fake-quantized")
+                raise AssertionError(f"{path} ({name}): factor is not fake-quantized")
+    if missing:
+        raise AssertionError(f"factors that the model does not use: {', '.join(missing.values())}")
 
 
 def freeze(mlps: Sequence[FactorizedMLP]) -> PackedModel:
@@ -98,6 +134,20 @@ def freeze(mlps: Sequence[FactorizedMLP]) -> PackedModel:
             for mlp in mlps
         ],
     )
+
+
+def _open_values(
+    group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int, *, basis: bool, projections: bool
+) -> NDArray[np.int64]:
+    """Stored values in each chunk of rank entries, of the kinds of factors asked for: int64 [rank / chunk]."""
+    values = np.full(group.rank, group.width if basis else 0, dtype=np.int64)
+    if projections:
+        for mlp in mlps:
+            for name, projection in mlp.projections.items():
+                assert isinstance(projection, Factor)
+                kept = torch.ones_like(projection.weight) if projection.mask is None else projection.mask
+                values += kept.sum(dim=1 if name == mlp.site.last else 0).long().numpy()
+    return values.reshape(-1, chunk).sum(axis=1)
 
 
 @torch.no_grad()

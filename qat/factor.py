@@ -46,6 +46,20 @@ class Factor(nn.Module):
             self.dense_gradient_source = masked
         return masked
 
+    def permute(self, entries: Tensor, *, axis: int) -> None:
+        """Reorder rows (``axis`` 0) or columns (1) in place: entry ``i`` becomes what was entry ``entries[i]``.
+
+        Raises ValueError once the factor is prepared: a layout's segments belong to the entries as they were.
+        """
+        if self.quantizer is not None:
+            raise ValueError("permute() a factor before preparing it")
+        with torch.no_grad():
+            self.weight.copy_(self.weight.index_select(axis, entries))
+            if axis == 0:
+                self.gain.copy_(self.gain.index_select(0, entries))
+            if self.mask is not None:
+                self.mask.copy_(self.mask.index_select(axis, entries))
+
     def prepare(self, layout: Layout, *, learned_scales: bool) -> None:
         """Start fake quantization in ``layout``, with scales searched for the current values."""
         if (layout.pattern == DENSE) != (self.mask is None):

@@ -1,0 +1,47 @@
+"""One thread a test process: tensors here are tiny, and the suite is spread over processes."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from run_samples import SHORT_BENCH_SECONDS, write_recipe
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of the tiny recipe by the command; not to be changed (copy it)."""
+
+    recipe: Path
+    folder: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """``fips run`` on the tiny recipe in a new process, measuring speed only briefly."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder)
+    program = (
+        "from pipeline.environment import prepare_process; prepare_process()\n"
+        f"import pipeline.deliver; pipeline.deliver.BENCH_SECONDS = {SHORT_BENCH_SECONDS}\n"
+        "from pipeline.cli import main; main()"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", program, "run", str(recipe), "--out", str(folder / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert child.returncode == 0, child.stderr
+    return FinishedRun(recipe, folder / "run", child.stdout, child.stderr)
