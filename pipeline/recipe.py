@@ -60,17 +60,13 @@ class PretrainedModel(Section):
 
 
 class PackagedOnnxModel(Section):
-    """A DINOv2 backbone inside the ONNX file of an installed package, with a linear head trained in the run.
-
-    ``augmentation``: ``shift`` also trains the head on images moved by up to an eighth of their size.
-    """
+    """A DINOv2 backbone inside the ONNX file of an installed package, with a linear head trained in the run."""
 
     source: Literal["packaged_onnx"]
     package: str
     file: str
     image_size: Positive
     head: Training
-    augmentation: Literal["none", "shift"] = "none"
 
 
 ModelSection = Annotated[ScratchModel | PretrainedModel | PackagedOnnxModel, Field(discriminator="source")]

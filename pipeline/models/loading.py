@@ -35,7 +35,6 @@ from pipeline.recipe import (
 _ATTENTION = "eager"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
 _FEATURE_BATCH = 64
-_SHIFTED_COPIES = 8  # of the train split, for the head: each costs a pass through the backbone
 _CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError)
 _CHECKPOINT_ERRORS = (*_CONFIG_ERRORS, LookupError, OSError, RuntimeError, SafetensorError)
 
@@ -232,25 +231,18 @@ def _packaged_with_head(
     model = load_classifier(path, section.image_size, len(data.labels))
     model.set_attn_implementation(_ATTENTION)
     model.eval()
-    copies = _SHIFTED_COPIES if section.augmentation == "shift" else 0
-    model.classifier = train_head(model, data, section.head, seed, copies, progress)
+    model.classifier = train_head(model, data, section.head, seed, progress)
     return model
 
 
 def train_head(
-    model: nn.Module,
-    data: ImageData,
-    training: Training,
-    seed: int,
-    shifted_copies: int = 0,
-    progress: Progress | None = None,
+    model: nn.Module, data: ImageData, training: Training, seed: int, progress: Progress | None = None
 ) -> nn.Linear:
     """A linear classifier on the features that reach ``model.classifier``, which is not changed.
 
-    The features of the train split and of ``shifted_copies`` randomly shifted copies of it, [n, f] in all, are
-    computed once and standardised; the standardisation is folded into the returned layer.
+    The features [n, f] are computed once and standardised; the standardisation is folded into the returned layer.
     """
-    features, labels = _features(model, data, seed, shifted_copies, progress)
+    features, labels = _features(model, data, progress)
     mean, deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     head = nn.Linear(features.shape[1], len(data.labels))
     nn.init.zeros_(head.weight)
@@ -263,11 +255,8 @@ def train_head(
     return head
 
 
-def _features(
-    model: nn.Module, data: ImageData, seed: int, shifted_copies: int, progress: Progress | None
-) -> tuple[Tensor, Tensor]:
-    """Inputs of ``model.classifier``, [n, f], and labels [n] of the train split and shifted copies of it."""
-    generator = torch.Generator().manual_seed(seed)
+def _features(model: nn.Module, data: ImageData, progress: Progress | None) -> tuple[Tensor, Tensor]:
+    """Inputs of ``model.classifier``, [n, f], and labels [n] of the whole train split."""
     starts = range(0, len(data.train), _FEATURE_BATCH)
     captured: list[Tensor] = []
     labels: list[Tensor] = []
@@ -277,9 +266,7 @@ def _features(
             for step, start in enumerate(starts, 1):
                 inputs, batch_labels = data.train.batch(range(start, min(start + _FEATURE_BATCH, len(data.train))))
                 model(pixel_values=inputs)
-                for _ in range(shifted_copies):
-                    model(pixel_values=random_shift(inputs, generator))
-                labels += [batch_labels] * (1 + shifted_copies)
+                labels.append(batch_labels)
                 if progress is not None:
                     progress(step, len(starts), "features of the training images")
     finally:
