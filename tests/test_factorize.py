@@ -96,7 +96,11 @@ def test_each_start_is_best_in_its_own_norm(seed: int, rank: int) -> None:
 
 
 @given(
-    seed=st.integers(0, 100), d=st.integers(1, 10), n=st.integers(1, 20), rank=st.integers(1, 35), weighted=st.booleans()
+    seed=st.integers(0, 100),
+    d=st.integers(1, 10),
+    n=st.integers(1, 20),
+    rank=st.integers(1, 35),
+    weighted=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
 def test_rows_of_v_have_equal_rms_and_u_is_scaled_to_one(seed: int, d: int, n: int, rank: int, weighted: bool) -> None:
