@@ -27,7 +27,7 @@ class Factor(nn.Module):
         gain = torch.where(gain > 0, gain, torch.ones_like(gain))
         self.register_buffer("gain", gain)
         self.weight = nn.Parameter((matrix.detach() / gain).contiguous())
-        self.register_buffer("mask", None if mask is None else mask.bool())
+        self.register_buffer("mask", None if mask is None else mask.to(torch.bool, copy=True))
         self.quantizer: FakeQuantizer | None = None
         self.track_dense_gradient = False
         self.dense_gradient_source: Tensor | None = None
@@ -40,7 +40,7 @@ class Factor(nn.Module):
         if self.mask is None:
             return matrix
         masked = matrix * self.mask
-        if self.track_dense_gradient:
+        if self.track_dense_gradient and masked.requires_grad:
             # RigL grows entries by the gradient of the loss with respect to *all* entries, masked ones too.
             masked.retain_grad()
             self.dense_gradient_source = masked

@@ -51,7 +51,9 @@ def recipe(**changes: Any) -> Recipe:
 def n_of_m(pattern: str = "1:4", **changes: Any) -> Recipe:
     """A recipe with an n:m pattern (or dense), which implies its sparsity, and blocks that suit it."""
     block = {"dense": 16, "1:4": 32, "2:4": 16, "1:8": 64, "2:8": 32}[pattern]
-    settings = {"compression__pattern": pattern, "compression__sparsity": None}
+    settings: dict[str, Any] = {"compression__pattern": pattern, "compression__sparsity": None}
+    if pattern == "dense":
+        settings["compression__budget"] = 0.6  # else the rank of the tiny model is below one block
     return recipe(**{**settings, "quantization__projections__block_size": block, **changes})
 
 
