@@ -1,5 +1,6 @@
 """One thread a test process: tensors here are tiny, and the suite is spread over processes."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_samples import SHORT_BENCH_SECONDS, write_recipe
 
 torch.set_num_threads(1)
+# Thousands of empty records for every export, which pytest would collect and show.
+logging.getLogger("torch.__trace").propagate = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class FinishedRun:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """``fips run`` on the tiny recipe in a new process, measuring speed only briefly."""
+    from run_samples import SHORT_BENCH_SECONDS, write_recipe  # here: it imports the whole pipeline
+
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder)
     program = (

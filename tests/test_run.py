@@ -1,0 +1,263 @@
+"""Whole runs of a tiny recipe: consistent figures, the same bytes every time, resumed exactly, reused rightly."""
+
+import copy
+import fcntl
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FinishedRun
+from fips_ort.manifest import MANIFEST, read_manifest
+from fips_ort.validate import validate
+from run_samples import (
+    SHORT_BENCH_SECONDS,
+    TINY,
+    KillAt,
+    artifact_hashes,
+    run_in_process,
+    stages_run_for,
+    tiny_recipe,
+)
+
+from pipeline import deliver
+from pipeline.errors import InputError
+from pipeline.files import read_json
+from pipeline.progress import Progress
+from pipeline.report_schema import check_report
+from pipeline.run import run
+
+STAGES = (
+    "model",
+    "evaluate/dense",
+    "calibrate",
+    "factorize/group_0",
+    "factorize/group_1",
+    "evaluate/factorized",
+    "fit/group_0",
+    "fit/group_1",
+    "evaluate/fitted",
+    "qat/0-scales",
+    "qat/1-local",
+    "qat/2-distill",
+    "evaluate/qat",
+    "pack",
+    "export",
+    "validate",
+)
+MEASURED = ("seconds", "speed", "memory", "reused_stages")
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = read_json(folder / "report.json")
+    return report
+
+
+@pytest.fixture
+def copied_run(finished_run: FinishedRun, tmp_path: Path) -> Path:
+    """A copy of the finished run to change."""
+    return Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
+
+
+# --- one run ---------------------------------------------------------------------------------------------------
+
+
+def test_report_agrees_with_artefact(finished_run: FinishedRun) -> None:
+    report = report_of(finished_run.folder)
+    check_report(report)
+    artifact = finished_run.folder / "artifact"
+    manifest = read_manifest(artifact)
+    size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+    assert report["bytes"]["artifact"] == size == sum(report["bytes"]["by_part"].values())
+    assert report["bytes"]["mlp_stored"] == sum(weight.bytes for weight in manifest.weights)
+    assert report["recipe"] == manifest.recipe == tiny_recipe().model_dump(mode="json")
+    assert report["dense_blocks"] == []
+    assert [group["blocks"] for group in report["groups"]] == [[0, 1], [2]]
+    mlp = 2 * 32 * 64
+    assert report["model"]["mlp_parameters"] == 3 * mlp
+    assert report["bytes"]["mlp_dense_float16"] == 2 * 3 * mlp
+    assert report["bits_per_weight"]["stored"] == 8 * report["bytes"]["mlp_stored"] / (3 * mlp)
+    # Values only; the budget bounds their number, and no value takes more than 4 bits.
+    assert 0 < report["bits_per_weight"]["paper"] <= 0.6 * 4
+    assert report["bits_per_weight"]["paper"] < report["bits_per_weight"]["stored"]
+
+
+def test_report_agrees_with_itself(finished_run: FinishedRun) -> None:
+    report = report_of(finished_run.folder)
+    quality = report["quality"]
+    assert quality["samples"] == report["data"]["test_samples"] == 200
+    assert report["data"]["calibration_samples"] == 128
+    for stage, accuracy in quality.items():
+        if stage in quality["standard_error"]:
+            assert accuracy * 200 == pytest.approx(round(accuracy * 200))
+            assert quality["standard_error"][stage] == pytest.approx((accuracy * (1 - accuracy) / 200) ** 0.5)
+    assert quality["dense"] > 0.3  # ten classes: it has learned something
+    assert quality["onnx_native"] == quality["onnx_portable"]
+    assert report["parity"]["same_predictions"] is True
+    for pair in ("native_vs_torch", "portable_vs_torch", "native_vs_portable"):
+        assert report["parity"][pair]["relative"] <= report["parity"]["tolerance"] == 1e-3
+    for stage in ("factorized", "fitted", "qat"):
+        assert sorted(report["reconstruction_error"][stage]) == ["0", "1", "2"]
+    assert 0 <= report["divergence"]["kl_mean"] <= report["divergence"]["kl_p99"]
+    assert sorted(report["seconds"]) == sorted((*STAGES, "bench"))
+    assert report["reused_stages"] == []
+
+
+def test_artefact_is_sound(finished_run: FinishedRun) -> None:
+    assert [check.passed for check in validate(finished_run.folder / "artifact")] == [True] * 4
+    rows = read_json(finished_run.folder / "work" / "export" / "audit.json")
+    assert rows
+    assert all(row["bytes"] == row["promised"] for row in rows)
+    bases = [row["name"] for row in rows if row["kind"] == "basis"]
+    assert len({name.rsplit(".", 1)[0] for name in bases}) == 2  # one per group, whatever its number of MLPs
+
+
+def test_second_run_gives_the_same(
+    finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliver, "BENCH_SECONDS", SHORT_BENCH_SECONDS)
+    run(tiny_recipe(), tmp_path / "again", Progress())
+    assert artifact_hashes(tmp_path / "again") == artifact_hashes(finished_run.folder)
+    first, second = report_of(finished_run.folder), report_of(tmp_path / "again")
+    for report in (first, second):
+        for key in MEASURED:
+            del report[key]
+    assert first == second
+
+
+# --- killed and resumed ----------------------------------------------------------------------------------------
+
+
+def test_killed_at_the_start_of_every_stage(finished_run: FinishedRun, tmp_path: Path) -> None:
+    for stage in STAGES:
+        assert run_in_process(tiny_recipe(), tmp_path, KillAt(line=stage)) == -9
+    assert run_in_process(tiny_recipe(), tmp_path, KillAt()) == 0
+    assert artifact_hashes(tmp_path) == artifact_hashes(finished_run.folder)
+
+
+def test_killed_in_the_middle_of_every_training(finished_run: FinishedRun, tmp_path: Path) -> None:
+    points = [
+        ("train the dense model", 40),
+        ("fit group_0", 7),  # between two updates of the masks
+        ("fit group_0", 16),
+        ("fit group_1", 5),
+        ("QAT 1, local, group_0", 3),
+        ("QAT 1, local, group_1", 9),
+        ("QAT 2, distill", 2),
+        ("QAT 2, distill", 5),
+    ]
+    for task, step in points:
+        assert run_in_process(tiny_recipe(), tmp_path, KillAt(task=task, step=step)) == -9
+    assert run_in_process(tiny_recipe(), tmp_path, KillAt()) == 0
+    assert artifact_hashes(tmp_path) == artifact_hashes(finished_run.folder)
+
+
+def test_killed_before_files_are_moved_into_place(finished_run: FinishedRun, tmp_path: Path) -> None:
+    numbers = random.Random(0)
+    kills = 0
+    while run_in_process(tiny_recipe(), tmp_path, KillAt(replace=numbers.randint(1, 40))) == -9:
+        kills += 1
+    assert kills > 2
+    assert artifact_hashes(tmp_path) == artifact_hashes(finished_run.folder)
+
+
+def test_old_artefact_survives_a_kill_between_its_two_moves(copied_run: Path) -> None:
+    before = artifact_hashes(copied_run)
+    recipe = tiny_recipe(export={"max_shard_size": 8192})
+    # started.json; then the old artefact moves away, and the new one should move in.
+    assert run_in_process(recipe, copied_run, KillAt(replace=3)) == -9
+    assert not (copied_run / "artifact").exists()
+    assert run_in_process(tiny_recipe(), copied_run, KillAt()) == 0
+    assert artifact_hashes(copied_run) == before
+
+
+# --- reuse -----------------------------------------------------------------------------------------------------
+
+
+def test_finished_run_is_reused(copied_run: Path) -> None:
+    assert stages_run_for(tiny_recipe(), copied_run) == []
+
+
+def test_other_bits_keep_the_fit(copied_run: Path) -> None:
+    quantization = copy.deepcopy(TINY["quantization"])
+    quantization["basis"]["bits"] = 2
+    computed = stages_run_for(tiny_recipe(quantization=quantization), copied_run, until="export")
+    assert computed == ["qat/0-scales", "qat/1-local", "qat/2-distill", "evaluate/qat", "pack"]
+
+
+def test_other_evaluation_keeps_the_training(copied_run: Path) -> None:
+    recipe = tiny_recipe(evaluation={"samples": 100})
+    computed = stages_run_for(recipe, copied_run)
+    # The artefact's manifest holds the recipe, with the number of samples.
+    evaluations = [f"evaluate/{name}" for name in ("dense", "factorized", "fitted", "qat")]
+    assert computed == [*evaluations, "export", "validate"]
+    assert read_manifest(copied_run / "artifact").recipe["evaluation"]["samples"] == 100
+
+
+def test_other_seed_keeps_nothing(copied_run: Path) -> None:
+    assert stages_run_for(tiny_recipe(seed=1), copied_run, until="evaluate/dense") == ["model"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"key": "', b"[]", b"\xff\xfe\x00", b'{"key": 1}'])
+def test_damaged_stage_file_means_computed_again(copied_run: Path, content: bytes) -> None:
+    (copied_run / "work" / "fit" / "group_1" / "stage.json").write_bytes(content)
+    assert stages_run_for(tiny_recipe(), copied_run) == ["fit/group_1"]
+
+
+def test_lost_and_truncated_results_are_computed_again(copied_run: Path) -> None:
+    work = copied_run / "work"
+    (work / "calibrate" / "block_01_inputs.npy").unlink()
+    factors = work / "qat" / "1-local" / "group_0" / "factors.safetensors"
+    factors.write_bytes(factors.read_bytes()[:-10])
+    (work / "evaluate" / "qat" / "logits.safetensors").unlink()
+    shutil.rmtree(work / "pack")
+    assert stages_run_for(tiny_recipe(), copied_run) == ["calibrate", "qat/1-local", "evaluate/qat", "pack"]
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_damaged_artefact_is_exported_again(finished_run: FinishedRun, copied_run: Path, damage: str) -> None:
+    artifact = copied_run / "artifact"
+    if damage == "changed":
+        data = bytearray((artifact / "model.onnx.data").read_bytes())
+        data[100] ^= 1
+        (artifact / "model.onnx.data").write_bytes(data)
+    else:
+        shutil.rmtree(artifact)
+    assert stages_run_for(tiny_recipe(), copied_run) == ["export"]
+    assert artifact_hashes(copied_run) == artifact_hashes(finished_run.folder)
+
+
+def test_fresh_uses_nothing(copied_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("computed")
+
+    monkeypatch.setattr("pipeline.stages.train_dense", refuse)
+    with pytest.raises(InputError, match="computed"):
+        run(tiny_recipe(), copied_run, Progress(), fresh=True)
+    assert not (copied_run / "work" / "fit").exists()
+    assert (copied_run / "artifact" / MANIFEST).exists()
+
+
+# --- two at a time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_second_run_at_the_same_time_is_refused(copied_run: Path, fresh: bool) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in copied_run.rglob("*") if path.is_file()}
+    with (copied_run / "work" / "lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run works in this folder"):
+            run(tiny_recipe(), copied_run, Progress(), fresh=fresh)
+    lock = copied_run / "work" / "lock"
+    assert {path: path.stat().st_mtime_ns for path in kept if path != lock} == {
+        path: time for path, time in kept.items() if path != lock
+    }
+
+
+def test_report_is_json_of_plain_numbers(finished_run: FinishedRun) -> None:
+    text = (finished_run.folder / "report.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    json.loads(text)
