@@ -41,14 +41,14 @@ class Training(Section):
 class ScratchModel(Section):
     """A transformers image classifier of ``model_type`` built from ``config`` and trained in the run.
 
-    ``augmentation``: ``shift`` moves each training image by up to an eighth of its size.
+    ``augmentation``: ``affine`` slightly rotates, scales and moves each training image.
     """
 
     source: Literal["scratch"]
     model_type: str
     config: dict[str, Any]
     training: Training
-    augmentation: Literal["none", "shift"] = "none"
+    augmentation: Literal["none", "affine"] = "none"
 
 
 class PretrainedModel(Section):

@@ -17,7 +17,7 @@ from transformers import ViTImageProcessorPil
 
 from pipeline.data import ImageData, load_data, match_labels
 from pipeline.errors import InputError
-from pipeline.models.classifier_training import random_shift
+from pipeline.models.classifier_training import random_affine
 from pipeline.models.preprocessing import Preprocessing
 from pipeline.recipe import DigitsData, HubImageData, ImageFolderData
 
@@ -75,19 +75,21 @@ def test_hash_covers_the_preprocessing() -> None:
     assert load_data(section, darker, 0).hash != digits().hash
 
 
-@given(seed=st.integers(0, 1000), size=st.integers(8, 20))
-def test_shift_moves_the_image_and_repeats_its_border(seed: int, size: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.arange(3.0 * size * size).reshape(1, 3, size, size)
-    shifted = random_shift(image, generator)
-    reach = size // 8
-    candidates = []
-    rows = torch.arange(size)
-    for dy in range(-reach, reach + 1):
-        for dx in range(-reach, reach + 1):
-            y, x = (rows + dy).clamp(0, size - 1), (rows + dx).clamp(0, size - 1)
-            candidates.append(torch.equal(shifted, image[:, :, y][:, :, :, x]))
-    assert sum(candidates) == 1
+@given(seed=st.integers(0, 1000), size=st.integers(8, 40))
+def test_random_affine_keeps_levels_and_moves_little(seed: int, size: int) -> None:
+    """On images whose three channels hold the row, the column and a constant, in units of the image size."""
+    axis = (torch.arange(size) + 0.5) / size
+    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    images = torch.stack([row, column, torch.full_like(row, 0.3)]).repeat(4, 1, 1, 1)
+    warped = random_affine(images, torch.Generator().manual_seed(seed))
+    assert torch.equal(warped, random_affine(images, torch.Generator().manual_seed(seed)))
+    assert not torch.allclose(warped[0], warped[1], atol=1e-4)
+    torch.testing.assert_close(warped[:, 2], images[:, 2])
+    # 8 % of translation; rotation and scaling move the corners, 0.71 from the centre, by at most a quarter of that.
+    moved = (warped[:, :2] - images[:, :2]).abs()
+    assert moved.max() < 0.08 + 0.25 * 0.71
+    centre = slice(size // 2 - 1, size // 2 + 1)
+    assert moved[:, :, centre, centre].max() < 0.08 + 0.25 / size + 1e-4
 
 
 # --- labels ----------------------------------------------------------------------------------------------------

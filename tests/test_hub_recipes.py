@@ -238,7 +238,7 @@ def scratch(**config: Any) -> ScratchModel:
         model_type="vit",
         config={**values, "intermediate_size": 32, **config},
         training=Training(steps=120, batch_size=64, learning_rate=1e-2),
-        augmentation="shift",
+        augmentation="affine",
     )
 
 

@@ -1,5 +1,6 @@
 """End-to-end training of the small classifiers that a run makes itself: scratch models and linear heads."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,6 +15,9 @@ Progress = Callable[[int, int, str], None]
 
 WARMUP_FRACTION = 0.05
 REPORT_EVERY = 20
+MAX_ROTATION_DEGREES = 12.0
+MAX_SCALING = 0.1
+MAX_TRANSLATION = 0.08
 
 
 def train_classifier(
@@ -71,14 +75,17 @@ def schedule(step: int, steps: int) -> float:
     return float(0.5 * (1.0 + torch.cos(torch.pi * progress)))
 
 
-def random_shift(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image [3, H, W] moved by up to an eighth of its size in each direction, its border pixels repeated."""
-    batch, _, height, width = pixel_values.shape
-    reach_y, reach_x = height // 8, width // 8
-    padded = F.pad(pixel_values, (reach_x, reach_x, reach_y, reach_y), mode="replicate")
-    top = torch.randint(0, 2 * reach_y + 1, (batch,), generator=generator)
-    left = torch.randint(0, 2 * reach_x + 1, (batch,), generator=generator)
-    rows = top[:, None] + torch.arange(height)
-    columns = left[:, None] + torch.arange(width)
-    images = torch.arange(batch)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+def random_affine(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image [3, H, W] rotated by up to 12 degrees, scaled by up to 10 % and moved by up to 8 % of its size,
+    bilinearly, its border pixels repeated."""
+
+    def uniform(reach: float) -> Tensor:
+        return reach * (2 * torch.rand(len(images), generator=generator) - 1)
+
+    angle, scale = uniform(math.radians(MAX_ROTATION_DEGREES)), 1 + uniform(MAX_SCALING)
+    # The coordinates of the sampling grid run from -1 to 1, so the size is 2.
+    right, down = uniform(2 * MAX_TRANSLATION), uniform(2 * MAX_TRANSLATION)
+    sine, cosine = scale * torch.sin(angle), scale * torch.cos(angle)
+    rows = [torch.stack([cosine, -sine, right], dim=1), torch.stack([sine, cosine, down], dim=1)]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -18,7 +18,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from pipeline.data import ImageData, TensorSplit
 from pipeline.errors import InputError
 from pipeline.models.adapters import check_finite, check_model_type
-from pipeline.models.classifier_training import Progress, random_shift, train_classifier
+from pipeline.models.classifier_training import Progress, random_affine, train_classifier
 from pipeline.models.packaged_dinov2 import load_classifier, locate
 from pipeline.models.preprocessing import Preprocessing
 from pipeline.recipe import (
@@ -145,7 +145,7 @@ def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: 
         except _CONFIG_ERRORS as error:
             raise InputError(f"model.config: {' '.join(str(error).split())}") from None
     model.train()
-    augment = random_shift if section.augmentation == "shift" else None
+    augment = random_affine if section.augmentation == "affine" else None
     train_classifier(
         lambda pixel_values: model(pixel_values=pixel_values).logits,
         model.parameters(),
