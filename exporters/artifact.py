@@ -14,6 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporters.packed_model import PackedModel
+from exporters.passes import tensor_of
 from fips_ort.errors import ArtifactError
 from fips_ort.manifest import (
     MANIFEST,
@@ -26,10 +30,6 @@ from fips_ort.manifest import (
 )
 from fips_ort.native import library_path
 from fips_ort.packed import PackedWeight
-from numpy.typing import NDArray
-
-from exporters.packed_model import PackedModel
-from exporters.passes import tensor_of
 
 MODEL = "model.onnx"
 INLINE_BYTES = 256

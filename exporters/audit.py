@@ -8,15 +8,15 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from fips_ort.bits import packed_size
-from fips_ort.ops import DOMAIN
-from fips_ort.packed import PackedWeight, unpack
 from numpy.typing import NDArray
 
 from exporters.artifact import MODEL
 from exporters.modules import input_node, linear_node, output_node
 from exporters.packed_model import PackedModel
 from exporters.passes import tensor_of
+from fips_ort.bits import packed_size
+from fips_ort.ops import DOMAIN
+from fips_ort.packed import PackedWeight, unpack
 
 SMALLEST = 64
 """Initializers below this size are shapes and scalars: they may repeat, and stay float32."""

@@ -8,6 +8,7 @@ intermediate result until then, so codes and masks stay uint8 and bool, and posi
 
 import onnx
 import onnx.parser
+
 from fips_ort.layout import BIT_WIDTHS
 from fips_ort.ops import ATTRIBUTES, DOMAIN, Q_MATMUL, SPARSE_Q_MATMUL
 

@@ -7,11 +7,11 @@ with :func:`torch.onnx.export` they become nodes of domain ``ai.fips`` whose inp
 import copy
 
 import torch
-from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
-from fips_ort.packed import PackedWeight, dequantize
 from torch import Tensor, nn
 
 from exporters.packed_model import BASES, PackedLinear, PackedMLP, PackedModel
+from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
+from fips_ort.packed import PackedWeight, dequantize
 
 NODE_NAME = "fips.name"
 """Key of the node metadata that carries the name a node shall have (see :mod:`exporters.passes`)."""

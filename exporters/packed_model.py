@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fips_ort.layout import Layout, Pattern
-from fips_ort.packed import PackedWeight
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from fips_ort.layout import Layout, Pattern
+from fips_ort.packed import PackedWeight
 
 _FORMAT = "fips-packed-model"
 _VERSION = 1

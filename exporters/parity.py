@@ -13,13 +13,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from fips_ort.load import load
-from fips_ort.native import register
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.artifact import MODEL
 from exporters.modules import PackedMLPModule, output_node
+from fips_ort.load import load
+from fips_ort.native import register
 
 LARGEST_BATCH = 64
 

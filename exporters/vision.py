@@ -12,11 +12,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from fips_ort.ops import DOMAIN, VERSION
 from torch import Tensor, nn
 
 from exporters import passes
 from exporters.functions import op_functions
+from fips_ort.ops import DOMAIN, VERSION
 
 OPSET = 20
 """The newest ONNX opset that onnxruntime 1.17 knows, the oldest onnxruntime we support."""

@@ -8,11 +8,12 @@ from statistics import median
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from numpy.typing import NDArray
+from torch import nn
+
 from exporters.rest import quantize_linears
 from exporters.vision import export_vision
 from fips_ort.load import load
-from numpy.typing import NDArray
-from torch import nn
 
 DENSE_FLOAT32 = "dense float32, onnxruntime"
 DENSE_INT4 = "dense MatMulNBits 4 bit, onnxruntime"

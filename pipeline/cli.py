@@ -103,9 +103,9 @@ def bench(
 ) -> None:
     """Time an artefact, native kernels beside portable functions, interleaved; medians."""
     import numpy as np
+
     from fips_ort.manifest import read_manifest
     from fips_ort.memory import measure_memory
-
     from pipeline.bench import artefact_sessions, seconds_per_run
 
     threads = threads or os.cpu_count() or 1

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from exporters.artifact import Golden, Provenance, write_artifact
+from exporters.audit import AuditError, audit
+from exporters.packed_model import PackedModel
+from exporters.parity import ParityError, check_parity
+from exporters.vision import export_vision
 from fips_ort.errors import ArtifactError
 from fips_ort.load import load
 from fips_ort.manifest import MANIFEST, read_manifest, sha256
 from fips_ort.memory import measure_memory
-from torch import nn
-
-from exporters.artifact import Golden, Provenance, write_artifact
-from exporters.audit import audit
-from exporters.packed_model import PackedModel
-from exporters.parity import ParityError, check_parity
-from exporters.vision import export_vision
 from pipeline.bench import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
 from pipeline.data import ImageData
 from pipeline.errors import InputError, StageError
@@ -74,7 +74,10 @@ def export(out: Path, recipe: Recipe, dense: Dense, stored: nn.Module, packed: P
         write_artifact(artifact, exported, packed, golden, provenance, save_config, recipe.export.max_shard_size)
     except ArtifactError as error:
         raise InputError(str(error)) from None
-    rows = audit(artifact, packed, recipe.quantization.rest.weights)
+    try:
+        rows = audit(artifact, packed, recipe.quantization.rest.weights)
+    except AuditError as error:
+        raise StageError(str(error)) from None
     write_json(out / "audit.json", [asdict(row) for row in rows])
     write_json(out / "artifact.json", {"manifest_sha256": sha256(artifact / MANIFEST)})
 

@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 from pipeline.models.adapters import find_mlps
 from pipeline.models.loading import load_config, model_class
 from pipeline.plan import GroupPlan, GroupSize, Plan, group_size, make_plan, scheme_segments
-from pipeline.recipe import ImageFolderData, PretrainedModel, Recipe
+from pipeline.recipe import ImageFolderData, Recipe
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from fips_ort.load import load
-from fips_ort.manifest import MANIFEST, read_manifest
 from torch import Tensor
 
+from fips_ort.load import load
+from fips_ort.manifest import MANIFEST, read_manifest
 from pipeline.data import load_data
 from pipeline.evaluate import Quality, evaluate
 from pipeline.models.loading import load_preprocessing

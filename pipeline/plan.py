@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from fips_ort.bits import packed_size
 from fips_ort.layout import BIT_WIDTHS, DENSE, Layout, Pattern
-
 from pipeline.budget import kept_parameters, rank_for_budget
 from pipeline.errors import InputError
 from pipeline.models.adapters import MLPSite

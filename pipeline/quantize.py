@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from fips_ort.layout import BIT_WIDTHS
 from numpy.typing import NDArray
 from torch import nn
 
 from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
+from fips_ort.layout import BIT_WIDTHS
 from pipeline.compress import named_factors
 from pipeline.errors import InputError
 from pipeline.factorized_mlp import FactorizedMLP

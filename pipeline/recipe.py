@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
 from pipeline.errors import InputError
 
 PatternName = Literal["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]

@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from exporters.packed_model import PackedModel
 from fips_ort.layout import BIT_WIDTHS
 from fips_ort.manifest import read_manifest
 from fips_ort.packed import PackedWeight, unpack
-
-from exporters.packed_model import PackedModel
 from pipeline.deliver import Dense
 from pipeline.evaluate import Quality, divergence
 from pipeline.factorized_mlp import FactorizedMLP

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from fips_ort.native import library_path
 from torch import nn
 
 from exporters.modules import install_packed
 from exporters.packed_model import load_packed_model, save_packed_model
+from fips_ort.native import library_path
 from pipeline import deliver, stages
 from pipeline.compress import install
 from pipeline.data import load_data

@@ -119,9 +119,8 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 @cache
 def code_digest() -> str:
     """SHA-256 over the source files of our packages."""
-    import fips_ort
-
     import exporters
+    import fips_ort
     import pipeline
     import qat
 

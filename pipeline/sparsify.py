@@ -17,9 +17,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from fips_ort.layout import Pattern
 from torch import Tensor
 
+from fips_ort.layout import Pattern
 from pipeline.recipe import Sparsifier
 from qat.factor import Factor
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fips_ort.layout import Pattern
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
+from fips_ort.layout import Pattern
 from pipeline.calibrate import record_activations
 from pipeline.compress import (
     factorize_group,

@@ -9,8 +9,9 @@ largest fall of distortion per bit.
 import heapq
 
 import numpy as np
-from fips_ort.layout import BIT_WIDTHS
 from numpy.typing import NDArray
+
+from fips_ort.layout import BIT_WIDTHS
 
 # Mean squared error of the best uniform quantizer of a unit Gaussian with 2**bits levels (Max 1960, table II).
 _DISTORTION = {2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0001}

@@ -1,10 +1,10 @@
 """One factor of the factorization: a trainable matrix, optionally masked, optionally fake-quantized."""
 
 import torch
-from fips_ort.layout import DENSE, Layout
-from fips_ort.packed import PackedWeight, dequantize, pack
 from torch import Tensor, nn
 
+from fips_ort.layout import DENSE, Layout
+from fips_ort.packed import PackedWeight, dequantize, pack
 from qat.fake_quantize import FakeQuantizer, search_scales
 
 

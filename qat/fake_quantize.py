@@ -11,12 +11,13 @@ exact in float32, so codes reproduce the fake-quantized values bit by bit.
 
 import numpy as np
 import torch
-from fips_ort.layout import BIT_WIDTHS, Layout
 from torch import Tensor, nn
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.qat import IntxFakeQuantizeConfig
 from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 from torchao.quantization.quant_primitives import MappingType, ZeroPointDomain
+
+from fips_ort.layout import BIT_WIDTHS, Layout
 
 # The sub-byte dtypes are missing from torch's type stubs.
 _DTYPES: dict[int, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits in BIT_WIDTHS}

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx
 import onnxruntime
-from fips_ort.layout import Layout, Pattern
-from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
-from fips_ort.packed import PackedWeight, pack
 from onnx import helper, numpy_helper
 
 from exporters.functions import op_functions
+from fips_ort.layout import Layout, Pattern
+from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
+from fips_ort.packed import PackedWeight, pack
 
 PATTERNS = ("dense", "bitmap", "1:4", "2:4", "1:8", "2:8")
 SEGMENTS = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 2, 1, 1), (0, 2, 0, 1))

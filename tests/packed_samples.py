@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from fips_ort.layout import Layout, Pattern
-from fips_ort.manifest import Manifest
-from fips_ort.packed import PackedWeight, pack
 from torch import nn
 from transformers import (
     DeiTConfig,
@@ -27,6 +24,9 @@ from exporters.modules import install_packed
 from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from exporters.vision import export_vision
+from fips_ort.layout import Layout, Pattern
+from fips_ort.manifest import Manifest
+from fips_ort.packed import PackedWeight, pack
 
 COMMON = {"image_size": 16, "patch_size": 4, "num_labels": 10, "initializer_range": 0.2}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, **COMMON}

@@ -12,16 +12,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from fips_ort.errors import ArtifactError
-from fips_ort.load import check_onnxruntime, load
-from fips_ort.manifest import MANIFEST, parse_manifest, read_manifest, sha256
-from fips_ort.validate import main, validate
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_samples import images, sample, write_sample
 
 from exporters.artifact import plan_shards, recover, shard_names
 from exporters.audit import audit
+from fips_ort.errors import ArtifactError
+from fips_ort.load import check_onnxruntime, load
+from fips_ort.manifest import MANIFEST, parse_manifest, read_manifest, sha256
+from fips_ort.validate import main, validate
 
 SHARD = 8192
 

@@ -316,6 +316,17 @@ def test_diverging_training_fails(command: Command, tmp_path: Path) -> None:
     assert err.splitlines()[-1].startswith("failed: fit group_0: the loss is ")
 
 
+def test_interrupted_run_says_how_to_go_on(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.run.run", interrupt)
+    status, out, err = command("run", write_recipe(tmp_path))
+    assert (status, out, err) == (130, "", "stopped; the same command resumes\n")
+
+
 # --- bad places to write to ------------------------------------------------------------------------------------
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FinishedRun
-from fips_ort.manifest import read_manifest
 from run_samples import TINY, tiny_recipe
 
+from fips_ort.manifest import read_manifest
 from pipeline.errors import InputError
 from pipeline.estimate import estimate
 

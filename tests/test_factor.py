@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
-from fips_ort.packed import dequantize, unpack
 from torch import Tensor
 
+from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
+from fips_ort.packed import dequantize, unpack
 from pipeline.recipe import Sparsifier
 from pipeline.sparsify import MaskSchedule, magnitude_masks
 from qat.factor import Factor

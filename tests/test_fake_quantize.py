@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from fips_ort.layout import BIT_WIDTHS, Layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fips_ort.layout import BIT_WIDTHS, Layout
 from qat.fake_quantize import SMALLEST_SCALE, FakeQuantizer, search_scales
 
 SEGMENTS = {

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from factored_samples import make_group, n_of_m, planned, recipe, save_inputs, targets, tiny
-from fips_ort.layout import Pattern
 from torch import nn
 
+from fips_ort.layout import Pattern
 from pipeline.compress import factorize_group, local_targets, named_factors
 from pipeline.fit import GroupModule, LocalTarget, local_loss, reconstruction_errors, relative_error
 from pipeline.progress import Progress

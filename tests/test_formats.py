@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from op_samples import PATTERNS, layouts, random_levels, random_mask, random_weight
+
 from fips_ort.bits import pack_bits, packed_size, unpack_bits
 from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
 from fips_ort.ops import ATTRIBUTES, node_attributes, op_type
 from fips_ort.packed import PackedWeight, dequantize, pack, unpack
 from fips_ort.reference import q_matmul
-from hypothesis import given
-from hypothesis import strategies as st
-from op_samples import PATTERNS, layouts, random_levels, random_mask, random_weight
 
 
 @st.composite

@@ -2,12 +2,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from fips_ort.layout import BITMAP, Layout, Pattern
-from fips_ort.packed import pack
-from fips_ort.reference import q_matmul
 from op_samples import PATTERNS, layouts, op_model, random_weight, relative_error, session_options
 
 from exporters.functions import op_functions
+from fips_ort.layout import BITMAP, Layout, Pattern
+from fips_ort.packed import pack
+from fips_ort.reference import q_matmul
 
 
 @pytest.mark.parametrize("trans_b", [False, True])

@@ -5,20 +5,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import fips_ort
 import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
 import pytest
-from fips_ort.layout import Layout, Pattern
-from fips_ort.ops import ATTRIBUTES
-from fips_ort.packed import PackedWeight
-from fips_ort.reference import q_matmul
 from isa import available_isas
 from onnx import numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 from op_samples import PATTERNS, layouts, op_model, random_weight, relative_error, session_options
+
+import fips_ort
+from fips_ort.layout import Layout, Pattern
+from fips_ort.ops import ATTRIBUTES
+from fips_ort.packed import PackedWeight
+from fips_ort.reference import q_matmul
 
 MODES = [(False, 0), (False, 4), (True, 0), (True, 4)]
 

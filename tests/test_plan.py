@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 from factored_samples import n_of_m, recipe, site
-from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
 from pipeline.budget import kept_parameters
 from pipeline.errors import InputError
 from pipeline.models.adapters import MLPSite

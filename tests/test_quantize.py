@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from factored_samples import n_of_m, planned, recipe
-from fips_ort.layout import Pattern
-from fips_ort.packed import dequantize
 from torch import nn
 
+from fips_ort.layout import Pattern
+from fips_ort.packed import dequantize
 from pipeline.compress import install, load_factors, named_factors, save_factors
 from pipeline.errors import InputError
 from pipeline.factorized_mlp import FactorizedMLP

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 from conftest import FinishedRun
-from fips_ort.manifest import MANIFEST, read_manifest
-from fips_ort.validate import validate
 from run_samples import (
     SHORT_BENCH_SECONDS,
     TINY,
@@ -22,6 +20,8 @@ from run_samples import (
     tiny_recipe,
 )
 
+from fips_ort.manifest import MANIFEST, read_manifest
+from fips_ort.validate import validate
 from pipeline import deliver
 from pipeline.errors import InputError
 from pipeline.files import read_json

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from isa import available_isas
+from op_samples import PATTERNS, layouts, random_weight
+
 from fips_ort.layout import Layout, Pattern
 from fips_ort.ops import node_attributes
 from fips_ort.packed import PackedWeight
 from fips_ort.reference import q_matmul
-from isa import available_isas
-from op_samples import PATTERNS, layouts, random_weight
 
 SOURCE = Path(__file__).with_name("native")
 

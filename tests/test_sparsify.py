@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from fips_ort.layout import BITMAP, Pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fips_ort.layout import BITMAP, Pattern
 from pipeline.recipe import Sparsifier
 from pipeline.sparsify import MaskSchedule, gmp_sparsity, magnitude_masks, swap_masks
 from qat.factor import Factor

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from factored_samples import n_of_m, planned, recipe, targets
-from fips_ort.layout import Pattern
 from torch import Tensor, nn
 
+from fips_ort.layout import Pattern
 from pipeline import training
 from pipeline.fit import GroupModule, local_loss
 from pipeline.progress import Progress
