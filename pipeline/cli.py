@@ -32,9 +32,9 @@ Threads = Annotated[int, typer.Option(help="threads of ONNX Runtime; 0: all core
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Show ranks, bytes, memory and disk of a run, without computing any weight."""
     loaded = load_recipe(recipe, overrides)
-    from pipeline.estimate import estimate
+    from pipeline.estimate import estimate, print_estimate
 
-    _print_plan(loaded.name, estimate(loaded), loaded.calibration.samples)
+    print_estimate(loaded.name, estimate(loaded), loaded.calibration.samples)
 
 
 @app.command()
@@ -138,40 +138,6 @@ def evaluate_artifact(
 
     quality = evaluate(artifact, Progress(), native=not portable)
     print(f"accuracy {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} % of {quality.samples} samples")
-
-
-def _print_plan(name: str, estimated: "Estimate", calibration_samples: int | None) -> None:  # type: ignore[name-defined]  # noqa: F821
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table("group", "blocks", "d", "N", "rank", "MLP bytes", "stored bits/weight", "paper bits/weight", box=None)
-    for group in estimated.plan.groups:
-        size = estimated.sizes[group.name]
-        blocks = ", ".join(str(site.block) for site in group.sites)
-        table.add_row(
-            group.name,
-            blocks,
-            str(group.width),
-            str(group.columns),
-            str(group.rank),
-            f"{size.stored:,}",
-            f"{8 * size.stored / group.dense_parameters:.2f}",
-            f"{size.value_bits / group.dense_parameters:.2f}",
-        )
-    console.print(f"{name}: {estimated.parameters:,} parameters, {estimated.mlp_parameters:,} in compressed MLPs")
-    console.print(table)
-    if estimated.plan.dense_blocks:
-        console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
-    dense = 2 * estimated.parameters
-    console.print(
-        f"weights of the artefact  {estimated.artifact_bytes:,} bytes, {100 * estimated.artifact_bytes / dense:.1f} % "
-        f"of {dense:,} in float16 (graph, manifest and native library come on top)"
-    )
-    per_image = estimated.activation_bytes_per_image
-    total = f", {per_image * calibration_samples:,} in all" if calibration_samples else ""
-    console.print(f"disk for calibration     {per_image:,} bytes per image{total}")
-    console.print(
-        f"memory                   {4 * estimated.parameters:,} bytes for the dense model, "
-        f"{estimated.factor_bytes:,} to train the largest group"
-    )
 
 
 def main() -> None:

@@ -1,22 +1,30 @@
 """``fips plan``: what a run will make and need, from the model's configuration alone; no weight is computed."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from pipeline.errors import InputError
 from pipeline.models.adapters import find_mlps
 from pipeline.models.loading import load_config, model_class
 from pipeline.plan import GroupPlan, GroupSize, Plan, group_size, make_plan, scheme_segments
-from pipeline.recipe import ImageFolderData, Recipe
+from pipeline.recipe import EndToEnd, ImageFolderData, Recipe, ScratchModel
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and parameters of a run to be. ``sizes``: per group; those left to allocation are at their target."""
+    """Bytes, parameters and work of a run to be.
+
+    ``sizes``: per group; a factor left to allocation is counted with 2 bits. ``training_flops``: floating-point
+    operations of all training (a multiply-add is two), which is most of a run.
+    """
 
     plan: Plan
     parameters: int
@@ -25,6 +33,7 @@ class Estimate:
     rest_bytes: int
     activation_bytes_per_image: int
     factor_bytes: int
+    training_flops: int
 
     @property
     def mlp_bytes(self) -> int:
@@ -46,16 +55,70 @@ def estimate(recipe: Recipe) -> Estimate:
     sizes = {group.name: _group_size(recipe, group) for group in plan.groups}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     compressed = sum(group.dense_parameters for group in plan.groups)
+    activation_bytes, forward_flops = _dry_run(plan, model, config)
     return Estimate(
         plan,
         parameters,
         compressed,
         sizes,
         _rest_bytes(recipe, model, plan, parameters - compressed),
-        _activation_bytes(plan, model, config),
+        activation_bytes,
         # Weight, gradient and AdamW's two moments of the largest group, and its basis and projections.
         max(16 * group.rank * (group.width + group.columns) for group in plan.groups),
+        _training_flops(recipe, plan, activation_bytes, forward_flops),
     )
+
+
+def print_estimate(name: str, estimated: Estimate, calibration_samples: int | None) -> None:
+    """A table of the groups and what the run needs, on standard output."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("group", "blocks", "d", "N", "rank", "MLP bytes", "stored bits/weight", "paper bits/weight", box=None)
+    for group in estimated.plan.groups:
+        size = estimated.sizes[group.name]
+        blocks = ", ".join(str(site.block) for site in group.sites)
+        table.add_row(
+            group.name,
+            blocks,
+            str(group.width),
+            str(group.columns),
+            str(group.rank),
+            f"{size.stored:,}",
+            f"{8 * size.stored / group.dense_parameters:.2f}",
+            f"{size.value_bits / group.dense_parameters:.2f}",
+        )
+    console.print(f"{name}: {estimated.parameters:,} parameters, {estimated.mlp_parameters:,} in compressed MLPs")
+    console.print(table)
+    if estimated.plan.dense_blocks:
+        console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
+    dense = 2 * estimated.parameters
+    console.print(
+        f"weights of the artefact  {estimated.artifact_bytes:,} bytes, {100 * estimated.artifact_bytes / dense:.1f} % "
+        f"of {dense:,} in float16 (graph, manifest and native library come on top)"
+    )
+    per_image = estimated.activation_bytes_per_image
+    total = f", {per_image * calibration_samples:,} in all" if calibration_samples else ""
+    console.print(f"disk for calibration     {per_image:,} bytes per image{total}")
+    console.print(
+        f"memory                   {4 * estimated.parameters:,} bytes for the dense model, "
+        f"{estimated.factor_bytes:,} to train the largest group"
+    )
+    minutes = estimated.training_flops / multiply_rate() / 60
+    console.print(
+        f"time                     at least {minutes:.1f} minutes to train here ({estimated.training_flops / 1e12:,.1f} "
+        "TFLOP at the speed of a large matrix product; expect two to three times that)"
+    )
+
+
+def multiply_rate() -> float:
+    """Floating-point operations per second of a large float32 matrix product on this machine, the best of a few."""
+    size = 1024
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
 
 
 def _check_inputs(recipe: Recipe) -> None:
@@ -88,8 +151,8 @@ def _rest_bytes(recipe: Recipe, model: nn.Module, plan: Plan, parameters: int) -
     return (parameters - linear) * bytes_each + linear * rest.linear_bits // 8 + 4 * linear // rest.block_size
 
 
-def _activation_bytes(plan: Plan, model: nn.Module, config: AutoConfig) -> int:
-    """Bytes of recorded inputs and outputs per calibration image: a dry run on the meta device counts tokens."""
+def _dry_run(plan: Plan, model: nn.Module, config: AutoConfig) -> tuple[int, int]:
+    """Bytes of recorded activations, and operations of the dense model, per image: counted on the meta device."""
     counted = 0
 
     def count(_module: nn.Module, arguments: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
@@ -101,6 +164,29 @@ def _activation_bytes(plan: Plan, model: nn.Module, config: AutoConfig) -> int:
             model.get_submodule(site.path).register_forward_hook(count)
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    with torch.inference_mode():
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.eval()(pixel_values=torch.empty(1, 3, height, width, device="meta"))
-    return counted
+    return counted, counter.get_total_flops()
+
+
+def _training_flops(recipe: Recipe, plan: Plan, activation_bytes: int, forward_flops: int) -> int:
+    """Operations of all training. The backward pass takes twice the forward pass."""
+    per_token = [2 * group.rank * (2 * group.width * len(group.sites) + group.columns) for group in plan.groups]
+    dense_per_token = [2 * group.dense_parameters for group in plan.groups]
+    # Tokens differ between the groups of a hierarchical model; their mean serves end-to-end training.
+    widths = sum(group.width * len(group.sites) for group in plan.groups)
+    tokens = activation_bytes // (8 * widths)
+    compressed_flops = forward_flops + tokens * (sum(per_token) - sum(dense_per_token))
+    total = 0
+    if isinstance(recipe.model, ScratchModel):
+        total += 3 * forward_flops * recipe.model.training.steps * recipe.model.training.batch_size
+    for local in (recipe.fit, *recipe.quantization.training):
+        if isinstance(local, EndToEnd):
+            continue
+        total += 3 * sum(per_token) * local.steps * local.batch_tokens
+    for entry in (recipe.finetune, *recipe.quantization.training):
+        if not isinstance(entry, EndToEnd):
+            continue
+        teacher = forward_flops if entry.objective == "distill" else 0
+        total += (3 * compressed_flops + teacher) * entry.steps * entry.batch_size
+    return total
