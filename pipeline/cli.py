@@ -25,7 +25,7 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder of an artefact")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
-Threads = Annotated[int, typer.Option(help="threads of ONNX Runtime; 0: all cores")]
+Threads = Annotated[int, typer.Option(min=0, help="threads of ONNX Runtime; 0: all cores")]
 
 
 @app.command()

@@ -217,7 +217,14 @@ def test_unreadable_recipe(command: Command, tmp_path: Path, content: str | None
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonsense"], ["run"], ["run", "recipe.yaml", "--bogus"], ["bench", "folder", "--batch", "0"], ["bench"]],
+    [
+        ["nonsense"],
+        ["run"],
+        ["run", "recipe.yaml", "--bogus"],
+        ["bench"],
+        ["bench", "folder", "--batch", "0"],
+        ["bench", "folder", "--threads", "-1"],
+    ],
 )
 def test_usage_error(command: Command, arguments: list[str]) -> None:
     status, out, err = command(*arguments)
