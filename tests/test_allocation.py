@@ -97,6 +97,8 @@ def test_by_hand() -> None:
     # Gains per bit at energy 1: 2→3 0.0814, 3→4 0.0259, 4→8 0.0029 (each of four).
     assert allocate_bits(np.array([1.0, 1.0, 10.0, 1.0]), 2.5).tolist() == [2, 2, 4, 2]
     assert allocate_bits(np.array([1.0, 100.0]), 5.0).tolist() == [2, 8]
+    # The step to 8 bits gains 0.057, but it costs four bits; a bit each for the four others gains 0.104.
+    assert allocate_bits(np.array([1.0, 1.0, 1.0, 1.0, 5.0]), 4.0).tolist() == [4, 4, 4, 4, 4]
     assert allocate_bits(np.array([1.0, 2.0]), 100.0).tolist() == [8, 8]
     assert allocate_bits(np.array([5.0, 1.0, 3.0]), 2.0).tolist() == [2, 2, 2]
 

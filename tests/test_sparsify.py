@@ -41,6 +41,8 @@ def step(schedule: MaskSchedule, index: int, seed: int = 0) -> None:
     with torch.no_grad():
         for projection in schedule.projections:
             projection.weight.sub_(0.05 * projection.weight.grad)
+            # An optimiser's momentum goes on moving pruned entries; what they hold must not matter.
+            projection.weight.add_(9.0 * ~projection.mask)
 
 
 # --- pure functions --------------------------------------------------------------------------------------------
