@@ -104,8 +104,8 @@ def print_estimate(name: str, estimated: Estimate, calibration_samples: int | No
     )
     minutes = estimated.training_flops / multiply_rate() / 60
     console.print(
-        f"time                     at least {minutes:.1f} minutes to train here ({estimated.training_flops / 1e12:,.1f} "
-        "TFLOP at the speed of a large matrix product; expect two to three times that)"
+        f"time to train            at least {minutes:.1f} minutes here: {estimated.training_flops / 1e12:,.1f} TFLOP "
+        "at the speed of a large matrix product; expect two to three times that"
     )
 
 
