@@ -110,9 +110,19 @@ def stages_run_for(recipe: Recipe, folder: Path, *, until: str = "bench") -> lis
 
 # --- in another process ----------------------------------------------------------------------------------------
 
-# A server that has imported everything once forks a fresh process for each run.
+# A server that has imported everything once forks a fresh process for each run. (It finds installed modules only,
+# so it could not import this one.)
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([__name__])
+_PROCESSES.set_forkserver_preload(
+    [
+        "pipeline.cli",
+        "pipeline.run",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "transformers.models.vit.modeling_vit",
+        "transformers.models.vit.image_processing_pil_vit",
+    ]
+)
 
 
 @dataclass(frozen=True)
