@@ -316,7 +316,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except UnicodeDecodeError:
         raise InputError(f"{path}: cannot read the recipe: it is not text in UTF-8") from None
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -332,6 +332,19 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(_describe_all(where, error.errors())) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand only once in a mapping; PyYAML alone takes the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -427,3 +427,10 @@ def test_overrides_do_not_touch_the_file(tmp_path: Path) -> None:
     before = path.read_bytes()
     load_recipe(path, ["seed=3"])
     assert path.read_bytes() == before
+
+
+def test_repeated_key_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("name: a\nfit:\n  steps: 1\n  steps: 2\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"r\.yaml: not valid YAML: key 'steps' stands twice .*line 4"):
+        load_recipe(file)
