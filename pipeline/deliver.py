@@ -1,6 +1,7 @@
 """The last stages: export of the artefact, its validation three ways, and how fast it runs."""
 
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.models.adapters import MLPSite
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
+from pipeline.report import remove_report
 from pipeline.run_folder import versions
 from pipeline.stages import load_quality, measure, save_quality
 
@@ -50,7 +52,7 @@ class Dense:
 
 
 def export(out: Path, recipe: Recipe, dense: Dense, stored: nn.Module, packed: PackedModel, artifact: Path) -> None:
-    """Write the artefact and audit what it stores."""
+    """Audit what the artefact is going to store, and write it."""
     pixel_shape = (3, dense.image_size, dense.image_size)
     exported = export_vision(stored, pixel_shape)
     images = dense.data.test.batch(range(min(GOLDEN_IMAGES, len(dense.data.test))))[0]
@@ -71,13 +73,15 @@ def export(out: Path, recipe: Recipe, dense: Dense, stored: nn.Module, packed: P
         dense.processor.save_pretrained(folder)
 
     try:
+        rows = audit(exported, packed, recipe.quantization.rest.weights)
+    except AuditError as error:
+        raise StageError(str(error)) from None
+    # From here on a report of an earlier run would speak of another artefact.
+    remove_report(artifact.parent)
+    try:
         write_artifact(artifact, exported, packed, golden, provenance, save_config, recipe.export.max_shard_size)
     except ArtifactError as error:
         raise InputError(str(error)) from None
-    try:
-        rows = audit(artifact, packed, recipe.quantization.rest.weights)
-    except AuditError as error:
-        raise StageError(str(error)) from None
     write_json(out / "audit.json", [asdict(row) for row in rows])
     write_json(out / "artifact.json", {"manifest_sha256": sha256(artifact / MANIFEST)})
 
@@ -100,7 +104,10 @@ def validate(
     artifact: Path,
     progress: Progress,
 ) -> None:
-    """Fake-quantized ↔ stored numbers ↔ both backends; then the accuracy of the file itself."""
+    """Fake-quantized ↔ stored numbers ↔ both backends; then the accuracy of the file itself.
+
+    An artefact that fails is moved to ``artifact.rejected``, so that nobody takes it for a good one.
+    """
     test = dense.data.test
     images = test.batch(range(min(PARITY_IMAGES, len(test))))[0]
     with torch.inference_mode():
@@ -113,7 +120,10 @@ def validate(
     try:
         parity = check_parity(artifact, stored, images.numpy(), tolerance)
     except ParityError as error:
-        raise StageError(str(error)) from None
+        rejected = artifact.with_name(f"{artifact.name}.rejected")
+        shutil.rmtree(rejected, ignore_errors=True)
+        os.replace(artifact, rejected)
+        raise StageError(f"{error}; the artefact was moved to {rejected}") from None
     for backend in ("native", "portable"):
         session = load(artifact, native=backend == "native", verify=backend == "native")
 

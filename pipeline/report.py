@@ -28,6 +28,8 @@ _FIGURES: dict[Plot, Callable[[Report], Figure]] = {
     "reconstruction": reconstruction_figure,
 }
 
+_JSON, _MARKDOWN, _HTML = "report.json", "report.md", "report.html"
+
 
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder``.
@@ -37,9 +39,15 @@ def write_report(report: Report, folder: Path) -> None:
     """
     check_report(report)
     markdown, html = render_markdown(report), render_html(report)
-    write_json(folder / "report.json", report)
-    write_text(folder / "report.md", markdown)
-    write_text(folder / "report.html", html)
+    write_json(folder / _JSON, report)
+    write_text(folder / _MARKDOWN, markdown)
+    write_text(folder / _HTML, html)
+
+
+def remove_report(folder: Path) -> None:
+    """Remove what :func:`write_report` wrote, if it is there."""
+    for name in (_JSON, _MARKDOWN, _HTML):
+        (folder / name).unlink(missing_ok=True)
 
 
 def render_markdown(report: Report) -> str:

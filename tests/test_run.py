@@ -23,7 +23,7 @@ from run_samples import (
 from fips_ort.manifest import MANIFEST, read_manifest
 from fips_ort.validate import validate
 from pipeline import deliver
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StageError
 from pipeline.files import read_json
 from pipeline.progress import Progress
 from pipeline.report_schema import check_report
@@ -261,3 +261,15 @@ def test_report_is_json_of_plain_numbers(finished_run: FinishedRun) -> None:
     assert "NaN" not in text
     assert "Infinity" not in text
     json.loads(text)
+
+
+def test_artefact_that_fails_parity_is_moved_away(copied_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No backend sums in the same order as another, so nothing passes a tolerance of zero.
+    monkeypatch.setattr(deliver, "PARITY_TOLERANCE", {0: 0.0})
+    for stage in ("export", "validate"):
+        shutil.rmtree(copied_run / "work" / stage)
+    with pytest.raises(StageError, match=r"differ from PyTorch's .* moved to .*artifact\.rejected"):
+        run(tiny_recipe(), copied_run, Progress())
+    assert not (copied_run / "artifact").exists()
+    assert (copied_run / "artifact.rejected" / MANIFEST).exists()
+    assert not (copied_run / "report.json").exists()
