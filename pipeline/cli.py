@@ -55,7 +55,7 @@ def run(
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         raise
-    from pipeline.report_sections import verdict, verdict_detail
+    from pipeline.report.sections import verdict, verdict_detail
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{verdict(report)}\n{verdict_detail(report)}")

@@ -26,7 +26,7 @@ from pipeline.models.adapters import MLPSite
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
-from pipeline.report import remove_report
+from pipeline.report.render import remove_report
 from pipeline.run_folder import versions
 from pipeline.stages import load_quality, measure, save_quality
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.report_schema import Hardware
+from pipeline.report.schema import Hardware
 
 
 def describe_hardware() -> Hardware:

@@ -23,9 +23,9 @@ from pipeline.plan import make_plan
 from pipeline.progress import Progress
 from pipeline.quantize import freeze
 from pipeline.recipe import PretrainedModel, Recipe
-from pipeline.report import write_report
-from pipeline.report_assembly import assemble_report
-from pipeline.report_schema import Report
+from pipeline.report.assembly import assemble_report
+from pipeline.report.render import write_report
+from pipeline.report.schema import Report
 from pipeline.run_folder import RunFolder
 
 ARTIFACT = "artifact"

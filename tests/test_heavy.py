@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.progress import Progress
 from pipeline.recipe import load_recipe
-from pipeline.report_schema import Report
+from pipeline.report.schema import Report
 from pipeline.run import run
 
 RECIPES = Path(__file__).parent.parent / "recipes"

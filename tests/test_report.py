@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pipeline.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
-from pipeline.report import render_html, render_markdown, write_report
-from pipeline.report_schema import Group, Report, check_report
-from pipeline.report_sections import format_blocks, sections, verdict, verdict_detail, warning_lines
-from pipeline.units import format_bytes, format_error, format_percent, format_points, format_seconds
+from pipeline.report.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
+from pipeline.report.render import render_html, render_markdown, write_report
+from pipeline.report.schema import Group, Report, check_report
+from pipeline.report.sections import format_blocks, sections, verdict, verdict_detail, warning_lines
+from pipeline.report.units import format_bytes, format_error, format_percent, format_points, format_seconds
 
 FIGURES = (stages_figure, reconstruction_figure, spectrum_figure, bytes_figure)
 

@@ -26,7 +26,7 @@ from pipeline import deliver
 from pipeline.errors import InputError, StageError
 from pipeline.files import read_json
 from pipeline.progress import Progress
-from pipeline.report_schema import check_report
+from pipeline.report.schema import check_report
 from pipeline.run import run
 
 STAGES = (

@@ -19,9 +19,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import blended_transform_factory
 
-from pipeline.report_schema import Group, Report, TrainedStage, stages_of, trained_stages_of
-from pipeline.report_sections import STAGE_NAMES, block_runs, name_blocks
-from pipeline.units import BYTE_UNITS, accuracy_decimals, format_bytes, format_percent
+from pipeline.report.schema import Group, Report, TrainedStage, stages_of, trained_stages_of
+from pipeline.report.sections import STAGE_NAMES, block_runs, name_blocks
+from pipeline.report.units import BYTE_UNITS, accuracy_decimals, format_bytes, format_percent
 
 INK, MUTED, GRID, BAND = "#23272f", "#646b78", "#dfe2e8", "#f3f4f7"
 FACTORIZED, FITTED, FINETUNED, QAT = "#c45100", "#0068b0", "#007a58", "#a2407f"

@@ -6,8 +6,8 @@ from typing import Literal
 
 import yaml
 
-from pipeline.report_schema import Report, Stage, stages_of, trained_stages_of
-from pipeline.units import (
+from pipeline.report.schema import Report, Stage, stages_of, trained_stages_of
+from pipeline.report.units import (
     accuracy_decimals,
     format_bytes,
     format_error,

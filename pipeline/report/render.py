@@ -9,9 +9,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipeline.files import write_json, write_text
-from pipeline.plots import COLOURS, bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
-from pipeline.report_schema import Report, check_report
-from pipeline.report_sections import (
+from pipeline.report.plots import COLOURS, bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
+from pipeline.report.schema import Report, check_report
+from pipeline.report.sections import (
     Plot,
     key_figures,
     recipe_text,

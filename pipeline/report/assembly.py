@@ -16,7 +16,7 @@ from pipeline.files import read_json
 from pipeline.hardware import describe_hardware
 from pipeline.plan import Segments
 from pipeline.recipe import Recipe
-from pipeline.report_schema import SCHEMA_VERSION, Report
+from pipeline.report.schema import SCHEMA_VERSION, Report
 from pipeline.run_folder import RunFolder, versions
 from pipeline.stages import kept_values
 
