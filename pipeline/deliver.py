@@ -76,12 +76,12 @@ def export(out: Path, recipe: Recipe, dense: Dense, stored: nn.Module, packed: P
         rows = audit(exported, packed, recipe.quantization.rest.weights)
     except AuditError as error:
         raise StageError(str(error)) from None
-    # From here on a report of an earlier run would speak of another artefact.
-    remove_report(artifact.parent)
     try:
         write_artifact(artifact, exported, packed, golden, provenance, save_config, recipe.export.max_shard_size)
     except ArtifactError as error:
         raise InputError(str(error)) from None
+    # A report of an earlier run would now speak of another artefact.
+    remove_report(artifact.parent)
     write_json(out / "audit.json", [asdict(row) for row in rows])
     write_json(out / "artifact.json", {"manifest_sha256": sha256(artifact / MANIFEST)})
 
