@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.console import table_console
 from pipeline.environment import prepare_process
 from pipeline.errors import InputError, StageError
 from pipeline.progress import Progress
@@ -88,7 +89,7 @@ def inspect(artifact: ArtifactPath) -> None:
     files = Table("file", "bytes", "sha256", box=None)
     for file in manifest.files:
         files.add_row(file.path, f"{file.bytes:,}", file.sha256[:16])
-    console = Console(highlight=False)
+    console = table_console()
     console.print(table)
     console.print(files)
     console.print(f"{sum(file.bytes for file in manifest.files):,} bytes in all")
@@ -123,7 +124,7 @@ def bench(
             f"{memory['load_rss_bytes'] / 1e6:.1f}",
             f"{memory['peak_rss_bytes'] / 1e6:.1f}",
         )
-    console = Console(highlight=False)
+    console = table_console()
     console.print(f"batch {batch}, {threads} threads")
     console.print(table)
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from pipeline.console import table_console
 from pipeline.errors import InputError
 from pipeline.models.adapters import find_mlps
 from pipeline.models.loading import load_config, model_class
@@ -71,7 +71,7 @@ def estimate(recipe: Recipe) -> Estimate:
 
 def print_estimate(name: str, estimated: Estimate, calibration_samples: int | None) -> None:
     """A table of the groups and what the run needs, on standard output."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = table_console()
     table = Table("group", "blocks", "d", "N", "rank", "MLP bytes", "stored bits/weight", "paper bits/weight", box=None)
     for group in estimated.plan.groups:
         size = estimated.sizes[group.name]
