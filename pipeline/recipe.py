@@ -4,6 +4,7 @@ Unknown keys are refused at every level. What a recipe says about a model (group
 is checked against the model in :mod:`pipeline.plan`, before any expensive work.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -316,7 +317,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except UnicodeDecodeError:
         raise InputError(f"{path}: cannot read the recipe: it is not text in UTF-8") from None
     try:
-        content = yaml.load(text, _UniqueKeyLoader)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -334,8 +335,11 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
         raise InputError(_describe_all(where, error.errors())) from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a key may stand only once in a mapping; PyYAML alone takes the last one silently."""
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without three traps of PyYAML, which follows YAML 1.1.
+
+    ``2:4`` is text, not 124 in base 60; ``1e-3`` is a number; a key may stand only once in a mapping.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -347,12 +351,25 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"--set {override}: write it as key.subkey=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not valid YAML") from None
     node: Any = content
@@ -409,7 +426,7 @@ def _given(value: Any) -> str:
 
 
 def _complaint(problem: Any) -> str:
-    kind, value = problem["type"], problem["input"]
+    kind = problem["type"]
     if kind == "extra_forbidden":
         return "unknown key; remove or correct it"
     if kind in ("missing", "union_tag_not_found"):
@@ -417,16 +434,5 @@ def _complaint(problem: Any) -> str:
     if kind == "union_tag_invalid":
         context = problem["ctx"]
         return f"got {context['tag']!r}; input should be one of {context['expected_tags']}"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if kind == "float_type" and isinstance(value, str) and _is_number(value):
-        message += f" (YAML reads {value} as text; write a decimal point and the exponent's sign, as in 1.0e-3)"
-    return message
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    message: str = problem["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]

@@ -160,7 +160,7 @@ def test_missing_keys(path: str) -> None:
         ("fit.learning_rate", 0.0, "got 0.0; input should be greater than 0"),
         ("fit.learning_rate", float("inf"), "got inf; input should be a finite number"),
         ("fit.weight_decay", float("nan"), "got nan; input should be a finite number"),
-        ("fit.learning_rate", "1e-3", "(YAML reads 1e-3 as text; write a decimal point and the exponent's sign"),
+        ("fit.learning_rate", "1e-3", "got '1e-3'; input should be a valid number"),
         ("fit", None, "input should be a valid dictionary"),
         ("compression.budget", 1.5, "got 1.5; input should be less than or equal to 1"),
         ("compression.budget", 0.0, "got 0.0; input should be greater than 0"),
@@ -434,3 +434,19 @@ def test_repeated_key_is_refused(tmp_path: Path) -> None:
     file.write_text("name: a\nfit:\n  steps: 1\n  steps: 2\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"r\.yaml: not valid YAML: key 'steps' stands twice .*line 4"):
         load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("compression.pattern=2:4", ("compression", "pattern"), "2:4"),
+        ("fit.learning_rate=1e-3", ("fit", "learning_rate"), 1e-3),
+        ("fit.learning_rate=.5", ("fit", "learning_rate"), 0.5),
+        ("fit.learning_rate=2.5E+0", ("fit", "learning_rate"), 2.5),
+        ("export.max_shard_size=2_000_000", ("export", "max_shard_size"), 2_000_000),
+    ],
+)
+def test_plain_values_mean_what_they_look_like(override: str, path: tuple[str, str], value: object) -> None:
+    recipes = Path(__file__).parent.parent / "recipes"
+    recipe = load_recipe(recipes / "dinov2-small-digits.yaml", [override])
+    assert recipe.model_dump()[path[0]][path[1]] == value
