@@ -27,7 +27,7 @@ from transformers import (
 
 from pipeline.data import ImageData, load_data
 from pipeline.errors import InputError
-from pipeline.models.adapters import find_mlps
+from pipeline.models.adapters import SUPPORTED_MODEL_TYPES, find_mlps
 from pipeline.models.loading import LoadedModel, load_model, load_preprocessing
 from pipeline.recipe import (
     DigitsData,
@@ -283,3 +283,15 @@ def test_unknown_model_type() -> None:
     section = ScratchModel(source="scratch", model_type="vitt", config={}, training=Training(steps=1))
     with pytest.raises(InputError, match="'vitt' has no MLPs known to FiPS; supported"):
         load_preprocessing(section, DIGITS)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_every_model_type_can_start_from_scratch(model_type: str) -> None:
+    sizes = {"image_size": 8, "patch_size": 4}
+    if model_type == "swin":
+        sizes |= {"embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 2}
+    else:
+        sizes |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    section = ScratchModel(source="scratch", model_type=model_type, config=sizes, training=Training(steps=1))
+    loaded, _ = load(section, DigitsData(source="digits", image_size=8))
+    assert type(loaded.model).__name__.lower() == f"{model_type}forimageclassification"

@@ -131,9 +131,12 @@ def _scratch_config(section: ScratchModel, labels: int) -> Any:
             raise InputError(f"model.config.{key}: got {value!r}; dropout is not supported, leave it out")
     dropout = {key: value for key, value in _NO_DROPOUT.items() if key in known}
     try:
-        return AutoConfig.for_model(section.model_type, **{**dropout, **section.config}, num_labels=labels)
+        config = AutoConfig.for_model(section.model_type, **{**dropout, **section.config}, num_labels=labels)
     except _CONFIG_ERRORS as error:
         raise InputError(f"model.config: {' '.join(str(error).split())}") from None
+    # DeiT has two image classifiers; without this, transformers cannot choose.
+    config.architectures = [f"{config_class.__name__.removesuffix('Config')}ForImageClassification"]
+    return config
 
 
 def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: Progress | None) -> nn.Module:
