@@ -1,5 +1,6 @@
 """The stages of a run, each a function from typed inputs to files in its folder; :mod:`pipeline.run` lists them."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -246,14 +247,13 @@ def finetune(
 def store_rest(recipe: Recipe, dense: nn.Module, sites: Sequence[MLPSite], image_size: int) -> nn.Module:
     """A copy of the dense model that computes with its weights outside the MLPs as they will be stored."""
     rest = recipe.quantization.rest
-    base = round_to_float16(dense) if rest.weights == "float16" else dense
+    base = copy.deepcopy(dense)
+    # Before rounding: what is interpolated here is stored too.
+    fix_position_embeddings(base, image_size, image_size)
     if rest.linear_bits is not None:
         skip = ["classifier", *(f"{site.path}.{name}" for site in sites for name in (*site.first, site.last))]
-        level = recipe.export.accuracy_level
-        base = quantize_linears(dense, rest.linear_bits, rest.block_size, skip, level)
-        base = round_to_float16(base) if rest.weights == "float16" else base
-    fix_position_embeddings(base, image_size, image_size)
-    return base
+        base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, recipe.export.accuracy_level)
+    return round_to_float16(base) if rest.weights == "float16" else base
 
 
 def segments_of_groups(

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_samples import SHORT_BENCH_SECONDS
+from run_samples import SHORT_BENCH_SECONDS, TINY, tiny_recipe
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessorPil
 
 from fips_ort.manifest import read_manifest
 from fips_ort.validate import validate
 from pipeline import deliver
+from pipeline.models.adapters import find_mlps
 from pipeline.progress import Progress
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
+from pipeline.stages import store_rest
 
 LABELS = ["left", "right"]
 COMMON = {"image_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -96,3 +98,16 @@ def test_whole_chain(name: str, images: Path, tmp_path: Path, monkeypatch: pytes
     for block in range(blocks):
         # Training took the sparse, quantized MLPs clearly nearer to the dense ones than zeros are.
         assert report["reconstruction_error"]["qat"][str(block)] < 0.6
+
+
+@pytest.mark.parametrize("weights", ["float16", "float32"])
+def test_stored_rest_is_a_copy_with_fixed_positions(weights: str) -> None:
+    config = AutoConfig.for_model("dinov2", **{**COMMON, "image_size": 32}, patch_size=8, hidden_size=32, mlp_ratio=2)
+    dense = AutoModelForImageClassification.from_config(config).eval()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    recipe = tiny_recipe(quantization=TINY["quantization"] | {"rest": {"weights": weights}})
+    base = store_rest(recipe, dense, find_mlps(dense), 16)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    positions = base.get_parameter("dinov2.embeddings.position_embeddings")
+    assert positions.shape == (1, 1 + 2 * 2, 32)
+    assert torch.equal(positions, positions.half().float()) == (weights == "float16")
