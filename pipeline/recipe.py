@@ -70,7 +70,29 @@ class PackagedOnnxModel(Section):
     head: Training
 
 
-ModelSection = Annotated[ScratchModel | PretrainedModel | PackagedOnnxModel, Field(discriminator="source")]
+class CausalLanguageModel(Section):
+    """A causal language model: a Hugging Face id or a local folder; ``gguf_file`` names a GGUF file in it."""
+
+    source: Literal["causal_lm"]
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+
+class PackagedGGUFModel(Section):
+    """A causal language model in a GGUF file of an installed package, whole or cut into ``file.part00`` and so on
+    over the package and those it requires."""
+
+    source: Literal["packaged_gguf"]
+    package: str
+    file: str
+
+
+LanguageModel = CausalLanguageModel | PackagedGGUFModel
+ModelSection = Annotated[
+    ScratchModel | PretrainedModel | PackagedOnnxModel | CausalLanguageModel | PackagedGGUFModel,
+    Field(discriminator="source"),
+]
 
 
 # --- data ------------------------------------------------------------------------------------------------------
@@ -105,7 +127,55 @@ class HubImageData(Section):
     label_column: str = "label"
 
 
-DataSection = Annotated[DigitsData | ImageFolderData | HubImageData, Field(discriminator="source")]
+class TextSection(Section):
+    """Text, cut into windows of ``context`` tokens (a leading ``<bos>`` included); samples are windows."""
+
+    context: Annotated[int, Field(ge=16)] = 512
+
+
+class PackagedTextData(TextSection):
+    """A JSON file of an installed package: records (a list, or the values of a mapping) with text in ``field``.
+
+    ``test_fraction`` of the records, drawn at random, is for evaluation, the others for training.
+    """
+
+    source: Literal["packaged_text"]
+    package: str
+    file: str
+    field: str
+    test_fraction: Fraction = 0.1
+
+
+class LocalTextData(TextSection):
+    """Local files: plain text (one document), or JSONL with a document in ``field`` of every line.
+
+    Without ``test``, ``test_fraction`` of the documents (of a plain text: of its lines) is for evaluation.
+    """
+
+    source: Literal["text"]
+    train: str
+    test: str | None = None
+    field: str = "text"
+    test_fraction: Fraction = 0.1
+
+
+class HubTextData(TextSection):
+    """A text dataset read with ``datasets``, streamed; ``documents``: at most so many of each split are read."""
+
+    source: Literal["hub_text"]
+    path: str
+    config: str | None = None
+    train: str = "train"
+    test: str = "test"
+    field: str = "text"
+    documents: Positive = 20_000
+
+
+TextData = PackagedTextData | LocalTextData | HubTextData
+DataSection = Annotated[
+    DigitsData | ImageFolderData | HubImageData | PackagedTextData | LocalTextData | HubTextData,
+    Field(discriminator="source"),
+]
 
 
 # --- compression -----------------------------------------------------------------------------------------------
@@ -132,14 +202,31 @@ class Compression(Section):
 
     ``groups``: lists of block indices, or the size of groups of consecutive blocks. ``budget``: kept fraction
     of the group's MLP parameters. ``pattern`` of the projections; an n:m pattern fixes ``sparsity``.
+
+    ``method: dense`` is the baseline without factorization: the MLPs' own matrices are quantized (as
+    ``quantization.projections`` says) and trained; groups and budget do not apply.
     """
 
-    groups: Annotated[list[list[int]], Field(min_length=1)] | Positive
-    budget: Annotated[float, Field(gt=0.0, le=1.0)]
+    method: Literal["fips", "dense"] = "fips"
+    groups: Annotated[list[list[int]], Field(min_length=1)] | Positive = 1
+    budget: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     pattern: PatternName = "bitmap"
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     initialization: Literal["svd", "activation_svd"] = "activation_svd"
     sparsifier: Sparsifier = Sparsifier()
+
+    @model_validator(mode="after")
+    def _method_has_its_keys(self) -> "Compression":
+        wanted = {"groups", "budget"}
+        if self.method == "fips" and wanted - self.model_fields_set:
+            raise ValueError(f"method fips needs {' and '.join(sorted(wanted - self.model_fields_set))}")
+        if self.method == "dense":
+            foreign = self.model_fields_set & (wanted | {"sparsity", "initialization", "sparsifier"})
+            if foreign:
+                raise ValueError(f"method dense has no {', '.join(sorted(foreign))}; leave out what it does not know")
+            if self.pattern != "dense":
+                raise ValueError("method dense keeps every weight: pattern must be dense")
+        return self
 
     @model_validator(mode="after")
     def _sparsity_follows_pattern(self) -> "Compression":
@@ -233,24 +320,32 @@ class LocalTraining(Section):
 
 class RestOfModel(Section):
     """Storage of everything outside the MLPs. Linear layers (not the classifier) can take 4 or 8 bits
-    (MatMulNBits); all other weights are float16 or float32."""
+    (MatMulNBits); all other weights are float16 or float32.
+
+    ``embedding_bits``: the token table of a language model (GatherBlockQuantized), and its output layer
+    (MatMulNBits), which share one table where the model ties them."""
 
     weights: Literal["float32", "float16"] = "float16"
     linear_bits: Literal[4, 8] | None = None
+    embedding_bits: Literal[4, 8] | None = None
     block_size: Literal[16, 32, 64, 128, 256] = 64
 
 
 class Quantization(Section):
-    basis: FactorScheme
+    """``start``: codes before training are the ``nearest`` levels, or those that ``gptq`` finds from the second
+    moments of the activations."""
+
+    basis: FactorScheme | None = None
     projections: FactorScheme
     target_stored_bits: PositiveFloat | None = None
+    start: Literal["nearest", "gptq"] = "nearest"
     learned_scales: bool = True
     training: list[Annotated[LocalTraining | EndToEnd, Field(discriminator="objective")]] = []
     rest: RestOfModel = RestOfModel()
 
     @model_validator(mode="after")
     def _target_goes_with_allocation(self) -> "Quantization":
-        allocated = "allocate" in (self.basis.bits, self.projections.bits)
+        allocated = "allocate" in (self.basis and self.basis.bits, self.projections.bits)
         if allocated != (self.target_stored_bits is not None):
             raise ValueError("target_stored_bits goes with bits: allocate, and only with it")
         return self
@@ -264,14 +359,18 @@ class Export(Section):
 
 
 class Evaluation(Section):
-    """``samples``: how many test samples, in order; all if not given."""
+    """``samples``: how many test samples (images, or windows of text), in order; all if not given.
+
+    ``stride``: tokens between the starts of two windows, only the last of which count in each; by default a
+    whole window."""
 
     samples: Positive | None = None
     batch_size: Positive = 64
+    stride: Positive | None = None
 
 
 class Calibration(Section):
-    """``samples``: how many training images, drawn at random; all if not given."""
+    """``samples``: how many training samples (images, or windows of text), drawn at random; all if not given."""
 
     samples: Positive | None = None
     batch_size: Positive = 64
@@ -286,11 +385,40 @@ class Recipe(Section):
     data: DataSection
     calibration: Calibration = Calibration()
     compression: Compression
-    fit: Fit
+    fit: Fit | None = None
     finetune: EndToEnd | None = None
     quantization: Quantization
     export: Export = Export()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def is_language_model(self) -> bool:
+        return isinstance(self.model, CausalLanguageModel | PackagedGGUFModel)
+
+    @model_validator(mode="after")
+    def _model_reads_data(self) -> "Recipe":
+        is_text = isinstance(self.data, TextSection)
+        if is_text != self.is_language_model:
+            raise ValueError(
+                f"data.source: {self.data.source} is {'text' if is_text else 'images'}; model.source: "
+                f"{self.model.source} is {'a language model' if self.is_language_model else 'an image classifier'}"
+            )
+        rest = self.quantization.rest
+        if not is_text and (rest.embedding_bits is not None or self.evaluation.stride is not None):
+            key = "evaluation.stride" if rest.embedding_bits is None else "quantization.rest.embedding_bits"
+            raise ValueError(f"{key} is for language models; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _method_has_its_parts(self) -> "Recipe":
+        is_fips = self.compression.method == "fips"
+        if is_fips != (self.quantization.basis is not None):
+            raise ValueError("quantization.basis goes with compression.method fips, and only with it")
+        if is_fips and self.fit is None:
+            raise ValueError("fit: method fips needs it; fit.steps may be small, not left out")
+        if not is_fips and (self.fit is not None or self.finetune is not None):
+            raise ValueError("fit and finetune train unquantized factors; method dense has none, leave them out")
+        return self
 
     @model_validator(mode="after")
     def _blocks_hold_whole_bytes(self) -> "Recipe":
