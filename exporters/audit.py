@@ -84,8 +84,9 @@ def _match_weights(
     """Compare the inputs of every ``ai.fips`` node with its packed weight; fill in ``promises``."""
     expected: dict[str, tuple[Kind, PackedWeight]] = {}
     for mlp in packed.mlps:
-        for name in (input_node(mlp.path), output_node(mlp.path)):
-            expected[name] = ("basis", packed.bases[mlp.basis])
+        if mlp.basis is not None:
+            for name in (input_node(mlp.path), output_node(mlp.path)):
+                expected[name] = ("basis", packed.bases[mlp.basis])
         for child, linear in mlp.linears.items():
             expected[linear_node(mlp.path, child)] = ("projection", linear.weight)
     present = {name for name, node in nodes.items() if node.domain == DOMAIN}

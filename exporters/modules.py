@@ -52,7 +52,7 @@ class PackedMatrix(nn.Module):
 
 
 class PackedProjection(PackedMatrix):
-    """A projection with the bias of the linear layer it came from."""
+    """A projection, or a whole matrix, with the bias of its linear layer."""
 
     bias: Tensor | None
 
@@ -65,10 +65,13 @@ class PackedMLPModule(nn.Module):
     """An MLP of packed weights: ``t = x U``; ``a = act(first(t))`` or ``act(gate(t)) * up(t)``; ``last(a) U + b``.
 
     ``basis`` is shared with the other MLPs of the group. It is registered once, in the model, and only
-    referred to here, so that it has one name in the state dict and in the exported graph.
+    referred to here, so that it has one name in the state dict and in the exported graph. Without one, ``t = x``
+    and the output is ``last(a) + b``.
     """
 
-    def __init__(self, mlp: PackedMLP, basis: PackedMatrix, activation: nn.Module, accuracy_level: int = 0) -> None:
+    def __init__(
+        self, mlp: PackedMLP, basis: PackedMatrix | None, activation: nn.Module, accuracy_level: int = 0
+    ) -> None:
         super().__init__()
         self.path = mlp.path
         self._basis = (basis,)
@@ -80,18 +83,27 @@ class PackedMLPModule(nn.Module):
             self.add_module(child, PackedProjection(linear, accuracy_level))
 
     @property
-    def basis(self) -> PackedMatrix:
+    def basis(self) -> PackedMatrix | None:
         return self._basis[0]
+
+    @property
+    def output_node(self) -> str:
+        """Name of the graph node that computes the MLP's output."""
+        return linear_node(self.path, self._last) if self.basis is None else output_node(self.path)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """float32 [..., d] → float32 [..., d]."""
-        t = self.basis.matmul(hidden_states, trans_b=True, bias=None, name=input_node(self.path))
+        basis, t = self.basis, hidden_states
+        if basis is not None:
+            t = basis.matmul(hidden_states, trans_b=True, bias=None, name=input_node(self.path))
         activated = self.get_submodule(self._activation)(self._project(self._first[0], t))
         if len(self._first) == 2:
             activated = activated * self._project(self._first[1], t)
+        if basis is None:
+            return self._project(self._last, activated)
         last = self._projection(self._last)
         reduced = last.matmul(activated, trans_b=True, bias=None, name=linear_node(self.path, self._last))
-        return self.basis.matmul(reduced, trans_b=False, bias=last.bias, name=output_node(self.path))
+        return basis.matmul(reduced, trans_b=False, bias=last.bias, name=output_node(self.path))
 
     def _project(self, child: str, t: Tensor) -> Tensor:
         projection = self._projection(child)
@@ -109,12 +121,12 @@ def input_node(path: str) -> str:
 
 
 def linear_node(path: str, child: str) -> str:
-    """Name of the graph node of a projection."""
+    """Name of the graph node of a projection, or of a whole matrix."""
     return f"{path}/{child}"
 
 
 def output_node(path: str) -> str:
-    """Name of the graph node that computes the output of the MLP at ``path``."""
+    """Name of the graph node of the MLP at ``path`` that multiplies its last projection's output with the basis."""
     return f"{path}/basis_out"
 
 
@@ -138,10 +150,11 @@ def install_packed(model: nn.Module, packed: PackedModel, accuracy_level: int = 
     replaced: dict[int, object] = {}
     for mlp in packed.mlps:
         original = modules[mlp.path]
-        basis = bases[mlp.basis]
-        assert isinstance(basis, PackedMatrix)
+        basis = None if mlp.basis is None else bases[mlp.basis]
+        assert basis is None or isinstance(basis, PackedMatrix)
         activation = copy.deepcopy(original.get_submodule(mlp.activation))
         replaced[id(original)] = PackedMLPModule(mlp, basis, activation, accuracy_level).train(model.training)
     result = copy.deepcopy(model, replaced)
-    result.add_module(BASES, bases.train(model.training))
+    if bases:
+        result.add_module(BASES, bases.train(model.training))
     return result

@@ -3,6 +3,7 @@
 METHOD: every MLP of a group shares one basis ``U``; each of its linear layers keeps a projection ``V``.
 Stored orientation: the basis as ``U.T`` [rank, d]; the projection of a first linear layer (``fc1``, ``gate_proj``,
 ``up_proj``) as ``V.T`` [n, rank]; the projection of the last one (``fc2``, ``down_proj``) as ``V`` [rank, n].
+An MLP without a basis (the dense baseline) stores its own matrices, [out_features, in_features].
 """
 
 import json
@@ -26,7 +27,7 @@ _PARTS = ("codes", "pattern", "scales")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """A projection and the bias of the linear layer it came from (float32 [out_features] or None)."""
+    """A projection, or a whole matrix, and the bias of its linear layer (float32 [out_features] or None)."""
 
     weight: PackedWeight
     bias: NDArray[np.float32] | None
@@ -37,13 +38,13 @@ class PackedMLP:
     """One MLP of the model.
 
     ``block``: index of the block in the whole model. ``path``: module path of the MLP. ``basis``: key into
-    :attr:`PackedModel.bases`. ``first``: child name → projection, the gate before the up projection. ``last``:
-    child name and projection. ``activation``: child name of the activation module in the original MLP.
+    :attr:`PackedModel.bases`, or None. ``first``: child name → projection, the gate before the up projection.
+    ``last``: child name and projection. ``activation``: child name of the activation module in the original MLP.
     """
 
     block: int
     path: str
-    basis: str
+    basis: str | None
     first: dict[str, PackedLinear]
     last: tuple[str, PackedLinear]
     activation: str
@@ -63,9 +64,9 @@ class PackedModel:
 
     def __post_init__(self) -> None:
         for mlp in self.mlps:
-            if mlp.basis not in self.bases:
+            if mlp.basis is not None and mlp.basis not in self.bases:
                 raise ValueError(f"{mlp.path}: unknown basis {mlp.basis!r}; there are {sorted(self.bases)}")
-            _check_shapes(mlp, self.bases[mlp.basis].layout)
+            _check_shapes(mlp, None if mlp.basis is None else self.bases[mlp.basis].layout)
         paths = [mlp.path for mlp in self.mlps]
         if len(set(paths)) != len(paths):
             raise ValueError(f"an MLP occurs twice in {paths}")
@@ -159,24 +160,27 @@ def _layout(fields: dict[str, Any]) -> Layout:
     return Layout(**{**fields, "segments": tuple(fields["segments"]), "pattern": Pattern(**fields["pattern"])})
 
 
-def _check_shapes(mlp: PackedMLP, basis: Layout) -> None:
+def _check_shapes(mlp: PackedMLP, basis: Layout | None) -> None:
     if len(mlp.first) not in (1, 2):
         raise ValueError(f"{mlp.path}: expected one first linear layer or gate and up, got {list(mlp.first)}")
-    rank, features = basis.rows, basis.columns
     widths = {linear.weight.layout.rows for linear in mlp.first.values()}
     last_name, last = mlp.last
+    # Without a basis the linears read and write the model's features themselves.
+    features = last.weight.layout.rows if basis is None else basis.columns
+    expected = (features, f"as many as {last_name} writes") if basis is None else (basis.rows, "the rank of its basis")
     for child, linear in mlp.first.items():
-        _check_axis(f"{mlp.path}.{child}", "columns", linear.weight.layout.columns, rank)
+        _check_axis(f"{mlp.path}.{child}", "columns", linear.weight.layout.columns, expected)
         _check_bias(f"{mlp.path}.{child}", linear, linear.weight.layout.rows)
-    _check_axis(f"{mlp.path}.{last_name}", "rows", last.weight.layout.rows, rank)
+    _check_axis(f"{mlp.path}.{last_name}", "rows", last.weight.layout.rows, expected)
     _check_bias(f"{mlp.path}.{last_name}", last, features)
     if widths != {last.weight.layout.columns}:
         raise ValueError(f"{mlp.path}: widths differ: {sorted(widths)} into {last.weight.layout.columns}")
 
 
-def _check_axis(name: str, axis: str, actual: int, rank: int) -> None:
-    if actual != rank:
-        raise ValueError(f"{name}: projection has {actual} {axis}, expected the rank {rank} of its basis")
+def _check_axis(name: str, axis: str, actual: int, expected: tuple[int, str]) -> None:
+    size, reason = expected
+    if actual != size:
+        raise ValueError(f"{name}: {actual} {axis}, expected {size}, {reason}")
 
 
 def _check_bias(name: str, linear: PackedLinear, features: int) -> None:

@@ -4,7 +4,7 @@ All three compute with the stored numbers. If they do not agree, the first MLP t
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.artifact import MODEL
-from exporters.modules import PackedMLPModule, output_node
+from exporters.modules import PackedMLPModule
 from fips_ort.load import load
 from fips_ort.native import register
 
@@ -105,12 +105,13 @@ def first_difference(
 ) -> tuple[str, float] | None:
     """Path of the first MLP, in the order of computation, whose output differs between ``backend`` and PyTorch by
     more than ``tolerance`` of its largest element, with that difference; None if all agree."""
-    packed = [module.path for module in model.modules() if isinstance(module, PackedMLPModule)]
-    session, paths = _tapped_session(folder, packed, native=backend == "native")
+    taps = {module.output_node: module.path for module in model.modules() if isinstance(module, PackedMLPModule)}
+    session, nodes = _tapped_session(folder, taps, native=backend == "native")
+    paths = [taps[node] for node in nodes]
     for batch in batches:
         with _captured(model, paths) as expected:
             _run_torch(model, batch)
-        outputs = session.run([f"{output_node(path)}/output" for path in paths], {"pixel_values": batch})
+        outputs = session.run([f"{node}/output" for node in nodes], {"pixel_values": batch})
         for path, actual in zip(paths, outputs, strict=True):
             difference = compare(actual, expected[path]).relative
             if not difference <= tolerance:
@@ -137,11 +138,10 @@ def _explain(
     return ParityError(f"{message}; the first block that differs is {path} ({relative:.2e})", backend, path)
 
 
-def _tapped_session(folder: Path, paths: list[str], native: bool) -> tuple[Any, list[str]]:
-    """A session whose outputs are the MLPs' outputs, and the MLPs' paths in the order of computation."""
+def _tapped_session(folder: Path, names: Collection[str], native: bool) -> tuple[Any, list[str]]:
+    """A session whose outputs are those of the nodes called ``names``, and the names in the order of computation."""
     model = ir.load(folder / MODEL)
-    wanted = {output_node(path): path for path in paths}
-    taps = [node for node in model.graph if node.name in wanted]
+    taps = [node for node in model.graph if node.name in names]
     model.graph.outputs.clear()
     for node in taps:
         node.outputs[0].name = f"{node.name}/output"
@@ -153,7 +153,7 @@ def _tapped_session(folder: Path, paths: list[str], native: bool) -> tuple[Any, 
         register(options)
     data = ir.to_proto(model).SerializeToString()
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return session, [wanted[node.name or ""] for node in taps]
+    return session, [node.name or "" for node in taps]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """From a dense model to one with factorized MLPs and back: building, saving and loading factors by name.
 
-Names of factors: ``group_G.basis`` and ``block_B.LINEAR``.
+Names of factors: ``group_G.basis`` and ``block_B.LINEAR``. The dense baseline has no bases.
 """
 
 import copy
@@ -26,10 +26,12 @@ def factorize_group(
 ) -> tuple[list[FactorizedMLP], Tensor]:
     """The MLPs of a group, factorized, and the singular values [d] of their concatenated matrices W.
 
-    ``calibration``: folder of recorded activations, which then weight the SVD. ``masked``: give the projections
-    masks (all true) for a sparsifier to work on.
+    A group without a basis keeps its matrices as they are. ``calibration``: folder of recorded activations, which
+    then weight the SVD. ``masked``: give the projections masks (all true) for a sparsifier to work on.
     """
     W = torch.cat([dense_columns(model.get_submodule(site.path), site) for site in group.sites], dim=1)
+    if not group.has_basis:
+        return _assemble(model, group, None, W, masked), torch.linalg.svdvals(W)
     moment = None
     if calibration is not None:
         moment = second_moment([open_activations(calibration, site) for site in group.sites])
@@ -39,15 +41,14 @@ def factorize_group(
 
 def restore_group(model: nn.Module, group: GroupPlan, path: Path, *, masked: bool) -> list[FactorizedMLP]:
     """The MLPs of a group with the factors saved at ``path``; the rest of them is the dense ``model``'s."""
-    mlps = _assemble(
-        model, group, torch.zeros(group.width, group.rank), torch.zeros(group.rank, group.columns), masked
-    )
+    U = torch.zeros(group.width, group.rank) if group.has_basis else None
+    mlps = _assemble(model, group, U, torch.zeros(group.rank, group.columns), masked)
     load_factors(mlps, path)
     return mlps
 
 
-def _assemble(model: nn.Module, group: GroupPlan, U: Tensor, V: Tensor, masked: bool) -> list[FactorizedMLP]:
-    basis = Factor(U.T)
+def _assemble(model: nn.Module, group: GroupPlan, U: Tensor | None, V: Tensor, masked: bool) -> list[FactorizedMLP]:
+    basis = None if U is None else Factor(U.T)
     mlps, start = [], 0
     for site in group.sites:
         projections = {}
@@ -76,8 +77,7 @@ def named_factors(mlps: Sequence[FactorizedMLP]) -> dict[str, Factor]:
     """
     factors: dict[str, Factor] = {}
     for mlp in mlps:
-        basis = factors.setdefault(f"{mlp.group}.basis", mlp.basis)
-        if basis is not mlp.basis:
+        if mlp.basis is not None and factors.setdefault(f"{mlp.group}.basis", mlp.basis) is not mlp.basis:
             raise AssertionError(f"the MLPs of {mlp.group} hold different bases")
         for name, projection in mlp.projections.items():
             assert isinstance(projection, Factor)

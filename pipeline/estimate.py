@@ -14,7 +14,7 @@ from pipeline.console import table_console
 from pipeline.errors import InputError
 from pipeline.models.adapters import find_mlps
 from pipeline.models.loading import load_config, model_class
-from pipeline.plan import GroupPlan, GroupSize, Plan, group_size, make_plan, scheme_segments
+from pipeline.plan import GroupPlan, GroupSize, Plan, given_segments, group_size, make_plan
 from pipeline.recipe import EndToEnd, ImageFolderData, Recipe, ScratchModel
 
 
@@ -64,7 +64,7 @@ def estimate(recipe: Recipe) -> Estimate:
         _rest_bytes(recipe, model, plan, parameters - compressed),
         activation_bytes,
         # Weight, gradient and AdamW's two moments of the largest group, and its basis and projections.
-        max(16 * group.rank * (group.width + group.columns) for group in plan.groups),
+        max(16 * group.parameters for group in plan.groups),
         _training_flops(recipe, plan, activation_bytes, forward_flops),
     )
 
@@ -130,10 +130,8 @@ def _check_inputs(recipe: Recipe) -> None:
 
 
 def _group_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
-    chunk = recipe.quantization.projections.block_size
     two_bits = (0, 0, 0, group.rank)
-    schemes = (recipe.quantization.basis, recipe.quantization.projections)
-    basis, projections = (scheme_segments(scheme, group, chunk) or two_bits for scheme in schemes)
+    basis, projections = (segments or two_bits for segments in given_segments(recipe, group))
     return group_size(recipe, group, basis, projections)
 
 
@@ -171,7 +169,9 @@ def _dry_run(plan: Plan, model: nn.Module, config: AutoConfig) -> tuple[int, int
 
 def _training_flops(recipe: Recipe, plan: Plan, activation_bytes: int, forward_flops: int) -> int:
     """Operations of all training. The backward pass takes twice the forward pass."""
-    per_token = [2 * group.rank * (2 * group.width * len(group.sites) + group.columns) for group in plan.groups]
+    per_token = [
+        2 * group.rank * (2 * group.width * len(group.sites) * group.has_basis + group.columns) for group in plan.groups
+    ]
     dense_per_token = [2 * group.dense_parameters for group in plan.groups]
     # Tokens differ between the groups of a hierarchical model; their mean serves end-to-end training.
     widths = sum(group.width * len(group.sites) for group in plan.groups)
@@ -181,7 +181,7 @@ def _training_flops(recipe: Recipe, plan: Plan, activation_bytes: int, forward_f
     if isinstance(recipe.model, ScratchModel):
         total += 3 * forward_flops * recipe.model.training.steps * recipe.model.training.batch_size
     for local in (recipe.fit, *recipe.quantization.training):
-        if isinstance(local, EndToEnd):
+        if local is None or isinstance(local, EndToEnd):
             continue
         total += 3 * sum(per_token) * local.steps * local.batch_tokens
     for entry in (recipe.finetune, *recipe.quantization.training):

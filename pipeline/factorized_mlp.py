@@ -1,6 +1,7 @@
 """The MLP of a transformer block with its matrices factorized over the basis shared by its group.
 
-``first: y = (x U) V + b`` (fc1, or gate and up, which read the same ``x U``), ``last: y = U (V a) + b``.
+``first: y = (x U) V + b`` (fc1, or gate and up, which read the same ``x U``), ``last: y = U (V a) + b``. The dense
+baseline is the same without U: its factors are the MLP's own matrices.
 """
 
 import copy
@@ -18,14 +19,14 @@ class FactorizedMLP(nn.Module):
     """``basis`` [rank, d] is one module shared by all MLPs of the ``group``; the projections are this MLP's own.
 
     ``projections`` maps the names of the replaced linears to factors: of a first linear [n, rank], of the last
-    [rank, n]. Input and output: float32 [..., d].
+    [rank, n]. Without a basis (None) they are [n, d] and [d, n]. Input and output: float32 [..., d].
     """
 
-    basis: Factor
+    basis: Factor | None
     activation: nn.Module
 
     def __init__(
-        self, site: MLPSite, group: str, dense: nn.Module, basis: Factor, projections: Mapping[str, Factor]
+        self, site: MLPSite, group: str, dense: nn.Module, basis: Factor | None, projections: Mapping[str, Factor]
     ) -> None:
         super().__init__()
         self.site = site
@@ -41,13 +42,15 @@ class FactorizedMLP(nn.Module):
         self.activation = copy.deepcopy(dense.get_submodule(site.activation))
 
     def forward(self, x: Tensor) -> Tensor:
-        basis = self.basis()
-        t = F.linear(x, basis)
+        basis = None if self.basis is None else self.basis()
+        t = x if basis is None else F.linear(x, basis)
         first = [F.linear(t, self.projection(name)(), self._bias(name)) for name in self.site.first]
         hidden = self.activation(first[0])
         if len(first) == 2:
             hidden = hidden * first[1]
-        y = F.linear(hidden, self.projection(self.site.last)()) @ basis
+        y = F.linear(hidden, self.projection(self.site.last)())
+        if basis is not None:
+            y = y @ basis
         bias = self._bias(self.site.last)
         return y if bias is None else y + bias
 

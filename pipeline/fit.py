@@ -65,6 +65,6 @@ class GroupModule(nn.Module):
     def __init__(self, mlps: Sequence[FactorizedMLP]) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(mlps)
-        bases = {id(mlp.basis) for mlp in mlps}
+        bases = {id(mlp.basis) for mlp in mlps}  # None, of the dense baseline, is one too
         if len(bases) != 1:
             raise AssertionError("the MLPs of a group must share one basis module")

@@ -15,13 +15,18 @@ from pipeline.recipe import FactorScheme, Recipe
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """A group of blocks that share one basis: ``rank`` entries of width ``width``."""
+    """A group of blocks that share one basis: ``rank`` entries of width ``width``.
+
+    ``has_basis`` False: the dense baseline, whose blocks are groups of their own. It is the factorization with the
+    identity for a basis (so ``rank`` is ``width``), which need not be stored.
+    """
 
     index: int
     sites: tuple[MLPSite, ...]
     width: int
     columns: int
     rank: int
+    has_basis: bool = True
 
     @property
     def name(self) -> str:
@@ -30,6 +35,11 @@ class GroupPlan:
     @property
     def dense_parameters(self) -> int:
         return self.width * self.columns
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all factors, whatever a mask leaves of them."""
+        return self.rank * (self.columns + self.width * self.has_basis)
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,14 @@ def make_plan(recipe: Recipe, sites: list[MLPSite]) -> Plan:
     """Check a recipe against the MLPs of a model and derive the ranks.
 
     Raises InputError listing every offender: group indices out of range or used twice, groups of unequal
-    width, block sizes that do not divide, a rank below one block.
+    width, block sizes that do not divide, a rank below one block, bits graded along a rank axis that is not there.
     """
     problems: list[str] = []
+    if recipe.compression.method == "dense" and not isinstance(recipe.quantization.projections.bits, int):
+        problems.append(
+            "quantization.projections.bits: graded bits follow the rank axis of a factorization, which "
+            "compression.method dense does not have; take 2, 3 or 4"
+        )
     groups = _group_sites(recipe, sites, problems)
     plans = []
     for index, members in groups:
@@ -92,26 +107,33 @@ def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list
     compression, quantization = recipe.compression, recipe.quantization
     width = sites[0].width
     columns = sum(site.hidden * (len(site.first) + 1) for site in sites)
-    basis_block, projection_block = quantization.basis.block_size, quantization.projections.block_size
-    if width % basis_block:
+    block_size = quantization.projections.block_size
+    if quantization.basis is not None and width % quantization.basis.block_size:
         problems.append(
-            f"quantization.basis.block_size: {basis_block} does not divide the width {width} of group {index}; "
-            f"{_dividing_blocks(width, DENSE)}"
+            f"quantization.basis.block_size: {quantization.basis.block_size} does not divide the width {width} of "
+            f"group {index}; {_dividing_blocks(width, DENSE)}"
         )
-    uneven = [f"block {site.block}: {site.hidden}" for site in sites if site.hidden % projection_block]
+    uneven = [f"block {site.block}: {site.hidden}" for site in sites if site.hidden % block_size]
     if uneven:
         problems.append(
-            f"quantization.projections.block_size: {projection_block} does not divide the MLP width of "
+            f"quantization.projections.block_size: {block_size} does not divide the MLP width of "
             f"{', '.join(uneven)}; "
             f"{_dividing_blocks(math.gcd(*(site.hidden for site in sites)), Pattern.parse(compression.pattern))}"
         )
+    if compression.method == "dense":
+        if width % block_size:
+            problems.append(
+                f"quantization.projections.block_size: {block_size} does not divide the width {width} of block "
+                f"{sites[0].block}; {_dividing_blocks(width, DENSE)}"
+            )
+        return GroupPlan(index, tuple(sites), width, columns, rank=width, has_basis=False)
     wanted = rank_for_budget(compression.budget, width, columns, compression.target_sparsity)
     # First projections have blocks along the rank axis; rounding down keeps the budget.
-    rank = int(wanted) // projection_block * projection_block
+    rank = int(wanted) // block_size * block_size
     if rank < 1:
         problems.append(
             f"compression.budget: {compression.budget} gives group {index} rank {wanted:.1f}, less than one block "
-            f"of {projection_block}; raise the budget or lower quantization.projections.block_size"
+            f"of {block_size}; raise the budget or lower quantization.projections.block_size"
         )
         return None
     return GroupPlan(index, tuple(sites), width, columns, rank)
@@ -148,14 +170,29 @@ def scheme_segments(scheme: FactorScheme, group: GroupPlan, chunk: int) -> Segme
     return _sizes(sizes)
 
 
+def given_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments | None, Segments | None]:
+    """Segments of (basis, projections) that follow from the recipe alone; None where they are allocated.
+
+    A basis that is not stored has no entries at any bit-width.
+    """
+    quantization = recipe.quantization
+    chunk = quantization.projections.block_size
+    basis = (0, 0, 0, 0) if quantization.basis is None else scheme_segments(quantization.basis, group, chunk)
+    return basis, scheme_segments(quantization.projections, group, chunk)
+
+
 def basis_layout(recipe: Recipe, group: GroupPlan, segments: Segments) -> Layout:
     """Stored basis: U.T [rank, d], segments along the rows."""
     scheme = recipe.quantization.basis
+    assert scheme is not None
     return Layout(group.rank, group.width, scheme.block_size, segments, 0, scheme.levels == "midrise", DENSE)
 
 
 def projection_layout(recipe: Recipe, group: GroupPlan, site: MLPSite, name: str, segments: Segments) -> Layout:
-    """Stored projection: of a first linear V.T [n, rank], of the last V [rank, n]; the contracted axis last."""
+    """Stored projection: of a first linear V.T [n, rank], of the last V [rank, n]; the contracted axis last.
+
+    Without a basis V is the dense matrix and the rank axis the model dimension.
+    """
     scheme = recipe.quantization.projections
     midrise = scheme.levels == "midrise"
     pattern = Pattern.parse(recipe.compression.pattern)
@@ -190,7 +227,7 @@ class GroupSize:
 def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: Segments) -> GroupSize:
     """What a group will take with the given segments of the rank axis (bitmaps: at the target sparsity)."""
     sparsity = recipe.compression.target_sparsity
-    layouts = [basis_layout(recipe, group, basis)]
+    layouts = [basis_layout(recipe, group, basis)] if group.has_basis else []
     for site in group.sites:
         layouts += [projection_layout(recipe, group, site, name, projections) for name in (*site.first, site.last)]
     codes = pattern = scales = 0
@@ -206,5 +243,5 @@ def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: S
             elif layout.pattern != DENSE:
                 pattern += packed_size(entries, 1)
         scales += 2 * int(np.prod(layout.scales_shape))
-    values = kept_parameters(group.rank, group.width, group.columns, sparsity)
+    values = kept_parameters(group.rank, group.width * group.has_basis, group.columns, sparsity)
     return GroupSize(values, value_bits, codes, pattern, scales)

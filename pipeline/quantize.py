@@ -14,7 +14,7 @@ from fips_ort.layout import BIT_WIDTHS
 from pipeline.compress import named_factors
 from pipeline.errors import InputError
 from pipeline.factorized_mlp import FactorizedMLP
-from pipeline.plan import GroupPlan, Segments, basis_layout, group_size, projection_layout, scheme_segments
+from pipeline.plan import GroupPlan, Segments, basis_layout, given_segments, group_size, projection_layout
 from pipeline.recipe import Recipe
 from qat.allocation import allocate_bits, segments_of
 from qat.factor import Factor
@@ -29,9 +29,9 @@ def choose_segments(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedM
     """
     quantization = recipe.quantization
     chunk = quantization.projections.block_size
-    given = [scheme_segments(scheme, group, chunk) for scheme in (quantization.basis, quantization.projections)]
-    if None not in given:
-        return given[0], given[1]  # type: ignore[return-value]
+    given = given_segments(recipe, group)
+    if given[0] is not None and given[1] is not None:
+        return given[0], given[1]
     at_two_bits = (0, 0, 0, group.rank)
     base = group_size(recipe, group, given[0] or at_two_bits, given[1] or at_two_bits)
     assert quantization.target_stored_bits is not None
@@ -69,7 +69,7 @@ def sort_rank_entries(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: in
     """
     order = np.argsort(-_chunk_energy(group, mlps, chunk), kind="stable")
     entries = torch.from_numpy((order[:, None] * chunk + np.arange(chunk)).reshape(-1))
-    mlps[0].basis.permute(entries, axis=0)
+    _basis(mlps).permute(entries, axis=0)
     for mlp in mlps:
         for name, projection in mlp.projections.items():
             assert isinstance(projection, Factor)
@@ -82,10 +82,11 @@ def prepare_factors(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedM
     Where bits are graded, the rank entries are sorted first: segments take them in the order of falling bits.
     """
     basis_segments, projection_segments = choose_segments(recipe, group, mlps)
-    if any(max(segments) < group.rank for segments in (basis_segments, projection_segments)):
+    if group.has_basis and any(max(segments) < group.rank for segments in (basis_segments, projection_segments)):
         sort_rank_entries(group, mlps, recipe.quantization.projections.block_size)
     learned = recipe.quantization.learned_scales
-    mlps[0].basis.prepare(basis_layout(recipe, group, basis_segments), learned_scales=learned)
+    if group.has_basis:
+        _basis(mlps).prepare(basis_layout(recipe, group, basis_segments), learned_scales=learned)
     for mlp in mlps:
         for name, projection in mlp.projections.items():
             assert isinstance(projection, Factor)
@@ -114,7 +115,7 @@ def assert_coverage(model: nn.Module, mlps: Sequence[FactorizedMLP]) -> None:
 def freeze(mlps: Sequence[FactorizedMLP]) -> PackedModel:
     """Integer codes of all factors: the packed model that export works from."""
     packed = {name: factor.freeze() for name, factor in named_factors(mlps).items()}
-    bases = {mlp.group: packed[f"{mlp.group}.basis"] for mlp in mlps}
+    bases = {mlp.group: packed[f"{mlp.group}.basis"] for mlp in mlps if mlp.basis is not None}
 
     def linear(mlp: FactorizedMLP, name: str) -> PackedLinear:
         bias = mlp.biases[name].detach().numpy() if name in mlp.biases else None
@@ -126,7 +127,7 @@ def freeze(mlps: Sequence[FactorizedMLP]) -> PackedModel:
             PackedMLP(
                 block=mlp.site.block,
                 path=mlp.site.path,
-                basis=mlp.group,
+                basis=None if mlp.basis is None else mlp.group,
                 first={name: linear(mlp, name) for name in mlp.site.first},
                 last=(mlp.site.last, linear(mlp, mlp.site.last)),
                 activation=mlp.site.activation,
@@ -134,6 +135,13 @@ def freeze(mlps: Sequence[FactorizedMLP]) -> PackedModel:
             for mlp in mlps
         ],
     )
+
+
+def _basis(mlps: Sequence[FactorizedMLP]) -> Factor:
+    """The basis that the MLPs of a group share."""
+    basis = mlps[0].basis
+    assert basis is not None
+    return basis
 
 
 def _open_values(
@@ -157,5 +165,5 @@ def _chunk_energy(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) -
     for mlp in mlps:
         for name, projection in mlp.projections.items():
             energy += projection().square().sum(dim=1 if name == mlp.site.last else 0)
-    energy *= mlps[0].basis().square().sum(dim=1)
+    energy *= _basis(mlps)().square().sum(dim=1)
     return energy.reshape(-1, chunk).mean(dim=1).double().numpy()

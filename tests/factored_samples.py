@@ -57,6 +57,15 @@ def n_of_m(pattern: str = "1:4", **changes: Any) -> Recipe:
     return recipe(**{**settings, "quantization__projections__block_size": block, **changes})
 
 
+def dense_recipe(**changes: Any) -> Recipe:
+    """A recipe of the baseline that quantizes the MLPs' own matrices."""
+    settings = content(quantization__basis=None, fit=None)
+    settings["compression"] = {"method": "dense", "pattern": "dense"}
+    for key, value in content(**changes)["quantization"].items():
+        settings["quantization"][key] = value if key != "basis" else None
+    return parse_recipe(settings, "sample.yaml")
+
+
 def site(block: int, width: int = 32, hidden: int = 64, *, gated: bool = False, stage: int = 0) -> MLPSite:
     first, last = (("gate_proj", "up_proj"), "down_proj") if gated else (("fc1",), "fc2")
     activation = "act_fn" if gated else "activation_fn"

@@ -74,16 +74,18 @@ class Sample:
             return self.module(pixel_values=torch.from_numpy(pixel_values)).logits.numpy()
 
 
-def sample(kind: str, pattern: str, *, graded: bool = False, accuracy_level: int = 0) -> Sample:
+def sample(
+    kind: str, pattern: str, *, graded: bool = False, accuracy_level: int = 0, has_basis: bool = True
+) -> Sample:
     """Exported once per test process; the rest of the model is float16, attention 4 bits. Not to be changed."""
-    return _sample(kind, pattern, graded, accuracy_level)
+    return _sample(kind, pattern, graded, accuracy_level, has_basis)
 
 
 @functools.cache
-def _sample(kind: str, pattern: str, graded: bool, accuracy_level: int) -> Sample:
+def _sample(kind: str, pattern: str, graded: bool, accuracy_level: int, has_basis: bool) -> Sample:
     dense = tiny_model(kind)
     fix_position_embeddings(dense, *PIXEL_SHAPE[1:])
-    packed = random_packed(dense, pattern, graded=graded)
+    packed = random_packed(dense, pattern, graded=graded, has_basis=has_basis)
     module = quantize_linears(install_packed(dense, packed, accuracy_level), 4, 32, skip=["classifier"])
     module = round_to_float16(module)
     return Sample(packed, module, export_vision(module, PIXEL_SHAPE))
@@ -121,17 +123,20 @@ def random_mask(rng: np.random.Generator, layout: Layout) -> np.ndarray | None:
 
 
 def random_packed(model: nn.Module, pattern: str, *, per_group: int = 2, bits: int = 4, block_size: int = 32,
-                  graded: bool = False, seed: int = 0) -> PackedModel:
-    """Groups of ``per_group`` MLPs of equal width with random packed weights; ``graded``: half 4 bits, half 2."""
+                  graded: bool = False, has_basis: bool = True, seed: int = 0) -> PackedModel:
+    """Groups of ``per_group`` MLPs of equal width with random packed weights; ``graded``: half 4 bits, half 2.
+
+    Without a basis: whole matrices, of one bit-width.
+    """
     rng = np.random.default_rng(seed)
     bases: dict[str, PackedWeight] = {}
     mlps: list[PackedMLP] = []
-    rank = 64
+    assert has_basis or not graded
 
     def layout(rows: int, columns: int, axis: int, sparse: bool) -> Layout:
         kind = Pattern.parse(pattern if sparse else "dense")
         if graded:
-            return Layout(rows, columns, block_size, (0, rank // 2, 0, rank // 2), axis, True, kind)
+            return Layout(rows, columns, block_size, (0, 32, 0, 32), axis, True, kind)
         return Layout.uniform(rows, columns, bits, block_size, segment_axis=axis, pattern=kind)
 
     def linear(child: nn.Module, sizes: tuple[int, int], axis: int) -> PackedLinear:
@@ -143,8 +148,9 @@ def random_packed(model: nn.Module, pattern: str, *, per_group: int = 2, bits: i
         names = ["gate_proj", "up_proj", "down_proj"] if hasattr(mlp, "gate_proj") else ["fc1", "fc2"]
         first = mlp.get_submodule(names[0])
         features, width = first.in_features, first.out_features
-        basis = f"group_{block // per_group}"
-        if basis not in bases:
+        basis = f"group_{block // per_group}" if has_basis else None
+        rank = 64 if has_basis else features
+        if basis is not None and basis not in bases:
             bases[basis] = random_weight(rng, layout(rank, features, 0, False))
         mlps.append(PackedMLP(
             block,

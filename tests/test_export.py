@@ -22,10 +22,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("pattern", ["dense", "bitmap", "1:4"])
+@pytest.mark.parametrize(
+    ("pattern", "has_basis"), [("dense", True), ("bitmap", True), ("1:4", True), ("dense", False)]
+)
 @pytest.mark.parametrize("kind", ["vit", "dinov2_swiglu"])
-def test_packed_model_survives_a_round_trip(kind: str, pattern: str, tmp_path: Path) -> None:
-    packed = random_packed(tiny_model(kind), pattern, graded=True)
+def test_packed_model_survives_a_round_trip(kind: str, pattern: str, has_basis: bool, tmp_path: Path) -> None:
+    packed = random_packed(tiny_model(kind), pattern, graded=has_basis, has_basis=has_basis)
+    assert all((mlp.basis is not None) == has_basis for mlp in packed.mlps)
     save_packed_model(packed, tmp_path / "packed.safetensors")
     loaded = load_packed_model(tmp_path / "packed.safetensors")
     assert [(mlp.block, mlp.path, mlp.basis, list(mlp.first), mlp.last[0], mlp.activation) for mlp in loaded.mlps] == [
@@ -56,6 +59,37 @@ def test_packed_model_refuses_what_does_not_fit() -> None:
         PackedModel(bases, [swapped])
     with pytest.raises(ValueError, match="occurs twice"):
         PackedModel(bases, [first, first])
+
+
+def test_whole_matrices_must_fit_each_other() -> None:
+    packed = random_packed(tiny_model("vit"), "dense", has_basis=False)
+    first = packed.mlps[0]
+    swapped = dataclasses.replace(first, first={"fc1": first.last[1]})
+    with pytest.raises(ValueError, match=r"mlp\.fc1: 64 columns, expected 32, as many as fc2 writes"):
+        PackedModel({}, [swapped])
+    with pytest.raises(ValueError, match=r"bases without an MLP: \['group_0', 'group_1'\]"):
+        PackedModel(random_packed(tiny_model("vit"), "dense").bases, packed.mlps)
+    rank = random_packed(tiny_model("vit"), "dense").bases["group_0"].layout.rows
+    with pytest.raises(ValueError, match=rf"mlp\.fc1: 32 columns, expected {rank}, the rank of its basis"):
+        PackedModel(
+            random_packed(tiny_model("vit"), "dense", per_group=3).bases,
+            [dataclasses.replace(first, basis="group_0")],
+        )
+
+
+def test_installed_whole_matrices_compute_the_mlp() -> None:
+    dense = tiny_model("dinov2_swiglu")
+    packed = random_packed(dense, "dense", has_basis=False)
+    model = install_packed(dense, packed)
+    values = {name: module.values for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
+    assert len(values) == 3 * 3
+    path = packed.mlps[1].path
+    module = model.get_submodule(path)
+    x = torch.randn(2, 5, 32)
+    gate = x @ values[f"{path}.gate_proj"].T + module.gate_proj.bias
+    up = x @ values[f"{path}.up_proj"].T + module.up_proj.bias
+    y = (gate * gate.sigmoid() * up) @ values[f"{path}.down_proj"].T + module.down_proj.bias
+    torch.testing.assert_close(module(x), y, atol=1e-5, rtol=1e-5)
 
 
 def test_install_refuses_another_model() -> None:
@@ -99,6 +133,24 @@ def test_graph_computes_what_torch_computes(kind: str, pattern: str, graded: boo
         expected = exported.logits(x)
         assert np.abs(expected).max() > 0.1
         np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2_swiglu"])
+def test_graph_of_whole_matrices(kind: str) -> None:
+    exported = sample(kind, "dense", has_basis=False)
+    session = onnxruntime.InferenceSession(ir.to_proto(exported.graph).SerializeToString())
+    x = images(3, seed=1)
+    expected = exported.logits(x)
+    (logits,) = session.run(None, {"pixel_values": x})
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
+    nodes = {node.name for node in exported.graph.graph if node.domain == "ai.fips"}
+    assert nodes == {f"{mlp.path}/{child}" for mlp in exported.packed.mlps for child in mlp.linears}
+    rows = {row.name: row for row in audit(exported.graph, exported.packed, "float16")}
+    for name, weight in exported.packed.weights().items():
+        assert rows[f"{name}.codes"].kind == "projection"
+        assert rows[f"{name}.codes"].bytes + rows[f"{name}.scales"].bytes == weight.nbytes
+    assert not [name for name in rows if "shared_bases" in name]
 
 
 @pytest.mark.parametrize(("kind", "pattern", "graded"), CASES)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factored_samples import make_group, save_inputs, tiny
+from factored_samples import dense_recipe, make_group, save_inputs, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,6 +22,8 @@ from pipeline.compress import (
 from pipeline.factorize import svd_factors
 from pipeline.factorized_mlp import dense_columns
 from pipeline.fit import GroupModule
+from pipeline.models.adapters import find_mlps
+from pipeline.plan import make_plan
 from qat.factor import Factor
 
 KINDS = ["vit", "dinov2", "dinov2_swiglu"]
@@ -303,3 +305,33 @@ def test_aliasing_is_found() -> None:
     mlps = fresh()
     with pytest.raises(AssertionError, match=r"two factors are called block_0.fc1"):
         named_factors([mlps[0], mlps[0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dense_baseline_keeps_its_matrices(tmp_path: Path, kind: str) -> None:
+    model = tiny(kind)
+    plan = make_plan(dense_recipe(), find_mlps(model))
+    assert len(plan.groups) == 2
+    mlps = []
+    for group in plan.groups:
+        (mlp,), singular = factorize_group(model, group, calibration=None, masked=False, seed=0)
+        assert torch.equal(singular, torch.linalg.svdvals(dense_columns(model.get_submodule(mlp.site.path), mlp.site)))
+        save_factors([mlp], tmp_path / f"{group.name}.safetensors")
+        mlps.append(mlp)
+    linears = [*mlps[0].site.first, mlps[0].site.last]
+    assert list(named_factors(mlps)) == [f"block_{block}.{name}" for block in (0, 1) for name in linears]
+    for mlp in mlps:
+        assert mlp.basis is None
+        for name in linears:
+            weight = model.get_submodule(mlp.site.path).get_parameter(f"{name}.weight")
+            torch.testing.assert_close(mlp.projection(name)(), weight, rtol=1e-6, atol=0)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).logits
+        torch.testing.assert_close(install(model, mlps)(pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-4)
+    for group, mlp in zip(plan.groups, mlps, strict=True):
+        (restored,) = restore_group(model, group, tmp_path / f"{group.name}.safetensors", masked=False)
+        assert all(torch.equal(restored.projection(name)(), mlp.projection(name)()) for name in linears)
+        assert [name for name, _ in GroupModule([restored]).named_parameters() if "projections" in name] == [
+            f"mlps.0.projections.{name}.weight" for name in linears
+        ]

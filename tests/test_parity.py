@@ -23,6 +23,16 @@ def test_all_backends_agree(kind: str, pattern: str, tmp_path: Path) -> None:
         assert difference.same_predictions == 1.0
 
 
+def test_whole_matrices_agree_and_are_traced(tmp_path: Path) -> None:
+    exported = sample("vit", "dense", has_basis=False)
+    write_sample(tmp_path / "artifact", exported)
+    parity = check_parity(tmp_path / "artifact", exported.module, images(9, seed=2))
+    assert max(parity.native_vs_torch.relative, parity.portable_vs_torch.relative) < 2e-5
+    damaged(exported, "vit.layers.1.mlp.fc2.codes", tmp_path / "damaged")
+    with pytest.raises(ParityError, match=r"the first block that differs is vit\.layers\.1\.mlp "):
+        check_parity(tmp_path / "damaged", exported.module, images(4))
+
+
 def test_int8_activations_round_natively_only(tmp_path: Path) -> None:
     exported = sample("vit", "dense", accuracy_level=4)
     write_sample(tmp_path / "artifact", exported)

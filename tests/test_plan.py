@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from factored_samples import n_of_m, recipe, site
+from factored_samples import dense_recipe, n_of_m, recipe, site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +11,15 @@ from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
 from pipeline.budget import kept_parameters
 from pipeline.errors import InputError
 from pipeline.models.adapters import MLPSite
-from pipeline.plan import GroupPlan, basis_layout, group_size, make_plan, projection_layout, scheme_segments
+from pipeline.plan import (
+    GroupPlan,
+    basis_layout,
+    given_segments,
+    group_size,
+    make_plan,
+    projection_layout,
+    scheme_segments,
+)
 from pipeline.recipe import FactorScheme, Recipe
 
 
@@ -89,6 +97,18 @@ def test_the_rank_keeps_the_budget_to_one_block(
     assert kept_parameters(group.rank + block, width, group.columns, sparsity) > budget * dense * (1 - 1e-9)
 
 
+def test_the_dense_baseline_has_a_group_per_block_and_no_basis() -> None:
+    members = [site(0), site(1, 64, 128, gated=True)]
+    plan = make_plan(dense_recipe(), members)
+    assert plan.groups == (
+        GroupPlan(0, (members[0],), 32, 128, 32, has_basis=False),
+        GroupPlan(1, (members[1],), 64, 384, 64, has_basis=False),
+    )
+    assert plan.dense_blocks == ()
+    assert [group.parameters for group in plan.groups] == [32 * 128, 64 * 384]
+    assert GroupPlan(0, (members[0],), 32, 128, 16).parameters == 16 * (32 + 128)
+
+
 # --- what does not ---------------------------------------------------------------------------------------------
 
 
@@ -145,6 +165,22 @@ def test_projection_block_size_that_does_not_divide() -> None:
     wanted = n_of_m("1:4", quantization__projections__block_size=64)
     assert problems(wanted, sites(2, hidden=96))[0].endswith("the MLP width of block 0: 96, block 1: 96; take 32")
     assert problems(wanted, sites(2, hidden=80))[0].endswith("no supported block size does with pattern 1:4")
+
+
+def test_the_dense_baseline_needs_dividing_blocks_and_one_bit_width() -> None:
+    found = problems(dense_recipe(quantization__projections__block_size=64), [site(0, 96, 160), site(1, 64, 128)])
+    assert found == [
+        "quantization.projections.block_size: 64 does not divide the MLP width of block 0: 160; take 16 or 32",
+        "quantization.projections.block_size: 64 does not divide the width 96 of block 0; take 16 or 32",
+    ]
+    grades = [{"bits": 4, "fraction": 0.5}, {"bits": 2, "fraction": 0.5}]
+    expected = (
+        "quantization.projections.bits: graded bits follow the rank axis of a factorization, which "
+        "compression.method dense does not have; take 2, 3 or 4"
+    )
+    assert problems(dense_recipe(quantization__projections__bits=grades), sites(2)) == [expected]
+    allocated = dense_recipe(quantization__projections__bits="allocate", quantization__target_stored_bits=3.0)
+    assert problems(allocated, sites(2)) == [expected]
 
 
 def test_rank_below_one_block() -> None:
@@ -257,3 +293,19 @@ def test_sizes_by_hand() -> None:
     assert dense.pattern == 0
     assert dense.codes == 64 * 32 * 4 // 8 + 4 * 64 * 32 * (3 + 2) // 8
     assert dense.values == 64 * 32 + 4 * 4096
+
+
+def test_layouts_and_sizes_of_the_dense_baseline() -> None:
+    wanted = dense_recipe(quantization__projections={"bits": 3, "block_size": 32, "levels": "midrise"})
+    member = site(0, 32, 64, gated=True)
+    (group,) = make_plan(wanted, [member]).groups
+    segments = given_segments(wanted, group)
+    assert segments == ((0, 0, 0, 0), (0, 0, 32, 0))
+    for name, shape in (("gate_proj", (64, 32)), ("up_proj", (64, 32)), ("down_proj", (32, 64))):
+        layout = projection_layout(wanted, group, member, name, segments[1])
+        assert layout.submatrices() == [(3, slice(0, shape[0]), slice(0, shape[1]))]
+        assert (layout.block_size, layout.midrise, layout.pattern) == (32, True, DENSE)
+    size = group_size(wanted, group, *segments)
+    weights = 3 * 32 * 64
+    assert (size.values, size.value_bits) == (weights, 3 * weights)
+    assert (size.codes, size.pattern, size.scales) == (3 * weights // 8, 0, 2 * weights // 32)

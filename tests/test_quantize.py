@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factored_samples import n_of_m, planned, recipe
+from factored_samples import dense_recipe, n_of_m, planned, recipe, tiny
 from torch import nn
 
+from exporters.modules import install_packed
 from fips_ort.layout import Pattern
 from fips_ort.packed import dequantize
-from pipeline.compress import install, load_factors, named_factors, save_factors
+from pipeline.compress import factorize_group, install, load_factors, named_factors, save_factors
 from pipeline.errors import InputError
 from pipeline.factorized_mlp import FactorizedMLP
 from pipeline.fit import GroupModule
-from pipeline.plan import GroupPlan, group_size
+from pipeline.models.adapters import find_mlps
+from pipeline.plan import GroupPlan, group_size, make_plan
 from pipeline.quantize import assert_coverage, choose_segments, freeze, prepare_factors, sort_rank_entries
 from pipeline.recipe import Recipe, Sparsifier
 from pipeline.sparsify import MaskSchedule
@@ -357,3 +359,34 @@ def test_promised_bytes_are_the_packed_bytes(pattern: str) -> None:
     segments = prepare_factors(wanted, group, mlps)
     promised = 8 * group_size(wanted, group, *segments).stored / group.dense_parameters
     assert stored_bits(group, mlps) == pytest.approx(promised, rel=1e-12)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["vit", "dinov2_swiglu"])
+def test_the_dense_baseline_is_quantized_and_packed(kind: str, bits: int) -> None:
+    wanted = dense_recipe(quantization__projections={"bits": bits, "block_size": 32})
+    model = tiny(kind)
+    plan = make_plan(wanted, find_mlps(model))
+    mlps = []
+    for group in plan.groups:
+        members, _ = factorize_group(model, group, calibration=None, masked=False, seed=0)
+        segments = prepare_factors(wanted, group, members)
+        assert segments == choose_segments(wanted, group, members)
+        promised = 8 * group_size(wanted, group, *segments).stored / group.dense_parameters
+        assert promised == bits + 16 / 32
+        assert stored_bits(group, members) == promised
+        mlps += members
+    assert_coverage(install(model, mlps), mlps)
+    packed = freeze(mlps)
+    assert packed.bases == {}
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    stored = install_packed(model, packed)
+    for mlp, entry in zip(mlps, packed.mlps, strict=True):
+        assert entry.basis is None
+        for name, linear in entry.linears.items():
+            weight = model.get_submodule(mlp.site.path).get_parameter(f"{name}.weight").detach()
+            values = torch.from_numpy(dequantize(linear.weight))
+            assert torch.equal(values, mlp.projection(name)())
+            assert float((values - weight).norm() / weight.norm()) < {2: 0.4, 3: 0.25, 4: 0.12}[bits]
+        with torch.no_grad():
+            torch.testing.assert_close(stored.get_submodule(entry.path)(x), mlp(x), rtol=1e-4, atol=1e-5)
