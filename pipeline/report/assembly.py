@@ -44,7 +44,7 @@ def assemble_report(
     by_part = _bytes_by_part(artifact, packed)
     size = sum(by_part.values())
     unquantized = 2 * (parameters - compressed + values)
-    factorized_values = sum(group.rank * (group.width + group.columns) for group in plan.groups)
+    factorized_values = sum(group.parameters for group in plan.groups)
     stage_bytes = {
         "dense": 2 * parameters,
         "factorized": 2 * (parameters - compressed + factorized_values),
