@@ -13,6 +13,19 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
@@ -20,7 +33,7 @@ from transformers import (
 )
 
 from pipeline.errors import InputError
-from pipeline.models.adapters import MLPSite, check_finite, find_mlps
+from pipeline.models.adapters import MLPSite, check_finite, check_model_type, find_mlps, supported_model_types
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 
@@ -89,10 +102,88 @@ def test_sites_are_in_execution_order(make: Any) -> None:
     assert called == [site.path for site in sites]
 
 
+LANGUAGE_MODELS: dict[str, tuple[Any, Any]] = {
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def language_config(model_type: str) -> Any:
+    return LANGUAGE_MODELS[model_type][0](
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=48,
+        vocab_size=60,
+        pad_token_id=0,
+    )
+
+
+def test_every_language_model_type_is_tested() -> None:
+    assert supported_model_types("text-generation") == tuple(LANGUAGE_MODELS)
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_gated_mlps_of_language_models(model_type: str) -> None:
+    config = language_config(model_type)
+    assert config.model_type == model_type
+    model = LANGUAGE_MODELS[model_type][1](config).eval()
+    sites = find_mlps(model)
+    assert sites == [
+        MLPSite(block, 0, f"model.layers.{block}.mlp", ("gate_proj", "up_proj"), "down_proj", "act_fn", 32, 48, None)
+        for block in range(3)
+    ]
+    called: list[str] = []
+    for site in sites:
+        model.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: called.append(path))
+        mlp = model.get_submodule(site.path)
+        x = torch.randn(2, 5, 32)
+        gate, up = (mlp.get_submodule(name)(x) for name in site.first)
+        expected = mlp.get_submodule(site.last)(mlp.get_submodule(site.activation)(gate) * up)
+        torch.testing.assert_close(mlp(x), expected)
+    called.clear()
+    model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    assert called == [site.path for site in sites]
+
+
+def test_language_model_without_head() -> None:
+    assert find_mlps(Gemma3TextModel(language_config("gemma3_text")))[2].path == "layers.2.mlp"
+
+
+def test_meta_device_needs_no_weights() -> None:
+    config = LlamaConfig()  # 7 billion parameters
+    with torch.device("meta"):
+        sites = find_mlps(LlamaForCausalLM(config))
+    assert len(sites) == 32
+    assert (sites[31].width, sites[31].hidden) == (4096, 11008)
+
+
 def test_unknown_type_lists_the_supported() -> None:
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
-    with pytest.raises(InputError, match=r"'bert'.*supported: deit, dinov2, swin, vit"):
+    with pytest.raises(InputError, match=r"'bert'.*supported: deit, dinov2, gemma2, gemma3_text, .*swin, vit"):
         find_mlps(BertForSequenceClassification(config))
+    with pytest.raises(InputError, match=r"'bert' has no MLPs.*supported: deit, dinov2, swin, vit"):
+        check_model_type("bert", "image-classification")
+    with pytest.raises(InputError, match=r"'gpt2' has no MLPs.*supported: gemma2, gemma3_text, llama, mistral, qwen2"):
+        check_model_type("gpt2", "text-generation")
+
+
+def test_model_of_another_task_is_pointed_to_its_source() -> None:
+    with pytest.raises(InputError, match=r"'vit' is an image classifier, not a language model.*source is pretrained"):
+        check_model_type("vit", "text-generation")
+    with pytest.raises(InputError, match=r"'qwen3' is a language model, not an image classifier.*source is causal_lm"):
+        check_model_type("qwen3", "image-classification")
+
+
+def test_gemma3_with_images_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'gemma3' reads images too; take .* its language model.*'gemma3_text'"):
+        check_model_type("gemma3", "text-generation")
 
 
 def test_all_offenders_are_named() -> None:

@@ -5,12 +5,15 @@ A new architecture is one entry in ``_LAYOUTS``.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from pipeline.errors import InputError
+
+Task = Literal["image-classification", "text-generation"]
+"""What a model is for, under the names that transformers' pipelines and optimum have for it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class _Names:
 class _Layout:
     """``blocks``: path of the blocks below the base model, ``*`` standing for each index of a module list."""
 
+    task: Task
     blocks: str
     names: _Names
     gated: _Names | None = None
@@ -56,34 +60,63 @@ class _Layout:
 
 
 _PLAIN = _Names(first=("fc1",), last="fc2", activation="activation_fn")
-_SWIGLU = _Names(first=("gate_proj", "up_proj"), last="down_proj", activation="act_fn")
+_GATED = _Names(first=("gate_proj", "up_proj"), last="down_proj", activation="act_fn")
+_VISION: Task = "image-classification"
+_LANGUAGE: Task = "text-generation"
 
 _LAYOUTS = {
-    "vit": _Layout("layers.*", _PLAIN),
-    "deit": _Layout("layers.*", _PLAIN),
-    "dinov2": _Layout("encoder.layer.*", _PLAIN, gated=_SWIGLU, output_scale="layer_scale2.lambda1"),
-    "swin": _Layout("encoder.layers.*.blocks.*", _PLAIN),
+    "vit": _Layout(_VISION, "layers.*", _PLAIN),
+    "deit": _Layout(_VISION, "layers.*", _PLAIN),
+    "dinov2": _Layout(_VISION, "encoder.layer.*", _PLAIN, gated=_GATED, output_scale="layer_scale2.lambda1"),
+    "swin": _Layout(_VISION, "encoder.layers.*.blocks.*", _PLAIN),
+    "gemma2": _Layout(_LANGUAGE, "layers.*", _GATED),
+    "gemma3_text": _Layout(_LANGUAGE, "layers.*", _GATED),
+    "llama": _Layout(_LANGUAGE, "layers.*", _GATED),
+    "mistral": _Layout(_LANGUAGE, "layers.*", _GATED),
+    "qwen2": _Layout(_LANGUAGE, "layers.*", _GATED),
+    "qwen3": _Layout(_LANGUAGE, "layers.*", _GATED),
 }
+_DESCRIPTIONS = {_VISION: "an image classifier", _LANGUAGE: "a language model"}
+_SOURCES = {_VISION: "pretrained", _LANGUAGE: "causal_lm"}
+# Models of several modalities, and the type of the language model that they contain.
+_CONTAINED = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
-SUPPORTED_MODEL_TYPES = tuple(sorted(_LAYOUTS))
+
+def supported_model_types(task: Task) -> tuple[str, ...]:
+    """The model types of a task whose MLPs are known, in alphabetical order."""
+    return tuple(sorted(name for name, layout in _LAYOUTS.items() if layout.task == task))
 
 
-def check_model_type(model_type: str) -> None:
-    """Raise InputError unless models of this type have MLPs we know."""
-    if model_type not in _LAYOUTS:
+def check_model_type(model_type: str, task: Task) -> None:
+    """Raise InputError unless models of this type have MLPs we know and are for ``task``."""
+    supported = f"supported: {', '.join(supported_model_types(task))}"
+    layout = _LAYOUTS.get(model_type)
+    if layout is not None and layout.task != task:
         raise InputError(
-            f"model type {model_type!r} has no MLPs known to FiPS; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"model type {model_type!r} is {_DESCRIPTIONS[layout.task]}, not {_DESCRIPTIONS[task]} ({supported}); "
+            f"for it, model.source is {_SOURCES[layout.task]}"
         )
+    if task == _LANGUAGE and model_type in _CONTAINED:
+        raise InputError(
+            f"model type {model_type!r} reads images too; take a checkpoint of its language model alone, "
+            f"model type {_CONTAINED[model_type]!r} ({supported})"
+        )
+    if layout is None:
+        raise InputError(f"model type {model_type!r} has no MLPs known to FiPS; {supported}")
 
 
 def find_mlps(model: nn.Module) -> list[MLPSite]:
-    """All MLPs of a transformers model, in execution order.
+    """All MLPs of a transformers model, in execution order. Reads names and shapes only, so the weights may be on
+    the meta device.
 
     Raises InputError when the model type is unknown, a named child is missing, not ``nn.Linear`` or of an
     unfitting shape (all offenders are named), or when two blocks share a module or a weight.
     """
     config: Any = model.config
-    check_model_type(config.model_type)
+    if config.model_type not in _LAYOUTS:
+        raise InputError(
+            f"model type {config.model_type!r} has no MLPs known to FiPS; supported: {', '.join(sorted(_LAYOUTS))}"
+        )
     layout = _LAYOUTS[config.model_type]
     prefix = str(model.base_model_prefix)
     root = f"{prefix}." if hasattr(model, prefix) else ""

@@ -119,7 +119,7 @@ def _scratch_preprocessing(section: ScratchModel) -> Preprocessing:
 
 
 def _scratch_config(section: ScratchModel, labels: int) -> Any:
-    check_model_type(section.model_type)
+    check_model_type(section.model_type, "image-classification")
     config_class = CONFIG_MAPPING[section.model_type]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     for key, value in section.config.items():
@@ -166,7 +166,7 @@ def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: 
 
 def _pretrained_preprocessing(section: PretrainedModel) -> Preprocessing:
     config = _from_hub(section, AutoConfig.from_pretrained)
-    check_model_type(config.model_type)
+    check_model_type(config.model_type, "image-classification")
     processor = _from_hub(section, AutoImageProcessor.from_pretrained, backend="pil")
     size = _square(config.image_size, f"model.path: {section.path}: image_size")
     labels = tuple(config.id2label[index] for index in range(config.num_labels))
