@@ -1,11 +1,14 @@
 """The report: JSON as given, Markdown and HTML that say the same, plots that are deterministic."""
 
 import json
+import math
 import re
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,10 +17,29 @@ import pytest
 from pipeline.report.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
 from pipeline.report.render import render_html, render_markdown, write_report
 from pipeline.report.schema import Group, Report, check_report
-from pipeline.report.sections import format_blocks, sections, verdict, verdict_detail, warning_lines
-from pipeline.report.units import format_bytes, format_error, format_percent, format_points, format_seconds
+from pipeline.report.sections import (
+    format_blocks,
+    key_figures,
+    sections,
+    subtitle,
+    verdict,
+    verdict_detail,
+    warning_lines,
+)
+from pipeline.report.units import (
+    format_bytes,
+    format_error,
+    format_percent,
+    format_perplexity,
+    format_points,
+    format_rate,
+    format_ratio,
+    format_seconds,
+)
 
 FIGURES = (stages_figure, reconstruction_figure, spectrum_figure, bytes_figure)
+REMOVED = object()
+"""In place of a value of a report: the key is taken out."""
 
 
 def sample_report(
@@ -58,7 +80,7 @@ def sample_report(
         if stage in correct
     }
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "recipe": {"name": "vit-digits", "seed": 0, "compression": {"groups": blocks, "budget": 0.5, "pattern": "1:4"}},
         "model": {
             "name": "vit-digits",
@@ -67,6 +89,7 @@ def sample_report(
             "parameters": parameters,
             "mlp_parameters": mlp_parameters,
         },
+        "compression": {"method": "fips", "start": "nearest"},
         "data": {
             "source": "digits",
             "hash": "9f" * 32,
@@ -128,6 +151,7 @@ def sample_report(
         },
         "warnings": ["block 12 was left dense", "the 4-bit reference covers <MLPs> only | not attention"],
         "seconds": {"load": 61.2, "calibrate": 2.1, "fit": 55.0, "qat": 3721.4, "export": 9.6},
+        "disk_bytes": 212_400_000,
         "reused_stages": ["load", "calibrate"],
     }
 
@@ -147,14 +171,186 @@ def _group(index: int, blocks: int, width: int, columns: int, rank: int, random:
     }
 
 
+def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portable: bool = True) -> Report:
+    """A report of a made-up run on a language model shaped like Gemma-3-270M."""
+    random = np.random.default_rng(1)
+    blocks, width, hidden, block_size = 18, 640, 2048, 64
+    size, rank = (6, 576) if method == "fips" else (1, width)
+    columns = 3 * hidden * size
+    mlp_parameters, parameters = 3 * hidden * width * blocks, 268_098_176
+    dense_nll, tokens, windows = 2.668, 102_200, 200
+    nll = {"dense": dense_nll}
+    if method == "fips":
+        nll |= {"factorized": 5.1, "fitted": 2.751}
+    nll |= {"rounded": 3.02, "qat": 2.8512, "onnx_native": 2.8513}
+    if portable:
+        nll["onnx_portable"] = 2.8513
+    perplexity = {stage: math.exp(value) for stage, value in nll.items()}
+    unquantized = 2 * (parameters - mlp_parameters + (blocks // size) * rank * (columns + width))
+    entries = (blocks // size) * rank * columns
+    parts = {
+        "basis codes": (blocks // size) * rank * width // 2 if method == "fips" else 0,
+        "projection codes": 3 * entries // 8 if method == "fips" else 0,
+        "weight codes": 0 if method == "fips" else 3 * entries // 8,
+        "sparsity patterns": 0,
+        "scales": 2 * entries // block_size,
+        "token table": 85_196_800,
+        "rest of the model": 12_615_680,
+        "graph": 311_337,
+        "native library": 183_904,
+        "tokenizer": 33_384_568,
+        "other files": 9_801,
+    }
+    artifact = sum(parts.values())
+    mlp_stored = sum(parts[name] for name in ("basis codes", "projection codes", "weight codes", "scales"))
+    stage_bytes = dict.fromkeys(nll, artifact) | {"dense": 2 * parameters}
+    if method == "fips":
+        stage_bytes |= {"factorized": unquantized, "fitted": unquantized}
+    levels = {"factorized": 0.3, "fitted": 0.011, "rounded": 0.095, "qat": 0.021}
+    backends = ("artefact, native kernels", "onnxruntime-genai builder, int4")
+    return {
+        "schema_version": 2,
+        "recipe": {"name": "gemma3-270m-w3", "seed": 0, "compression": {"method": method}},
+        "model": {
+            "name": "Gemma3ForCausalLM",
+            "model_type": "gemma3_text",
+            "source": "packaged_gguf",
+            "parameters": parameters,
+            "mlp_parameters": mlp_parameters,
+        },
+        "compression": {"method": method, "start": "gptq"},
+        "data": {
+            "source": "packaged_text",
+            "hash": "3c" * 32,
+            "train_samples": 3100,
+            "calibration_samples": 256,
+            "test_samples": windows,
+            "context": 512,
+            "train_tokens": 1_587_200,
+            "calibration_tokens": 131_072,
+            "test_tokens": 102_400,
+        },
+        "versions": {"fips-onnx": "0.1.0", "torch": "2.13.0", "onnxruntime": "1.32.0", "onnxruntime-genai": "0.9.0"},
+        "hardware": {"cpu": "Example CPU @ 2.10GHz", "cores": 2, "memory_bytes": 16 * 2**30},
+        "groups": [
+            {
+                "name": f"group_{index}",
+                "blocks": list(range(index * size, (index + 1) * size)),
+                "width": width,
+                "columns": columns,
+                "rank": rank if method == "fips" else None,
+                "basis_bits": {"4": rank} if method == "fips" else {},
+                "projection_bits": {"4": 192, "3": 192, "2": 192} if method == "fips" else {"3": width},
+                "pattern": "dense",
+                "singular_values": [float(9e3 * np.exp(-0.012 * k)) for k in range(width)] if method == "fips" else [],
+            }
+            for index in range(blocks // size)
+        ],
+        "dense_blocks": [],
+        "bytes": {
+            "dense_float16": 2 * parameters,
+            "artifact": artifact,
+            "mlp_dense_float16": 2 * mlp_parameters,
+            "mlp_stored": mlp_stored,
+            "by_part": parts,
+        },
+        "bits_per_weight": {"paper": 2.71, "stored": 8 * mlp_stored / mlp_parameters},
+        "quality": {
+            "metric": "perplexity",
+            "unit": "perplexity",
+            "tokens": tokens,
+            "context": 512,
+            "stride": 512,
+            "windows": windows,
+            "standard_error": {stage: 0.0145 * value for stage, value in perplexity.items()},
+            "difference_to_dense": {
+                stage: {
+                    "nll": value - dense_nll,
+                    "standard_error": 0.02 * (value - dense_nll) + 0.001,
+                    "ratio": perplexity[stage] / perplexity["dense"],
+                }
+                for stage, value in nll.items()
+                if stage != "dense"
+            },
+            **perplexity,
+        },
+        "stage_bytes": stage_bytes,
+        "divergence": {
+            "kl_mean": 0.213,
+            "kl_median": 0.081,
+            "kl_p90": 0.55,
+            "kl_p99": 1.92,
+            "kl_p999": 4.4,
+            "kl_max": 12.7,
+            "same_top1": 0.7713,
+        },
+        "reconstruction_error": {
+            stage: {str(block): level * float(np.exp(0.4 * random.normal())) for block in range(blocks)}
+            for stage, level in levels.items()
+            if stage in nll
+        },
+        "parity": {
+            "native_vs_torch": {"max_abs": 2.1e-4, "relative": 5.4e-6},
+            "portable_vs_torch": {"max_abs": 2.6e-4, "relative": 6.6e-6},
+            "native_vs_portable": {"max_abs": 2.0e-4, "relative": 4.9e-6},
+            "tolerance": 1e-3,
+            "same_predictions": True,
+        },
+        "speed": {
+            "unit": "tokens/s",
+            "prompt_tokens": 512,
+            "generated_tokens": 128,
+            "threads": 2,
+            "rows": [
+                {
+                    "backend": backends[0],
+                    "prefill_tokens_per_second": 412.3,
+                    "decode_tokens_per_second": 43.1,
+                    "prefill_ratio_to_int4": 0.913,
+                    "decode_ratio_to_int4": 1.121,
+                },
+                {
+                    "backend": backends[1],
+                    "prefill_tokens_per_second": 451.6,
+                    "decode_tokens_per_second": 38.45,
+                    "prefill_ratio_to_int4": 1.0,
+                    "decode_ratio_to_int4": 1.0,
+                },
+            ],
+        },
+        "memory": {
+            "load_rss_bytes": 236_000_000,
+            "peak_rss_bytes": 412_000_000,
+            "pipeline_peak_rss_bytes": 6_340_000_000,
+            "load_rss_by_backend": {backends[0]: 236_000_000, backends[1]: 391_000_000},
+        },
+        "warnings": [],
+        "seconds": {"model": 21.2, "calibrate": 52.1, "factorize": 35.0, "qat": 1921.4, "export": 19.6},
+        "disk_bytes": 3_212_400_000,
+        "reused_stages": [],
+    }  # type: ignore[typeddict-item]  # stages by a variable
+
+
+SAMPLES: dict[str, Callable[[], Report]] = {
+    "images": sample_report,
+    "language, FiPS": sample_language_report,
+    "language, dense": partial(sample_language_report, "dense", portable=False),
+}
+
+
 @pytest.fixture(scope="module")
 def report() -> Report:
     return sample_report()
 
 
+@pytest.fixture(scope="module", params=SAMPLES)
+def any_report(request: pytest.FixtureRequest) -> Report:
+    return SAMPLES[request.param]()
+
+
 @pytest.fixture(scope="module")
-def html(report: Report) -> str:
-    return render_html(report)
+def any_html(any_report: Report) -> str:
+    return render_html(any_report)
 
 
 def table_rows(report: Report, title: str, index: int = 0) -> dict[str, tuple[str, ...]]:
@@ -166,11 +362,11 @@ def table_rows(report: Report, title: str, index: int = 0) -> dict[str, tuple[st
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def test_writes_json_as_given_and_equal_bytes_for_equal_reports(report: Report, tmp_path: Path) -> None:
+def test_writes_json_as_given_and_equal_bytes_for_equal_reports(any_report: Report, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        write_report(deepcopy(report), tmp_path / name)
+        write_report(deepcopy(any_report), tmp_path / name)
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["report.html", "report.json", "report.md"]
-    assert json.loads((tmp_path / "first" / "report.json").read_text(encoding="utf-8")) == report
+    assert json.loads((tmp_path / "first" / "report.json").read_text(encoding="utf-8")) == any_report
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
@@ -188,23 +384,65 @@ def test_a_refused_report_leaves_the_old_one(report: Report, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 2, "schema version 2, expected 1"),
+        (("schema_version",), 1, "schema version 1, expected 2"),
         (("bytes", "by_part", "graph"), 0, r"by_part adds up to \d+, bytes\.artifact is \d+"),
-        (("quality", "finetuned"), None, "stage_bytes has the stages .*'finetuned'"),
-        (("quality", "standard_error", "qat"), None, r"quality\.standard_error has the stages"),
-        (("reconstruction_error", "fitted", "3"), None, r"reconstruction_error\.fitted has the blocks"),
+        (("quality", "finetuned"), REMOVED, "stage_bytes has the stages .*'finetuned'"),
+        (("quality", "standard_error", "qat"), REMOVED, r"quality\.standard_error has the stages"),
+        (("reconstruction_error", "fitted", "3"), REMOVED, r"reconstruction_error\.fitted has the blocks"),
+        (("reconstruction_error", "fitted"), REMOVED, "reconstruction_error has the stages"),
         (("groups",), [], "no compressed blocks"),
+        (("groups", 1, "rank"), None, "group_1: rank, basis_bits and singular_values go with method fips"),
+        (("quality", "fitted"), REMOVED, r"quality lacks the stages \['fitted'\] of method fips"),
+        (("compression", "method"), "dense", r"stages \['factorized', 'finetuned', 'fitted'\], which method dense"),
+        (("data", "context"), 512, r"metric accuracy: data and divergence have \['context'\]"),
+        (("divergence", "kl_max"), 1.0, r"metric accuracy: data and divergence have \['kl_max'\]"),
+        (("speed", "unit"), "tokens/s", "metric accuracy: speed in tokens/s, expected images/s"),
+        (("speed", "rows"), [], "speed has no rows"),
         (("speed", "rows", 1, "ratio_to_float32"), float("inf"), r"not finite: speed\.rows\.1\.ratio_to_float32"),
     ],
 )
 def test_refuses_a_report_that_contradicts_itself(
     report: Report, path: tuple[Any, ...], value: Any, message: str
 ) -> None:
+    assert_refused(report, path, value, message)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("data", "test_tokens"), REMOVED, r"metric perplexity: data and divergence lack \['test_tokens'\]"),
+        (("divergence", "kl_p999"), REMOVED, r"metric perplexity: data and divergence lack \['kl_p999'\]"),
+        (("divergence", "kl_p90"), 2.0, r"the percentiles .* do not rise: \[0\.081, 2\.0, 1\.92"),
+        (("quality", "difference_to_dense", "qat"), REMOVED, r"quality\.difference_to_dense has the stages"),
+        (("quality", "difference_to_dense", "qat", "nll"), 0.2, r"difference_to_dense\.qat\.ratio is 1\.20105"),
+        (("quality", "qat"), 17.0, r"its nll and the perplexities say 1\.20105 and 1\.17"),
+        (("quality", "tokens"), 102_401, "200 windows of 512 tokens have at most 102400"),
+        (("quality", "stride"), 1024, r"quality\.stride is 1024, expected 1 to 512"),
+        (("speed", "unit"), "images/s", "metric perplexity: speed in images/s, expected tokens/s"),
+        (("speed", "rows", 1, "decode_ratio_to_int4"), REMOVED, "both ratios to int4 belong in every row, or in none"),
+        (("memory", "load_rss_by_backend", "torch"), 1, r"load_rss_by_backend has \['torch'\]"),
+    ],
+)
+def test_refuses_a_language_report_that_contradicts_itself(path: tuple[Any, ...], value: Any, message: str) -> None:
+    assert_refused(sample_language_report(), path, value, message)
+
+
+def test_dense_method_has_no_factors() -> None:
+    report = sample_language_report("dense")
+    check_report(report)
+    assert_refused(report, ("groups", 4, "rank"), 640, "group_4: rank, basis_bits and singular_values go with method")
+    assert_refused(
+        report, ("quality", "fitted"), 15.0, r"quality has the stages \['fitted'\], which method dense has not"
+    )
+
+
+def assert_refused(report: Report, path: tuple[Any, ...], value: Any, message: str) -> None:
+    """With ``value`` at ``path`` (or nothing, if REMOVED), the report is refused with ``message``."""
     broken: Any = deepcopy(report)
     node = broken
     for key in path[:-1]:
         node = node[key]
-    if value is None:
+    if value is REMOVED:
         del node[path[-1]]
     else:
         node[path[-1]] = value
@@ -281,10 +519,140 @@ def test_warnings_include_what_the_figures_show(report: Report) -> None:
 
 
 def test_reused_stages_are_marked(report: Report) -> None:
-    rows = table_rows(report, "The run")
+    rows = table_rows(report, "Cost of the run", 1)
     assert rows["calibrate"] == ("earlier run", "2.1 s")
     assert rows["qat"] == ("this run", "1 h 02 min")
     assert rows["sum"] == ("", "1 h 04 min")
+
+
+def test_cost_is_time_memory_and_disk_together(report: Report) -> None:
+    assert table_rows(report, "Cost of the run") == {
+        "time": ("1 h 04 min",),
+        "peak of resident memory": ("1.34 GB",),
+        "disk, the work folder": ("212 MB",),
+    }
+    assert (key_figures(report)[-1].value, key_figures(report)[-1].context) == (
+        "1 h 04 min",
+        "1.34 GB memory, 212 MB disk",
+    )
+    fresh = deepcopy(report)
+    fresh["reused_stages"] = []
+    notes = [next(s.notes for s in sections(each) if s.title == "Cost of the run") for each in (report, fresh)]
+    assert [len(each) for each in notes] == [1, 0]
+
+
+# --- language models -------------------------------------------------------------------------------------------
+
+
+def test_perplexity_in_words() -> None:
+    report = sample_language_report()
+    assert verdict(report) == "29 % of the float16 bytes, perplexity 14.41 → 17.31"
+    assert verdict_detail(report) == (
+        "Measured on the artefact itself with 102,200 tokens in 200 windows (context 512, stride 512): 1.201 ± 0.006 "
+        "times the dense model's perplexity (paired over windows), more than one standard error worse."
+    )
+    (introduction,) = sections(report)[0].introduction
+    assert introduction == (
+        "Where the perplexity went: sharing and sparsity × 1.087, quantization × 1.105 (codes before training × 1.309, "
+        "training × 0.845), export × 1.000."
+    )
+    _change_nll(report, "onnx_native", -0.05)
+    assert verdict_detail(report).endswith(
+        "0.951 ± <0.001 times the dense model's perplexity (paired over windows), more than one standard error better."
+    )
+    _change_nll(report, "onnx_native", 0.0005)
+    assert verdict_detail(report).endswith("within one standard error of equal.")
+
+
+def _change_nll(report: Report, stage: Literal["onnx_native"], nll: float) -> None:
+    """Let ``stage`` differ from dense by ``nll`` nats."""
+    quality = report["quality"]
+    assert quality["metric"] == "perplexity"
+    quality[stage] = quality["dense"] * math.exp(nll)
+    error = 0.001 if nll > 0 else 0.0001
+    quality["difference_to_dense"][stage] = {"nll": nll, "standard_error": error, "ratio": math.exp(nll)}
+    check_report(report)
+
+
+def test_perplexity_per_stage() -> None:
+    rows = table_rows(sample_language_report(), "Perplexity and bytes per stage")
+    assert list(rows) == [
+        "dense",
+        "factorized",
+        "fitted",
+        "rounded (GPTQ)",
+        "quantized (QAT)",
+        "ONNX, native kernels",
+        "ONNX, portable functions",
+    ]
+    assert rows["dense"][:4] == ("14.41", "±0.21", "–", "–")
+    assert rows["factorized"][:4] == ("164.0", "±2.4", "11.4", "11.4 ± 0.6")
+    assert rows["rounded (GPTQ)"][:4] == ("20.49", "±0.30", "1.309", "1.422 ± 0.011")
+    assert rows["ONNX, native kernels"][:4] == ("17.31", "±0.25", "1.000", "1.201 ± 0.006")
+    assert rows["ONNX, portable functions"][2] == "1.000"
+    divergence = table_rows(sample_language_report(), "Perplexity and bytes per stage", 1)
+    assert divergence == {"nats per token": ("0.21", "0.081", "0.55", "1.9", "4.4", "13")}
+
+
+def test_dense_method_in_words() -> None:
+    report = sample_language_report("dense", portable=False)
+    assert subtitle(report) == (
+        "dense MLPs (quantized without factorization), 3-bit codes, GPTQ start · gemma3_text, 268,098,176 parameters, "
+        "packaged_gguf"
+    )
+    (introduction,) = sections(report)[0].introduction
+    assert introduction.startswith("Where the perplexity went: quantization × 1.201 (codes before training × 1.422, ")
+    rows = table_rows(report, "Perplexity and bytes per stage")
+    assert list(rows) == ["dense", "rounded (GPTQ)", "quantized (QAT)", "ONNX, native kernels"]
+    assert "portable" not in " ".join(sections(report)[0].notes)
+    assert table_rows(report, "Quantized MLPs") == {"0–17": ("3", "640", "6,144")}
+    html = render_html(report)
+    assert "Groups and their spectra" not in html
+    assert "shared bases" not in html
+    parts = table_rows(report, "Size", 1)
+    assert "basis codes" not in parts
+    assert "weight codes" in parts
+
+
+def test_method_is_named_at_the_top_of_both_pages(any_report: Report) -> None:
+    assert subtitle(any_report) in render_html(any_report).split("<h1>")[0]
+    assert subtitle(any_report).split(" · ")[0] in render_markdown(any_report).splitlines()[2]
+    assert subtitle(sample_language_report()).startswith("FiPS (shared bases and projections), 2- to 4-bit codes, GPTQ")
+
+
+def test_rounded_codes_of_images_are_told_from_trained_ones(report: Report) -> None:
+    changed = deepcopy(report)
+    changed["quality"]["rounded"] = 0.9
+    changed["quality"]["standard_error"]["rounded"] = 0.012
+    changed["stage_bytes"]["rounded"] = changed["stage_bytes"]["qat"]
+    changed["reconstruction_error"]["rounded"] = changed["reconstruction_error"]["factorized"]
+    check_report(changed)
+    rows = table_rows(changed, "Accuracy and bytes per stage")
+    assert rows["rounded (nearest)"][:4] == ("90.0 %", "±1.2", "−7.6", "−7.8")
+    assert rows["quantized (QAT)"][2] == "+7.5"
+    (introduction,) = sections(changed)[0].introduction
+    assert "quantization −0.2 points (codes before training −7.6 points, training +7.5 points)" in introduction
+
+
+def test_speed_and_memory_beside_int4() -> None:
+    report = sample_language_report()
+    rows = table_rows(report, "Speed and memory")
+    assert rows == {
+        "artefact, native kernels": ("412", "0.91 ×", "43.1", "1.12 ×", "236 MB"),
+        "onnxruntime-genai builder, int4": ("452", "1.00 ×", "38.5", "1.00 ×", "391 MB"),
+    }
+    figure = key_figures(report)[3]
+    assert figure.value == "43.1 tokens/s"
+    assert figure.context == "1.12 × onnxruntime-genai int4; prefill 412 tokens/s"
+    alone: Any = deepcopy(report)
+    alone["speed"]["rows"] = [
+        {key: value for key, value in alone["speed"]["rows"][0].items() if not key.endswith("_to_int4")}
+    ]
+    del alone["memory"]["load_rss_by_backend"]
+    check_report(alone)
+    assert table_rows(alone, "Speed and memory") == {"artefact, native kernels": ("412", "43.1")}
+    assert key_figures(alone)[3].context == "prefill 412 tokens/s"
+    assert "int4" not in render_markdown(alone)
 
 
 # --- formats ---------------------------------------------------------------------------------------------------
@@ -322,26 +690,26 @@ class _Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_html_is_well_formed_and_self_contained(report: Report, html: str) -> None:
+def test_html_is_well_formed_and_self_contained(any_report: Report, any_html: str) -> None:
     page = _Page()
-    page.feed(html)
+    page.feed(any_html)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert page.links
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert "<script" not in html
-    assert "@import" not in html
-    assert {match for match in re.findall(r"url\(([^)]*)\)", html) if not match.startswith("#")} == set()
-    assert html.count("<svg") == len(FIGURES)
+    assert "<script" not in any_html
+    assert "@import" not in any_html
+    assert {match for match in re.findall(r"url\(([^)]*)\)", any_html) if not match.startswith("#")} == set()
+    assert any_html.count("<svg") == sum(section.plot is not None for section in sections(any_report))
 
 
-def test_html_and_markdown_hold_every_cell(report: Report, html: str) -> None:
+def test_html_and_markdown_hold_every_cell(any_report: Report, any_html: str) -> None:
     page = _Page()
-    page.feed(html)
-    markdown = render_markdown(report).replace("\\", "")
+    page.feed(any_html)
+    markdown = render_markdown(any_report).replace("\\", "")
     expected = [
         cell
-        for section in sections(report)
+        for section in sections(any_report)
         for table in section.tables
         for row in (table.header, *table.rows)
         for cell in row
@@ -362,9 +730,9 @@ def test_text_from_outside_is_escaped(report: Report) -> None:
     assert rows == ["| machine | x86 \\| \\<i>, 2 cores, 8.59 GB memory |"]
 
 
-def test_markdown_tables_are_rectangular(report: Report) -> None:
-    tables = re.findall(r"(?:^\|.*\|\n)+", render_markdown(report), flags=re.M)
-    assert len(tables) == sum(len(section.tables) for section in sections(report))
+def test_markdown_tables_are_rectangular(any_report: Report) -> None:
+    tables = re.findall(r"(?:^\|.*\|\n)+", render_markdown(any_report), flags=re.M)
+    assert len(tables) == sum(len(section.tables) for section in sections(any_report))
     for table in tables:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1
@@ -373,8 +741,14 @@ def test_markdown_tables_are_rectangular(report: Report) -> None:
 # --- plots -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draw", FIGURES)
-def test_plots_are_deterministic_themed_svg(report: Report, draw: Any) -> None:
+def figures_of(report: Report) -> list[Any]:
+    """All but the spectrum, which goes with a factorization."""
+    return [draw for draw in FIGURES if draw is not spectrum_figure or report["compression"]["method"] == "fips"]
+
+
+@pytest.mark.parametrize(("make", "draw"), [(make, draw) for make in SAMPLES.values() for draw in figures_of(make())])
+def test_plots_are_deterministic_themed_svg(make: Callable[[], Report], draw: Any) -> None:
+    report = make()
     svg = to_svg(draw(report), "plot")
     assert svg == to_svg(draw(report), "plot")
     ElementTree.fromstring(svg)
@@ -392,12 +766,25 @@ def test_plots_ignore_the_users_matplotlib_settings(report: Report) -> None:
         assert to_svg(stages_figure(report), "plot") == expected
 
 
+def _plots(kind: str, shape: dict[str, Any]) -> list[Any]:
+    make = sample_report if kind == "images" else sample_language_report
+    draws = figures_of(make(**shape))
+    return [pytest.param(draw, partial(make, **shape), id=f"{kind}-{shape}-{draw.__name__}") for draw in draws]
+
+
 @pytest.mark.parametrize(
-    "shape", [{"groups": 1, "blocks": 1}, {"groups": 12, "blocks": 2, "finetuned": False}, {"groups": 3}]
+    ("draw", "make"),
+    [
+        *_plots("images", {"groups": 1, "blocks": 1}),
+        *_plots("images", {"groups": 12, "blocks": 2, "finetuned": False}),
+        *_plots("images", {"groups": 3}),
+        *_plots("language", {"method": "fips"}),
+        *_plots("language", {"method": "dense"}),
+        *_plots("language", {"method": "dense", "portable": False}),
+    ],
 )
-@pytest.mark.parametrize("draw", FIGURES)
-def test_no_texts_overlap_or_leave_the_figure(draw: Any, shape: dict[str, Any]) -> None:
-    figure = draw(sample_report(**shape))
+def test_no_texts_overlap_or_leave_the_figure(draw: Any, make: Callable[[], Report]) -> None:
+    figure = draw(make())
     figure.draw_without_rendering()
     page = figure.bbox
     boxes = [
@@ -446,6 +833,28 @@ def test_reconstruction_leaves_a_gap_at_dense_blocks() -> None:
         assert list(np.isnan(line.get_ydata())) == [False, False, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("largest", "scale", "labels"),
+    [
+        (20.5, "linear", ["14", "16", "18", "20"]),
+        (60.0, "log", ["15", "20", "30", "50"]),
+        (900.0, "log", ["30", "100", "300", "1,000"]),
+        (2e6, "log", ["10", "100", "1,000", "1e4", "1e5", "1e6"]),
+    ],
+)
+def test_axis_of_perplexities_suits_their_range(largest: float, scale: str, labels: list[str]) -> None:
+    report = sample_language_report()
+    report["quality"]["factorized"] = largest
+    report["quality"]["standard_error"]["factorized"] = 0.01 * largest
+    figure = stages_figure(report)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert axes.get_xscale() == scale
+    low, high = axes.get_xlim()
+    shown = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert shown == labels
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------
 
 
@@ -475,3 +884,23 @@ def test_units() -> None:
     ]
     assert [format_error(value) for value in (0.0, 5e-6, 0.0041, 1.5)] == ["0", "5.0e−6", "0.0041", "1.5"]
     assert format_blocks([7, 0, 2, 1]) == "0–2, 7"
+    assert [format_perplexity(*pair) for pair in ((17.316, 0.213), (14.4, 0.0031), (164.2, 12.4), (9.0, 0.0))] == [
+        ("17.32", "0.21"),
+        ("14.4000", "0.0031"),
+        ("164", "12"),
+        ("9.00", "0.00"),
+    ]
+    assert format_perplexity(3.24e7, 1.5e6) == ("3.2e7", "1.5e6")
+    assert [format_ratio(value) for value in (0.98765, 9.9996, 23.44, 12_345.6, 2.5e6)] == [
+        "0.988",
+        "10.0",
+        "23.4",
+        "12,346",
+        "2.5e6",
+    ]
+    assert [format_ratio(1.2, error) for error in (0.006, 0.0001, 0.0)] == [
+        "1.200 ± 0.006",
+        "1.200 ± <0.001",
+        "1.200 ± 0.000",
+    ]
+    assert [format_rate(value) for value in (2104.2, 99.96, 43.06, 3.14159)] == ["2,104", "100", "43.1", "3.14"]

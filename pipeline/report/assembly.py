@@ -1,7 +1,6 @@
 """The report of a run, put together from what its stages left behind."""
 
 import resource
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +8,37 @@ from exporters.packed_model import PackedModel
 from fips_ort.layout import BIT_WIDTHS
 from fips_ort.manifest import read_manifest
 from fips_ort.packed import PackedWeight, unpack
-from pipeline.deliver import Dense
-from pipeline.evaluate import Quality, divergence
 from pipeline.factorized_mlp import FactorizedMLP
 from pipeline.files import read_json
 from pipeline.hardware import describe_hardware
-from pipeline.plan import Segments
+from pipeline.plan import GroupPlan, Plan, Segments
 from pipeline.recipe import Recipe
 from pipeline.report.schema import SCHEMA_VERSION, Report
 from pipeline.run_folder import RunFolder, versions
 from pipeline.stages import kept_values
+from pipeline.tasks.base import Task
+
+TOKEN_TABLE = "model.embed_tokens."
+"""What the initializers of a language model's token table are called after."""
 
 
 def assemble_report(
-    recipe: Recipe,
+    task: Task,
+    plan: Plan,
     folder: RunFolder,
     artifact: Path,
-    dense: Dense,
     packed: PackedModel,
     segments: dict[str, tuple[Segments, Segments]],
     mlps: list[FactorizedMLP],
-    quality: dict[str, Quality],
+    evaluated: dict[str, Path],
     errors: dict[str, dict[str, float]],
 ) -> Report:
-    """``segments``: of (basis, projections) by group; ``quality`` and ``errors`` (by block) by stage."""
-    work, plan = folder.work, dense.plan
-    parameters = sum(parameter.numel() for parameter in dense.model.parameters())
+    """``segments``: of (basis, projections) by group; ``evaluated``: folder of the saved quality by stage;
+    ``errors``: by stage and block."""
+    recipe, work = task.recipe, folder.work
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
     compressed = sum(group.dense_parameters for group in plan.groups)
-    mlp_parameters = sum(site.width * site.hidden * (len(site.first) + 1) for site in dense.sites)
+    mlp_parameters = sum(site.width * site.hidden * (len(site.first) + 1) for site in task.sites)
     weights = packed.weights().values()
     mlp_stored = sum(weight.nbytes for weight in weights)
     values = kept_values(mlps)
@@ -50,44 +52,27 @@ def assemble_report(
         "factorized": 2 * (parameters - compressed + factorized_values),
         "fitted": unquantized,
         "finetuned": unquantized,
+        "rounded": size,
         "qat": size,
         "onnx_native": size,
         "onnx_portable": size,
     }
-    drift = divergence(quality["onnx_native"].logits, quality["dense"].logits)
+    memory = read_json(work / "bench" / "memory.json")
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.model_dump(mode="json"),
         "model": {
-            "name": type(dense.model).__name__,
-            "model_type": dense.model.config.model_type,  # type: ignore[union-attr]
+            "name": type(task.model).__name__,
+            "model_type": task.model.config.model_type,  # type: ignore[union-attr]
             "source": recipe.model.source,
             "parameters": parameters,
             "mlp_parameters": mlp_parameters,
         },
-        "data": {
-            "source": recipe.data.source,
-            "hash": dense.data.hash,
-            "train_samples": len(dense.data.train),
-            "calibration_samples": min(recipe.calibration.samples or len(dense.data.train), len(dense.data.train)),
-            "test_samples": quality["dense"].samples,
-        },
+        "compression": {"method": recipe.compression.method, "start": recipe.quantization.start},
+        "data": task.describe_data(),
         "versions": versions(),
         "hardware": describe_hardware(),
-        "groups": [
-            {
-                "name": group.name,
-                "blocks": [site.block for site in group.sites],
-                "width": group.width,
-                "columns": group.columns,
-                "rank": group.rank,
-                "basis_bits": _bits(segments[group.name][0]),
-                "projection_bits": _bits(segments[group.name][1]),
-                "pattern": recipe.compression.pattern,
-                "singular_values": read_json(work / "factorize" / group.name / "singular_values.json"),
-            }
-            for group in plan.groups
-        ],
+        "groups": [_describe_group(recipe, group, segments[group.name], work) for group in plan.groups],
         "dense_blocks": list(plan.dense_blocks),
         "bytes": {
             "dense_float16": 2 * parameters,
@@ -97,27 +82,35 @@ def assemble_report(
             "by_part": by_part,
         },
         "bits_per_weight": {"paper": value_bits / compressed, "stored": 8 * mlp_stored / compressed},
-        "quality": {
-            "metric": "accuracy",
-            "unit": "fraction",
-            "samples": quality["dense"].samples,
-            "standard_error": {stage: result.standard_error for stage, result in quality.items()},
-            **{stage: result.accuracy for stage, result in quality.items()},
-        },
-        "stage_bytes": {stage: stage_bytes[stage] for stage in quality},
-        "divergence": asdict(drift),
+        **task.describe_quality(evaluated),
+        "stage_bytes": {stage: stage_bytes[stage] for stage in evaluated},
         "reconstruction_error": errors,
         "parity": read_json(work / "validate" / "parity.json"),
         "speed": read_json(work / "bench" / "speed.json"),
-        "memory": {
-            **read_json(work / "bench" / "memory.json"),
-            "pipeline_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        },
+        "memory": {**memory, "pipeline_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "warnings": [],
         "seconds": folder.seconds,
+        "disk_bytes": sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
         "reused_stages": folder.reused,
     }
     return report  # type: ignore[return-value]
+
+
+def _describe_group(
+    recipe: Recipe, group: GroupPlan, segments: tuple[Segments, Segments], work: Path
+) -> dict[str, Any]:
+    is_fips = group.has_basis
+    return {
+        "name": group.name,
+        "blocks": [site.block for site in group.sites],
+        "width": group.width,
+        "columns": group.columns,
+        "rank": group.rank if is_fips else None,
+        "basis_bits": _bits(segments[0]),
+        "projection_bits": _bits(segments[1]),
+        "pattern": recipe.compression.pattern,
+        "singular_values": read_json(work / "factorize" / group.name / "singular_values.json") if is_fips else [],
+    }
 
 
 def _value_bits(weight: PackedWeight) -> int:
@@ -137,20 +130,28 @@ def _bits(sizes: tuple[int, ...]) -> dict[str, int]:
 def _bytes_by_part(artifact: Path, packed: PackedModel) -> dict[str, int]:
     """Bytes of the artefact's folder by what they are for; adds up to the whole folder."""
     bases = set(map(id, packed.bases.values()))
-    parts = {"basis codes": 0, "projection codes": 0, "sparsity patterns": 0, "scales": 0}
+    codes = "projection codes" if bases else "weight codes"
+    parts = {"basis codes": 0, codes: 0, "sparsity patterns": 0, "scales": 0}
     for weight in packed.weights().values():
-        parts["basis codes" if id(weight) in bases else "projection codes"] += weight.codes.nbytes
+        parts["basis codes" if id(weight) in bases else codes] += weight.codes.nbytes
         parts["sparsity patterns"] += weight.pattern.nbytes
         parts["scales"] += weight.scales.nbytes
+    packed_bytes = sum(parts.values())
     manifest = read_manifest(artifact)
     files = [path for path in artifact.rglob("*") if path.is_file()]
     sizes = {path.relative_to(artifact).as_posix(): path.stat().st_size for path in files}
     shards = {tensor.file for tensor in manifest.tensors} - {manifest.model}
     data = sum(sizes[name] for name in shards)
     inline = sum(tensor.bytes for tensor in manifest.tensors if tensor.file == manifest.model)
-    parts["rest of the model"] = data + inline - sum(parts.values())
+    table = sum(tensor.bytes for tensor in manifest.tensors if tensor.name.startswith(TOKEN_TABLE))
+    if table:
+        parts["token table"] = table
+    parts["rest of the model"] = data + inline - packed_bytes - table
     parts["graph"] = sizes[manifest.model] - inline
     parts["native library"] = sizes[manifest.library]
-    counted = {manifest.model, manifest.library, *shards}
+    tokenizer = {name for name in sizes if name.startswith(("tokenizer", "special_tokens"))}
+    if tokenizer:
+        parts["tokenizer"] = sum(sizes[name] for name in tokenizer)
+    counted = {manifest.model, manifest.library, *shards, *tokenizer}
     parts["other files"] = sum(size for name, size in sizes.items() if name not in counted)
     return parts

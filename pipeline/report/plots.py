@@ -16,15 +16,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from pipeline.report.schema import Group, Report, TrainedStage, stages_of, trained_stages_of
-from pipeline.report.sections import STAGE_NAMES, block_runs, name_blocks
-from pipeline.report.units import BYTE_UNITS, accuracy_decimals, format_bytes, format_percent
+from pipeline.report.measures import measure_of
+from pipeline.report.schema import (
+    MLP_PARTS,
+    PACKAGING_PARTS,
+    Group,
+    Report,
+    TrainedStage,
+    stages_of,
+    trained_stages_of,
+)
+from pipeline.report.sections import block_runs, name_blocks, parts_of, stage_name
+from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent, format_tick
 
 INK, MUTED, GRID, BAND = "#23272f", "#646b78", "#dfe2e8", "#f3f4f7"
-FACTORIZED, FITTED, FINETUNED, QAT = "#c45100", "#0068b0", "#007a58", "#a2407f"
+FACTORIZED, FITTED, FINETUNED, ROUNDED, QAT = "#c45100", "#0068b0", "#007a58", "#8a6a00", "#a2407f"
 REST, PACKAGING = "#8b93a1", "#c99100"
 COLOURS = {
     "ink": INK,
@@ -34,15 +43,14 @@ COLOURS = {
     "factorized": FACTORIZED,
     "fitted": FITTED,
     "finetuned": FINETUNED,
+    "rounded": ROUNDED,
     "qat": QAT,
     "rest": REST,
     "packaging": PACKAGING,
 }
 """Name of the CSS variable (after ``--plot-``) → colour on a light page. Hues after Okabe and Ito."""
 
-MLP_PARTS = ("basis codes", "projection codes", "sparsity patterns", "scales")
-REST_PART = "rest of the model"
-_PART_KINDS = {FITTED: "MLPs", REST: REST_PART, PACKAGING: "graph, library, other files"}
+_PART_KINDS = {FITTED: "MLPs", REST: "rest of the model", PACKAGING: "graph, library, other files"}
 
 _WIDTH = 8.6
 _EXACT = 1e-6
@@ -51,6 +59,7 @@ _STAGE_STYLE: dict[TrainedStage, tuple[str, str]] = {
     "factorized": (FACTORIZED, "^"),
     "fitted": (FITTED, "o"),
     "finetuned": (FINETUNED, "D"),
+    "rounded": (ROUNDED, "v"),
     "qat": (QAT, "s"),
 }
 _STYLE = {
@@ -93,29 +102,30 @@ def _styled(draw: Callable[[Report], Figure]) -> Callable[[Report], Figure]:
 
 @_styled
 def stages_figure(report: Report) -> Figure:
-    """Accuracy with its standard error, and bytes of the whole model, one row per stage."""
+    """Quality with its standard error, and bytes of the whole model, one row per stage."""
     stages = stages_of(report)
-    quality, sizes = report["quality"], report["stage_bytes"]
+    quality, sizes, measure = report["quality"], report["stage_bytes"], measure_of(report)
     rows = np.arange(len(stages))
-    accuracy = np.array([quality[stage] for stage in stages])
+    values = np.array([quality[stage] for stage in stages])
     errors = np.array([quality["standard_error"][stage] for stage in stages])
     size = np.array([sizes[stage] for stage in stages])
-    decimals = accuracy_decimals(quality["samples"])
 
     figure = Figure(figsize=(_WIDTH, 1.25 + 0.36 * len(stages)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
-    left.errorbar(accuracy, rows, xerr=errors, fmt="o", color=FITTED, ecolor=FITTED, elinewidth=1.6, capsize=3)
+    left.errorbar(values, rows, xerr=errors, fmt="o", color=FITTED, ecolor=FITTED, elinewidth=1.6, capsize=3)
     left.axvline(quality["dense"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
-    left.set_title(f"Accuracy ± standard error, {quality['samples']:,} samples")
-    left.set_xlabel("top-1 accuracy (dashed: dense)")
-    left.set_xlim(*_padded(accuracy - errors, accuracy + errors))
-    left.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
-    left.set_yticks(rows, [STAGE_NAMES[stage] for stage in stages])
+    left.set_title(f"{measure.name.capitalize()} ± standard error")
+    left.set_xlabel(f"{measure.name}, {measure.better} (dashed: dense)")
+    if quality["metric"] == "accuracy":
+        left.set_xlim(*_padded(values - errors, values + errors, 0.005))
+        left.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    else:
+        _perplexity_axis(left, values, errors)
+    left.set_yticks(rows, [stage_name(report, stage) for stage in stages])
     left.set_ylim(len(stages) - 0.5, -0.5)
     left.grid(axis="x")
-    pairs = zip(accuracy, errors, strict=True)
-    _column(left, rows, [f"{100 * value:.{decimals}f} ± {100 * error:.{decimals}f} %" for value, error in pairs])
+    _column(left, rows, [measure.measured(stage) for stage in stages])
 
     colours = [REST if stage == "dense" else FITTED for stage in stages]
     right.barh(rows, size, height=0.56, color=colours)
@@ -141,10 +151,11 @@ def reconstruction_figure(report: Report) -> Figure:
         # A gap where a block was left dense, or reproduced up to rounding (an overcomplete basis before sparsity),
         # which would stretch the axis over ten empty decades.
         values = [error if (error := found.get(str(block), 0.0)) >= _EXACT else np.nan for block in every]
-        label = STAGE_NAMES[stage] + (f" (below {100 * _EXACT:g} %)" if np.isnan(values).all() else "")
+        label = stage_name(report, stage) + (f" (below {100 * _EXACT:g} %)" if np.isnan(values).all() else "")
         colour, marker = _STAGE_STYLE[stage]
         axes.plot(every, values, color=colour, marker=marker, label=label)
-    _mark_groups(axes, report["groups"])
+    if report["compression"]["method"] == "fips":
+        _mark_groups(axes, report["groups"])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     _few_log_labels(axes)
@@ -153,21 +164,25 @@ def reconstruction_figure(report: Report) -> Figure:
     axes.set_xlabel("block")
     axes.set_ylabel("squared error / mean square of\nthe dense MLP's output")
     axes.grid(axis="y")
-    figure.legend(loc="outside upper left", ncols=4, handlelength=1.8, columnspacing=1.8)
+    figure.legend(loc="outside upper left", ncols=5, handlelength=1.8, columnspacing=1.8)
     return figure
 
 
 @_styled
 def spectrum_figure(report: Report) -> Figure:
-    """Singular values of every group relative to its largest, log axis, the rank marked; one panel a group."""
+    """Singular values of every group relative to its largest, log axis, the rank marked; one panel a group.
+
+    For method fips: without a factorization there is no spectrum.
+    """
     groups = report["groups"]
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(_WIDTH, 0.5 + 2.2 * lines), layout=ConstrainedLayoutEngine(wspace=0.04))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    last = max(max(group["rank"], len(group["singular_values"])) for group in groups)
-    for axes, group in zip(panels.flat, groups, strict=False):
-        _spectrum(axes, group, last)
+    ranks = [group["rank"] or 0 for group in groups]
+    last = max(*ranks, *(len(group["singular_values"]) for group in groups))
+    for axes, group, rank in zip(panels.flat, groups, ranks, strict=False):
+        _spectrum(axes, group, rank, last)
     for axes in panels.flat[len(groups) :]:
         axes.set_visible(False)
     for index, axes in enumerate(panels.flat[: len(groups)]):
@@ -185,7 +200,7 @@ def spectrum_figure(report: Report) -> Figure:
 def bytes_figure(report: Report) -> Figure:
     """The dense float16 model and the artefact as stacked bars, then every part of the artefact on its own."""
     sizes = report["bytes"]
-    parts = sorted(sizes["by_part"].items(), key=lambda part: (-part[1], part[0]))
+    parts = parts_of(report)
     dense_mlp = sizes["mlp_dense_float16"]
     by_colour = dict.fromkeys(_PART_KINDS, 0)
     for name, size in parts:
@@ -238,11 +253,28 @@ def to_svg(figure: Figure, name: str) -> str:
     return text
 
 
-def _padded(low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
-    """Limits around all values, at least a point of accuracy wide."""
+def _padded(low: np.ndarray, high: np.ndarray, least: float) -> tuple[float, float]:
+    """Limits around all values, with a margin of at least ``least``."""
     first, last = float(low.min()), float(high.max())
-    margin = max(0.06 * (last - first), 0.005)
+    margin = max(0.06 * (last - first), least)
     return first - margin, last + margin
+
+
+def _perplexity_axis(axes: Axes, values: np.ndarray, errors: np.ndarray) -> None:
+    """Linear while the largest perplexity is less than three times the smallest, else logarithmic."""
+    low, high = np.maximum(values - errors, 0.5 * values), values + errors
+    span = float(high.max() / low.min())
+    if span < 3:
+        axes.set_xlim(*_padded(low, high, 0.005 * float(values[0])))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:
+        axes.set_xscale("log")
+        first, last = _padded(np.log(low), np.log(high), 0.0)
+        axes.set_xlim(np.exp(first), np.exp(last))
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 3.0) if span < 100 else (1.0,)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=subs, numticks=6))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value, exponents=span >= 100)))
 
 
 def _column(axes: Axes, rows: np.ndarray, texts: Sequence[str]) -> None:
@@ -280,12 +312,11 @@ def _mark_groups(axes: Axes, groups: Sequence[Group]) -> None:
             axes.text((first + last) / 2, 1.01, name, transform=top, ha="center", va="bottom", color=MUTED, fontsize=8)
 
 
-def _spectrum(axes: Axes, group: Group, last: int) -> None:
+def _spectrum(axes: Axes, group: Group, rank: int, last: int) -> None:
     values = np.array(group["singular_values"], dtype=np.float64)
     relative = values / values.max()
     # Rounding noise of a matrix without full rank would stretch the axis over ten empty decades.
     relative[relative < _EXACT] = np.nan
-    rank = group["rank"]
     axes.plot(np.arange(1, len(values) + 1), relative, color=FITTED)
     if rank > len(values):
         axes.axvspan(len(values), rank, color=BAND, linewidth=0, zorder=0)
@@ -311,4 +342,4 @@ def _spectrum(axes: Axes, group: Group, last: int) -> None:
 
 
 def _part_colour(name: str) -> str:
-    return FITTED if name in MLP_PARTS else REST if name == REST_PART else PACKAGING
+    return FITTED if name in MLP_PARTS else PACKAGING if name in PACKAGING_PARTS else REST

@@ -16,6 +16,7 @@ from pipeline.report.sections import (
     key_figures,
     recipe_text,
     sections,
+    subtitle,
     verdict,
     verdict_detail,
     warning_lines,
@@ -55,7 +56,8 @@ def render_markdown(report: Report) -> str:
 
 
 def render_html(report: Report) -> str:
-    plots = {name: Markup(to_svg(draw(report), name)) for name, draw in _FIGURES.items()}
+    wanted = [section.plot for section in sections(report) if section.plot is not None]
+    plots = {name: Markup(to_svg(_FIGURES[name](report), name)) for name in wanted}
     return _render("report.html.j2", report, plots=plots, plot_colours=COLOURS)
 
 
@@ -72,7 +74,7 @@ def _render(template: str, report: Report, **more: object) -> str:
     environment.filters["nobreak"] = _keep_units
     return environment.get_template(template).render(
         name=report["recipe"]["name"],
-        model=report["model"],
+        subtitle=subtitle(report),
         verdict=verdict(report),
         detail=verdict_detail(report),
         figures=key_figures(report),
@@ -90,4 +92,4 @@ def _escape_markdown(text: str) -> str:
 
 def _keep_units(text: str) -> str:
     """``text`` with no line break between a number and its unit."""
-    return re.sub(r"(?<=\d) (?=(?:%|[kMG]?B|points|nats)(?!\w))", "\N{NO-BREAK SPACE}", text)
+    return re.sub(r"(?<=\d) (?=(?:%|[kMG]?B|points|nats|tokens/s)(?!\w))", "\N{NO-BREAK SPACE}", text)

@@ -6,26 +6,41 @@ from typing import Literal
 
 import yaml
 
-from pipeline.report.schema import Report, Stage, stages_of, trained_stages_of
+from pipeline.report.measures import Measure, measure_of
+from pipeline.report.schema import (
+    FACTOR_STAGES,
+    DivergenceKey,
+    ImageSpeed,
+    Report,
+    Stage,
+    TokenSpeed,
+    stages_of,
+    trained_stages_of,
+)
 from pipeline.report.units import (
-    accuracy_decimals,
     format_bytes,
     format_error,
     format_percent,
-    format_points,
+    format_rate,
     format_seconds,
 )
 
 Plot = Literal["stages", "bytes", "spectrum", "reconstruction"]
 
-STAGE_NAMES: dict[Stage, str] = {
+_STAGE_NAMES: dict[Stage, str] = {
     "dense": "dense",
     "factorized": "factorized",
     "fitted": "fitted",
     "finetuned": "finetuned",
+    "rounded": "rounded",
     "qat": "quantized (QAT)",
     "onnx_native": "ONNX, native kernels",
     "onnx_portable": "ONNX, portable functions",
+}
+_START_NAMES = {"nearest": "nearest", "gptq": "GPTQ"}
+_METHOD_NAMES = {
+    "fips": "FiPS (shared bases and projections)",
+    "dense": "dense MLPs (quantized without factorization)",
 }
 
 
@@ -61,45 +76,65 @@ class KeyFigure:
     context: str
 
 
-def verdict(report: Report) -> str:
-    """The run in one line: share of the dense float16 model's bytes, accuracy before and after."""
-    sizes, quality = report["bytes"], report["quality"]
-    decimals = accuracy_decimals(quality["samples"])
-    share = format_percent(sizes["artifact"] / sizes["dense_float16"], 0)
-    before = format_percent(quality["dense"], decimals)
-    after = format_percent(quality["onnx_native"], decimals)
-    return f"{share} of the float16 bytes, accuracy {before} → {after}"
+def stage_name(report: Report, stage: Stage) -> str:
+    """What a stage is called; codes before training by how they were found."""
+    name = _STAGE_NAMES[stage]
+    return f"{name} ({_START_NAMES[report['compression']['start']]})" if stage == "rounded" else name
 
 
-def verdict_detail(report: Report) -> str:
-    """The verdict's difference in points beside the standard error it was measured with."""
-    quality = report["quality"]
-    decimals = accuracy_decimals(quality["samples"])
-    change, error = quality["onnx_native"] - quality["dense"], quality["standard_error"]["onnx_native"]
-    within = "within one standard error" if abs(change) <= error else "more than one standard error"
-    points = format_points(change, decimals)
+def subtitle(report: Report) -> str:
+    """The method and the model in one line."""
+    compression, model = report["compression"], report["model"]
+    bits = {int(bits) for group in report["groups"] for bits in (*group["basis_bits"], *group["projection_bits"])}
+    width = f"{min(bits)}-bit" if len(bits) == 1 else f"{min(bits)}- to {max(bits)}-bit"
     return (
-        f"Measured on the artefact itself with {quality['samples']:,} test samples: {points} points against the dense "
-        f"model, {within} (±{100 * error:.{decimals}f} points)."
+        f"{_METHOD_NAMES[compression['method']]}, {width} codes, {_START_NAMES[compression['start']]} start · "
+        f"{model['model_type']}, {model['parameters']:,} parameters, {model['source']}"
     )
 
 
+def verdict(report: Report) -> str:
+    """The run in one line: share of the dense float16 model's bytes, quality before and after."""
+    sizes, measure = report["bytes"], measure_of(report)
+    share = format_percent(sizes["artifact"] / sizes["dense_float16"], 0)
+    return f"{share} of the float16 bytes, {measure.name} {measure.value('dense')} → {measure.value('onnx_native')}"
+
+
+def verdict_detail(report: Report) -> str:
+    """The verdict's difference beside the standard error it was measured with."""
+    measure = measure_of(report)
+    return f"Measured on the artefact itself with {measure.extent}: {measure.against_dense('onnx_native')}."
+
+
 def key_figures(report: Report) -> list[KeyFigure]:
-    sizes, quality, bits = report["bytes"], report["quality"], report["bits_per_weight"]
-    decimals = accuracy_decimals(quality["samples"])
-    error = 100 * quality["standard_error"]["onnx_native"]
+    sizes, bits, measure = report["bytes"], report["bits_per_weight"], measure_of(report)
     return [
         KeyFigure(
             "Artefact", format_bytes(sizes["artifact"]), f"dense float16: {format_bytes(sizes['dense_float16'])}"
         ),
-        KeyFigure(
-            "Accuracy",
-            format_percent(quality["onnx_native"], decimals),
-            f"±{error:.{decimals}f} points; dense: {format_percent(quality['dense'], decimals)}",
-        ),
+        KeyFigure(measure.name.capitalize(), measure.value("onnx_native"), measure.context("onnx_native")),
         KeyFigure("Stored bits per MLP weight", f"{bits['stored']:.2f}", f"paper bits: {bits['paper']:.2f}"),
-        KeyFigure("Speed", f"{report['speed']['rows'][0]['ratio_to_float32']:.2f} ×", "of dense float32"),
+        _speed_figure(report),
+        KeyFigure("Cost of the run", format_seconds(sum(report["seconds"].values())), _resources(report)),
     ]
+
+
+def _speed_figure(report: Report) -> KeyFigure:
+    speed = report["speed"]
+    if speed["unit"] == "images/s":
+        return KeyFigure("Speed", f"{speed['rows'][0]['ratio_to_float32']:.2f} ×", "of dense float32")
+    row = speed["rows"][0]
+    beside = f"{row['decode_ratio_to_int4']:.2f} × {_INT4}; " if "decode_ratio_to_int4" in row else ""
+    return KeyFigure(
+        "Decoding",
+        f"{format_rate(row['decode_tokens_per_second'])} tokens/s",
+        f"{beside}prefill {format_rate(row['prefill_tokens_per_second'])} tokens/s",
+    )
+
+
+def _resources(report: Report) -> str:
+    peak = format_bytes(report["memory"]["pipeline_peak_rss_bytes"])
+    return f"{peak} memory, {format_bytes(report['disk_bytes'])} disk"
 
 
 def sections(report: Report) -> list[Section]:
@@ -111,7 +146,8 @@ def sections(report: Report) -> list[Section]:
         _reconstruction(report),
         _parity(report),
         _speed(report),
-        _run(report),
+        _cost(report),
+        _origin(report),
     ]
 
 
@@ -135,56 +171,69 @@ def warning_lines(report: Report) -> list[str]:
 
 
 def _quality(report: Report) -> Section:
-    quality, sizes = report["quality"], report["stage_bytes"]
-    decimals = accuracy_decimals(quality["samples"])
+    sizes, measure = report["stage_bytes"], measure_of(report)
     stages = stages_of(report)
-    rows = []
-    for stage in stages:
-        before = _stage_before(stage, stages)
-        rows.append(
-            (
-                STAGE_NAMES[stage],
-                format_percent(quality[stage], decimals),
-                f"±{100 * quality['standard_error'][stage]:.{decimals}f}",
-                "–" if before is None else format_points(quality[stage] - quality[before], decimals),
-                "–" if before is None else format_points(quality[stage] - quality["dense"], decimals),
-                format_bytes(sizes[stage]),
-                format_percent(sizes[stage] / sizes["dense"]),
-            )
+    rows = [
+        (
+            stage_name(report, stage),
+            *measure.cells(stage, _stage_before(stage, stages)),
+            format_bytes(sizes[stage]),
+            format_percent(sizes[stage] / sizes["dense"]),
         )
-    trained = stages[stages.index("qat") - 1]
-    factors = format_points(quality[trained] - quality["dense"], decimals)
-    quantization = format_points(quality["qat"] - quality[trained], decimals)
-    export = format_points(quality["onnx_native"] - quality["qat"], decimals)
+        for stage in stages
+    ]
+    notes = [
+        f"{measure.note} {_both_forms(stages)}Before quantization, bytes are counted as stored in float16; from then "
+        "on the rest of the model, too, is as it is stored."
+    ]
+    tables = [Table(("stage", *measure.header, "whole model", "of dense"), tuple(rows))]
     divergence = report["divergence"]
-    header = (
-        "stage",
-        "accuracy",
-        "standard error (points)",
-        "change from the stage before (points)",
-        "change from dense (points)",
-        "whole model",
-        "of dense",
-    )
-    return Section(
-        "Accuracy and bytes per stage",
-        (
-            f"Where the accuracy went: sharing and sparsity {factors} points, quantization {quantization} points, "
-            f"export {export} points.",
-        ),
-        (Table(header, tuple(rows)),),
-        (
-            f"Top-1 accuracy on the same {quality['samples']:,} test samples at every stage. The standard error is "
-            "that of one accuracy; both ONNX rows are compared with the quantized model. Stages before quantization "
-            "are counted as stored in float16.",
-            "Against the dense model the artefact gives the same top label for "
-            f"{format_percent(divergence['same_top1'])} of the samples; KL divergence "
+    same = format_percent(divergence["same_top1"])
+    if measure.name == "perplexity":
+        header = ("KL divergence from the dense model", *_DIVERGENCES.values())
+        tables.append(Table(header, (("nats per token", *(format_error(divergence[key]) for key in _DIVERGENCES)),)))
+        notes.append(f"The artefact and the dense model have the same most likely next token for {same} of the tokens.")
+    else:
+        notes.append(
+            f"Against the dense model the artefact gives the same top label for {same} of the samples; KL divergence "
             f"{format_error(divergence['kl_mean'])} nats on average, {format_error(divergence['kl_p99'])} nats at the "
-            "99th percentile.",
-        ),
+            "99th percentile."
+        )
+    return Section(
+        f"{measure.name.capitalize()} and bytes per stage",
+        (_where_it_went(measure, stages),),
+        tuple(tables),
+        tuple(notes),
         "stages",
-        "Accuracy with its standard error and bytes of the whole model, per stage",
+        f"{measure.name.capitalize()} with its standard error and bytes of the whole model, per stage",
     )
+
+
+_DIVERGENCES: dict[DivergenceKey, str] = {
+    "kl_mean": "mean",
+    "kl_median": "median",
+    "kl_p90": "90 %",
+    "kl_p99": "99 %",
+    "kl_p999": "99.9 %",
+    "kl_max": "largest",
+}
+
+
+def _where_it_went(measure: Measure, stages: list[Stage]) -> str:
+    """What factorization, quantization and export each changed."""
+    unquantized = [stage for stage in stages if stage in ("dense", *FACTOR_STAGES)][-1]
+    quantization = measure.change("qat", unquantized)
+    if "rounded" in stages:
+        start, training = measure.change("rounded", unquantized), measure.change("qat", "rounded")
+        quantization += f" (codes before training {start}, training {training})"
+    steps = [f"quantization {quantization}", f"export {measure.change('onnx_native', 'qat')}"]
+    if unquantized != "dense":
+        steps.insert(0, f"sharing and sparsity {measure.change(unquantized, 'dense')}")
+    return f"Where the {measure.name} went: {', '.join(steps)}."
+
+
+def _both_forms(stages: list[Stage]) -> str:
+    return "Both ONNX rows are compared with the quantized model. " if "onnx_portable" in stages else ""
 
 
 def _stage_before(stage: Stage, stages: list[Stage]) -> Stage | None:
@@ -198,7 +247,8 @@ def _stage_before(stage: Stage, stages: list[Stage]) -> Stage | None:
 def _size(report: Report) -> Section:
     sizes, bits = report["bytes"], report["bits_per_weight"]
     total = sizes["artifact"]
-    parts = sorted(sizes["by_part"].items(), key=lambda part: (-part[1], part[0]))
+    factorized = report["compression"]["method"] == "fips"
+    parts = parts_of(report)
     rows = [(name, format_bytes(size), format_percent(size / total)) for name, size in (*parts, ("artefact", total))]
     mlp_share = format_percent(sizes["mlp_stored"] / sizes["mlp_dense_float16"])
     return Section(
@@ -214,14 +264,19 @@ def _size(report: Report) -> Section:
                 (
                     (
                         "paper bits",
-                        "Values only, as the paper counts: the codes of the shared bases and of the kept entries of "
-                        "the projections; neither scales nor which entries are kept.",
+                        "Values only, as the paper counts: "
+                        + (
+                            "the codes of the shared bases and of the kept entries of the projections; neither scales "
+                            "nor which entries are kept."
+                            if factorized
+                            else "the codes, without their scales."
+                        ),
                         f"{bits['paper']:.2f}",
                     ),
                     (
                         "stored bits",
-                        "Every byte the file spends on these weights: codes, scales, sparsity patterns and the shared "
-                        "bases.",
+                        "Every byte the file spends on these weights: codes"
+                        + (", scales, sparsity patterns and the shared bases." if factorized else " and scales."),
                         f"{bits['stored']:.2f}",
                     ),
                 ),
@@ -235,7 +290,15 @@ def _size(report: Report) -> Section:
     )
 
 
+def parts_of(report: Report) -> list[tuple[str, int]]:
+    """The parts of the artefact that it has, largest first."""
+    parts = [(name, size) for name, size in report["bytes"]["by_part"].items() if size]
+    return sorted(parts, key=lambda part: (-part[1], part[0]))
+
+
 def _groups(report: Report) -> Section:
+    if report["compression"]["method"] == "dense":
+        return _quantized_blocks(report)
     rows = [
         (
             group["name"],
@@ -245,10 +308,11 @@ def _groups(report: Report) -> Section:
             group["pattern"],
             f"{group['width']:,}",
             f"{group['columns']:,}",
-            f"{group['rank']:,}",
-            f"{group['rank'] / group['width']:.2f}",
+            f"{rank:,}",
+            f"{rank / group['width']:.2f}",
         )
         for group in report["groups"]
+        if (rank := group["rank"]) is not None
     ]
     header = (
         "group",
@@ -262,8 +326,7 @@ def _groups(report: Report) -> Section:
         "rank / width",
     )
     notes = ["Bits × entries of the rank axis. Where the rank exceeds the width the basis is overcomplete (shaded)."]
-    if report["dense_blocks"]:
-        notes.append(f"Left dense: {name_blocks(report['dense_blocks'])}.")
+    notes += _left_dense(report)
     return Section(
         "Groups and their spectra",
         (
@@ -275,6 +338,29 @@ def _groups(report: Report) -> Section:
         "spectrum",
         "Singular values of every group, its rank marked",
     )
+
+
+def _quantized_blocks(report: Report) -> Section:
+    """Of method dense, with the blocks that are alike in one row."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for group in report["groups"]:
+        cells = (", ".join(group["projection_bits"]), f"{group['width']:,}", f"{group['columns']:,}")
+        alike.setdefault(cells, []).extend(group["blocks"])
+    return Section(
+        "Quantized MLPs",
+        ("No factorization: every MLP matrix of a block is quantized as it is.",),
+        (
+            Table(
+                ("blocks", "bits", "width", "columns"),
+                tuple((format_blocks(blocks), *cells) for cells, blocks in alike.items()),
+            ),
+        ),
+        ("Columns: those of all MLP matrices of a block together.", *_left_dense(report)),
+    )
+
+
+def _left_dense(report: Report) -> list[str]:
+    return [f"Left dense: {name_blocks(report['dense_blocks'])}."] if report["dense_blocks"] else []
 
 
 def _reconstruction(report: Report) -> Section:
@@ -290,7 +376,7 @@ def _reconstruction(report: Report) -> Section:
             "Squared error of each compressed MLP's output on calibration data, relative to the mean square of the "
             "dense output: 100 % is as bad as an output of zeros.",
         ),
-        (Table(("block", *(STAGE_NAMES[stage] for stage in stages)), tuple(rows), total=True),),
+        (Table(("block", *(stage_name(report, stage) for stage in stages)), tuple(rows), total=True),),
         plot="reconstruction",
         plot_description="Relative reconstruction error per block, one line per stage, logarithmic axis",
     )
@@ -312,11 +398,12 @@ def _parity(report: Report) -> Section:
         agreement = "no" if name in failures else "yes"
         rows.append((name, agreement, format_error(difference["max_abs"]), format_error(difference["relative"])))
     same = "All" if parity["same_predictions"] else "Not all"
+    predictions = "predictions" if report["quality"]["metric"] == "accuracy" else "most likely next tokens"
     return Section(
         "Parity",
         (
             f"The same model run three ways. Allowed difference: {format_error(parity['tolerance'])} of the largest "
-            f"logit. {same} predictions are the same with and without the native library.",
+            f"logit. {same} {predictions} are the same with and without the native library.",
         ),
         (
             Table(
@@ -333,49 +420,109 @@ def _parity_failures(report: Report) -> list[str]:
     return [name for key, name in _COMPARISONS.items() if parity[key]["relative"] > parity["tolerance"]]  # type: ignore[literal-required]
 
 
+_INT4 = "onnxruntime-genai int4"
+
+
 def _speed(report: Report) -> Section:
     speed, memory = report["speed"], report["memory"]
-    rows = [
-        (row["backend"], f"{row['images_per_second']:,.0f}", f"{row['ratio_to_float32']:.2f} ×")
-        for row in speed["rows"]
-    ]
+    load, comparison, table = _image_speed(speed) if speed["unit"] == "images/s" else _token_speed(speed)
+    threads = _count(speed["threads"], "thread")
+    if resident := memory.get("load_rss_by_backend"):
+        cells = (format_bytes(resident[name]) if (name := row[0]) in resident else "–" for row in table.rows)
+        rows = tuple((*row, cell) for row, cell in zip(table.rows, cells, strict=True))
+        table = Table((*table.header, "memory after loading"), rows)
     return Section(
         "Speed and memory",
+        (f"{load}, {threads}, on {report['hardware']['cpu']}.{comparison}",),
         (
-            f"Batches of {speed['batch']}, {_count(speed['threads'], 'thread')}, on {report['hardware']['cpu']}. "
-            "A ratio below 1 is slower than the dense float32 model.",
-        ),
-        (
-            Table(("backend", speed["unit"], "of dense float32"), tuple(rows)),
+            table,
             Table(
                 ("resident memory", "size"),
                 (
                     ("after loading the artefact", format_bytes(memory["load_rss_bytes"])),
                     ("peak while running the artefact", format_bytes(memory["peak_rss_bytes"])),
-                    ("peak of the compression run", format_bytes(memory["pipeline_peak_rss_bytes"])),
                 ),
             ),
         ),
     )
 
 
-def _run(report: Report) -> Section:
-    model, data, hardware = report["model"], report["data"], report["hardware"]
+def _image_speed(speed: ImageSpeed) -> tuple[str, str, Table]:
+    """What was run, what it is compared with, and the table."""
+    rows = [
+        (row["backend"], f"{row['images_per_second']:,.0f}", f"{row['ratio_to_float32']:.2f} ×")
+        for row in speed["rows"]
+    ]
+    comparison = " A ratio below 1 is slower than the dense float32 model."
+    table = Table(("backend", speed["unit"], "of dense float32"), tuple(rows))
+    return f"Batches of {speed['batch']}", comparison, table
+
+
+def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
+    """As :func:`_image_speed`; compared with nothing where int4 was not measured."""
+    load = f"A prompt of {speed['prompt_tokens']:,} tokens, then {speed['generated_tokens']:,} generated"
+    rates = [
+        (row["backend"], format_rate(row["prefill_tokens_per_second"]), format_rate(row["decode_tokens_per_second"]))
+        for row in speed["rows"]
+    ]
+    if any("decode_ratio_to_int4" not in row for row in speed["rows"]):
+        return load, "", Table(("backend", "prefill, tokens/s", "decode, tokens/s"), tuple(rates))
+    rows = [
+        (name, prefill, f"{row['prefill_ratio_to_int4']:.2f} ×", decode, f"{row['decode_ratio_to_int4']:.2f} ×")
+        for (name, prefill, decode), row in zip(rates, speed["rows"], strict=True)
+    ]
+    comparison = f" A ratio below 1 is slower than the same model exported by the builder of {_INT4}."
+    table = Table(("backend", "prefill, tokens/s", "of int4", "decode, tokens/s", "of int4"), tuple(rows))
+    return load, comparison, table
+
+
+def _cost(report: Report) -> Section:
     reused = set(report["reused_stages"])
     seconds = [
         (stage, "earlier run" if stage in reused else "this run", format_seconds(value))
         for stage, value in report["seconds"].items()
     ]
-    seconds.append(("sum", "", format_seconds(sum(report["seconds"].values()))))
-    origin = (
-        ("model", f"{model['name']} ({model['model_type']}), {model['source']}"),
-        ("parameters", f"{model['parameters']:,}, of them {model['mlp_parameters']:,} in MLPs"),
-        ("data", data["source"]),
+    total = format_seconds(sum(report["seconds"].values()))
+    seconds.append(("sum", "", total))
+    notes = ["Time and disk include the stages of earlier runs, the peak of memory does not."] if reused else []
+    return Section(
+        "Cost of the run",
+        (),
         (
+            Table(
+                ("cost", "amount"),
+                (
+                    ("time", total),
+                    ("peak of resident memory", format_bytes(report["memory"]["pipeline_peak_rss_bytes"])),
+                    ("disk, the work folder", format_bytes(report["disk_bytes"])),
+                ),
+            ),
+            Table(("stage", "computed in", "time"), tuple(seconds), 2, total=True),
+        ),
+        tuple(notes),
+    )
+
+
+def _origin(report: Report) -> Section:
+    model, data, hardware = report["model"], report["data"], report["hardware"]
+    if "context" in data:
+        samples = (
+            f"windows of {data['context']:,} tokens",
+            f"{data['train_samples']:,} to train ({data['train_tokens']:,} tokens), {data['calibration_samples']:,} to "
+            f"calibrate ({data['calibration_tokens']:,}), {data['test_samples']:,} to test ({data['test_tokens']:,})",
+        )
+    else:
+        samples = (
             "samples",
             f"{data['train_samples']:,} to train, {data['calibration_samples']:,} to calibrate, "
             f"{data['test_samples']:,} to test",
-        ),
+        )
+    origin = (
+        ("model", f"{model['name']} ({model['model_type']}), {model['source']}"),
+        ("parameters", f"{model['parameters']:,}, of them {model['mlp_parameters']:,} in MLPs"),
+        ("method", _METHOD_NAMES[report["compression"]["method"]]),
+        ("data", data["source"]),
+        samples,
         ("hash of the data", data["hash"]),
         (
             "machine",
@@ -383,11 +530,7 @@ def _run(report: Report) -> Section:
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
     )
-    return Section(
-        "The run",
-        (),
-        (Table(("stage", "computed in", "time"), tuple(seconds), 2, total=True), Table(("origin", ""), origin, 2)),
-    )
+    return Section("Origin", (), (Table(("origin", ""), origin, 2),))
 
 
 # --- text ------------------------------------------------------------------------------------------------------
