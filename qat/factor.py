@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fips_ort.layout import DENSE, Layout
 from fips_ort.packed import PackedWeight, dequantize, pack
 from qat.fake_quantize import FakeQuantizer, search_scales
+from qat.gptq import gptq
 
 
 class Factor(nn.Module):
@@ -60,14 +61,28 @@ class Factor(nn.Module):
             if self.mask is not None:
                 self.mask.copy_(self.mask.index_select(axis, entries))
 
-    def prepare(self, layout: Layout, *, learned_scales: bool) -> None:
-        """Start fake quantization in ``layout``, with scales searched for the current values."""
+    def prepare(self, layout: Layout, *, learned_scales: bool, moment: Tensor | None = None) -> None:
+        """Start fake quantization in ``layout``, with scales searched for the current values.
+
+        Given the second ``moment`` [columns, columns] of what the matrix is multiplied with (over its columns), the
+        values themselves start from the levels that :func:`qat.gptq.gptq` finds, else from where they are.
+        """
         if (layout.pattern == DENSE) != (self.mask is None):
             raise ValueError(f"pattern {layout.pattern} does not go with {'no' if self.mask is None else 'a'} mask")
         with torch.no_grad():
             matrix = self.weight * self.gain
-            scales = search_scales(matrix, self.mask, layout)
+            if moment is None:
+                scales = search_scales(matrix, self.mask, layout)
+            else:
+                values, scales = gptq(matrix if self.mask is None else matrix * self.mask, moment, layout, self.mask)
+                self.weight.copy_(values / self.gain)
         self.quantizer = FakeQuantizer(layout, scales, learned_scales=learned_scales)
+        if moment is not None and not torch.equal(self(), values):
+            raise AssertionError("fake quantization does not reproduce the levels it starts from")
+
+    def prepare_to_load(self, layout: Layout, *, learned_scales: bool) -> None:
+        """Like :meth:`prepare`, for a state that is loaded next: nothing is searched."""
+        self.quantizer = FakeQuantizer(layout, torch.ones(layout.scales_shape), learned_scales=learned_scales)
 
     def freeze(self) -> PackedWeight:
         """Integer codes that stand for exactly the values of ``forward()``.

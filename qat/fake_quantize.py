@@ -25,7 +25,8 @@ _DTYPES: dict[int, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits i
 SMALLEST_SCALE = 2.0**-20
 """Scales are kept at or above this; below it, float16 has too few bits left to say what a scale is."""
 
-_CLIP_RATIOS = np.linspace(0.3, 1.0, 15)
+CLIP_RATIOS = np.linspace(0.3, 1.0, 15)
+"""Fractions of a block's largest magnitude among which its clipping range is searched."""
 
 
 class FakeQuantizer(nn.Module):
@@ -104,7 +105,7 @@ def search_scales(weight: Tensor, mask: Tensor | None, layout: Layout) -> Tensor
         half_range[rows, block] = (2**bits - 1) / 2
     best_scale = (largest / half_range).clamp(min=SMALLEST_SCALE)
     best_error = torch.full(layout.scales_shape, torch.inf)
-    for ratio in _CLIP_RATIOS:
+    for ratio in CLIP_RATIOS:
         scale = (largest / half_range * float(ratio)).clamp(min=SMALLEST_SCALE)
         quantizer = FakeQuantizer(layout, scale, learned_scales=False)
         with torch.no_grad():

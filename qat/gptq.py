@@ -1,0 +1,159 @@
+"""Starting codes that keep a linear layer's outputs, not its weights: GPTQ (Frantar et al. 2022, arXiv 2210.17323).
+
+For ``y = x Wᵀ`` with second moment ``H = E[xᵀx]``, the error of a row w rounded to q is ``(w-q) H (w-q)ᵀ``. GPTQ
+rounds one column after another and lets the later ones make up for what the earlier ones lost. We compute it
+without the inverse of H, in the form that QuIP (arXiv 2307.13304, section 4.2) proves equal: with ``H = R D Rᵀ``, R
+unit upper triangular, the error is ``Σ_j D_j (w_j + Σ_{k<j} (w_k - q_k) R_kj - q_j)²``, so column j is best
+rounded from the value in front of ``- q_j``. What we do differently:
+
+- The scale of a block is searched when the block's turn comes, for the values it then has, its columns weighted by
+  their D.
+- Blocks go in the order of falling second moment, and so do the columns within one: the later a column, the less is
+  left that could make up for it.
+- Afterwards every entry in turn is moved to the level that is best given all others (coordinate descent, as in
+  CDQuant, arXiv 2406.17542), which GPTQ's single pass cannot do.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fips_ort.layout import Layout
+from qat.fake_quantize import CLIP_RATIOS, SMALLEST_SCALE
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, moment: Tensor, layout: Layout, mask: Tensor | None = None, *, damping: float = 0.01,
+    sweeps: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """Levels for ``weight`` that minimise the error of its products with inputs of second moment ``moment``.
+
+    ``weight`` float32 [rows, columns], contracted over the columns; ``moment`` [columns, columns], symmetric and
+    non-negative, to whose diagonal ``damping`` of its mean is added; ``mask`` bool [rows, columns]: entries that stay
+    zero, whatever ``weight`` has there. Returns (values float32 [rows, columns], scales float32 [rows, blocks]); the
+    scales are exactly float16 values and every kept value is exactly a level of its scale. Raises ValueError for
+    unfitting shapes or an indefinite or non-finite moment.
+    """
+    shape = (layout.rows, layout.columns)
+    if weight.shape != shape or moment.shape != (layout.columns, layout.columns):
+        raise ValueError(f"weight {tuple(weight.shape)} and moment {tuple(moment.shape)} do not fit layout {shape}")
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit layout {shape}")
+    H = moment.double()
+    # With no inputs at all, every column counts the same.
+    H = H + torch.eye(layout.columns, dtype=H.dtype) * (damping * H.diagonal().mean() or 1.0)
+    kept = torch.ones(shape) if mask is None else mask.float()
+    levels = _Levels(layout)
+    order = _order(H.diagonal(), layout.block_size)
+    unit, importance = _factorize(H[order][:, order])
+    values, scales = _round_in_order(
+        weight.float()[:, order], unit.float(), importance.float(), kept[:, order], levels, order
+    )
+    values = torch.empty_like(values).index_copy_(1, order, values)
+    if sweeps:
+        values = _descend(values, weight.float(), H.float(), scales, kept, levels, sweeps)
+    return values, scales
+
+
+class _Levels:
+    """Levels of each block of a layout: ``half`` float32 [rows, blocks] is half their number."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.block_size = layout.block_size
+        self.offset = 0.5 * layout.midrise
+        self.half = torch.empty(layout.scales_shape)
+        for bits, rows, columns in layout.submatrices():
+            self.half[rows, columns.start // self.block_size : columns.stop // self.block_size] = 2.0 ** (bits - 1)
+
+    def nearest(self, values: Tensor, scale: Tensor, half: Tensor) -> Tensor:
+        """The levels nearest to ``values``; the three tensors are broadcast."""
+        levels = torch.round(values / scale - self.offset)
+        return (torch.minimum(torch.maximum(levels, -half), half - 1) + self.offset) * scale
+
+    def search(self, values: Tensor, importance: Tensor, kept: Tensor, block: int) -> Tensor:
+        """Scales float32 [rows] of one block with the smallest error Σ importance · (value - level)².
+
+        ``values`` float32 [rows, block_size]; ``importance`` [block_size]; the range is searched among the fractions
+        of the largest magnitude that :func:`qat.fake_quantize.search_scales` knows.
+        """
+        values = values * kept
+        half = self.half[:, block : block + 1]
+        widest = values.abs().amax(dim=1, keepdim=True) / (half - 0.5)
+        best_scale = _storable(widest)
+        best_error = torch.full_like(best_scale, torch.inf)
+        for ratio in CLIP_RATIOS:
+            scale = _storable(widest * float(ratio))
+            error = (self.nearest(values, scale, half) - values).square() * kept
+            error = (error @ importance)[:, None]
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+        return best_scale[:, 0]
+
+
+def _storable(scale: Tensor) -> Tensor:
+    return scale.clamp(min=SMALLEST_SCALE, max=float(np.finfo(np.float16).max)).half().float()
+
+
+def _order(diagonal: Tensor, block_size: int) -> Tensor:
+    """Columns block by block, the blocks and the columns within each in the order of falling ``diagonal``."""
+    blocks = diagonal.reshape(-1, block_size)
+    first = torch.arange(blocks.shape[0])[:, None] * block_size
+    columns = first + torch.argsort(blocks, dim=1, descending=True, stable=True)
+    return columns[torch.argsort(blocks.mean(dim=1), descending=True, stable=True)].reshape(-1)
+
+
+def _factorize(H: Tensor) -> tuple[Tensor, Tensor]:
+    """(R unit upper triangular, D [n]) with ``H = R diag(D) Rᵀ``: a Cholesky factorization from the last column."""
+    lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if failed or not torch.isfinite(lower).all():
+        raise ValueError("the second moment is not positive definite; are there NaN or infinite activations?")
+    root = lower.flip(0, 1)
+    return root / root.diagonal(), root.diagonal().square()
+
+
+def _round_in_order(
+    weight: Tensor, unit: Tensor, importance: Tensor, kept: Tensor, levels: _Levels, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of ``weight`` from left to right; ``order`` says where in the layout they are.
+
+    Returns (values in the given order, scales in the layout's).
+    """
+    size = levels.block_size
+    values, errors = torch.empty_like(weight), torch.zeros_like(weight)
+    scales = torch.empty_like(levels.half)
+    for start in range(0, weight.shape[1], size):
+        part = slice(start, start + size)
+        block = int(order[start]) // size
+        targets = weight[:, part] + errors[:, :start] @ unit[:start, part]
+        scales[:, block] = scale = levels.search(targets, importance[part], kept[:, part], block)
+        half = levels.half[:, block]
+        for column in range(start, start + size):
+            # Errors within the block, of the columns before this one; those behind are still zero.
+            target = targets[:, column - start] + errors[:, part] @ unit[part, column]
+            values[:, column] = levels.nearest(target, scale, half) * kept[:, column]
+            errors[:, column] = weight[:, column] - values[:, column]
+    return values, scales
+
+
+def _descend(
+    values: Tensor, weight: Tensor, H: Tensor, scales: Tensor, kept: Tensor, levels: _Levels, sweeps: int
+) -> Tensor:
+    """Move each entry in turn to its best level given all others, ``sweeps`` times over; the error never grows."""
+    size = levels.block_size
+    values = values.clone()
+    gradient = (values - weight) @ H  # half of it: of the error with respect to the values
+    for _ in range(sweeps):
+        for block in range(scales.shape[1]):
+            part = slice(block * size, (block + 1) * size)
+            before = values[:, part].clone()
+            inner, inner_H = gradient[:, part].clone(), H[part, part]
+            for column in range(size):
+                current = values[:, part.start + column]
+                best = current - inner[:, column] / inner_H[column, column]
+                best = levels.nearest(best, scales[:, block], levels.half[:, block]) * kept[:, part.start + column]
+                inner += (best - current)[:, None] * inner_H[column]
+                values[:, part.start + column] = best
+            gradient += (values[:, part] - before) @ H[part]
+    return values
