@@ -126,6 +126,7 @@ def load_language_model(section: LanguageModel, tokenizer: Any = None) -> Loaded
     if source.gguf_file is not None:
         _forget_quantization(model)
     _forget_source(model.config)
+    model.config.architectures = [type(model).__name__]  # as it is written when the model is saved
     model.eval().requires_grad_(False)
     check_finite(model)
     if tokenizer is None:
@@ -291,9 +292,7 @@ def _byte_level_problems(tokenizer: Any, metadata: Mapping[str, Any]) -> list[st
     return problems
 
 
-def _sentencepiece_problems(
-    tokenizer: Any, metadata: Mapping[str, Any], vocabulary: Mapping[str, int]
-) -> list[str]:
+def _sentencepiece_problems(tokenizer: Any, metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[str]:
     pieces = SentencePieces(
         vocabulary,
         metadata["tokenizer.ggml.scores"],
