@@ -553,7 +553,7 @@ def test_perplexity_in_words() -> None:
     )
     (introduction,) = sections(report)[0].introduction
     assert introduction == (
-        "Where the perplexity went: sharing and sparsity × 1.087, quantization × 1.105 (codes before training × 1.309, "
+        "Where the perplexity went: sharing × 1.087, quantization × 1.105 (codes before training × 1.309, "
         "training × 0.845), export × 1.000."
     )
     _change_nll(report, "onnx_native", -0.05)
@@ -562,6 +562,11 @@ def test_perplexity_in_words() -> None:
     )
     _change_nll(report, "onnx_native", 0.0005)
     assert verdict_detail(report).endswith("within one standard error of equal.")
+
+
+def test_perplexity_at_the_top() -> None:
+    figure = key_figures(sample_language_report())[1]
+    assert (figure.label, figure.value, figure.context) == ("Perplexity", "17.31", "±0.25; 1.201 × dense (14.41)")
 
 
 def _change_nll(report: Report, stage: Literal["onnx_native"], nll: float) -> None:
@@ -642,8 +647,8 @@ def test_speed_and_memory_beside_int4() -> None:
         "onnxruntime-genai builder, int4": ("452", "1.00 ×", "38.5", "1.00 ×", "391 MB"),
     }
     figure = key_figures(report)[3]
-    assert figure.value == "43.1 tokens/s"
-    assert figure.context == "1.12 × onnxruntime-genai int4; prefill 412 tokens/s"
+    assert (figure.label, figure.value) == ("Decoding, tokens/s", "43.1")
+    assert figure.context == "1.12 × onnxruntime-genai int4; prefill: 412 tokens/s"
     alone: Any = deepcopy(report)
     alone["speed"]["rows"] = [
         {key: value for key, value in alone["speed"]["rows"][0].items() if not key.endswith("_to_int4")}
@@ -651,7 +656,7 @@ def test_speed_and_memory_beside_int4() -> None:
     del alone["memory"]["load_rss_by_backend"]
     check_report(alone)
     assert table_rows(alone, "Speed and memory") == {"artefact, native kernels": ("412", "43.1")}
-    assert key_figures(alone)[3].context == "prefill 412 tokens/s"
+    assert key_figures(alone)[3].context == "prefill: 412 tokens/s"
     assert "int4" not in render_markdown(alone)
 
 
@@ -838,6 +843,7 @@ def test_reconstruction_leaves_a_gap_at_dense_blocks() -> None:
     [
         (20.5, "linear", ["14", "16", "18", "20"]),
         (60.0, "log", ["15", "20", "30", "50"]),
+        (164.0, "log", ["20", "50", "100"]),
         (900.0, "log", ["30", "100", "300", "1,000"]),
         (2e6, "log", ["10", "100", "1,000", "1e4", "1e5", "1e6"]),
     ],

@@ -119,7 +119,7 @@ class PerplexityMeasure:
 
     def context(self, stage: Stage) -> str:
         """What to know beside the value."""
-        return f"±{self.error(stage)}; {self._times(stage, 'dense')} × dense, {self.value('dense')}"
+        return f"±{self.error(stage)}; {self._times(stage, 'dense')} × dense ({self.value('dense')})"
 
     def change(self, stage: Stage, since: Stage) -> str:
         return f"× {self._times(stage, since)}"

@@ -113,7 +113,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
             "Artefact", format_bytes(sizes["artifact"]), f"dense float16: {format_bytes(sizes['dense_float16'])}"
         ),
         KeyFigure(measure.name.capitalize(), measure.value("onnx_native"), measure.context("onnx_native")),
-        KeyFigure("Stored bits per MLP weight", f"{bits['stored']:.2f}", f"paper bits: {bits['paper']:.2f}"),
+        KeyFigure("Bits per MLP weight", f"{bits['stored']:.2f}", f"stored; paper bits: {bits['paper']:.2f}"),
         _speed_figure(report),
         KeyFigure("Cost of the run", format_seconds(sum(report["seconds"].values())), _resources(report)),
     ]
@@ -126,9 +126,9 @@ def _speed_figure(report: Report) -> KeyFigure:
     row = speed["rows"][0]
     beside = f"{row['decode_ratio_to_int4']:.2f} × {_INT4}; " if "decode_ratio_to_int4" in row else ""
     return KeyFigure(
-        "Decoding",
-        f"{format_rate(row['decode_tokens_per_second'])} tokens/s",
-        f"{beside}prefill {format_rate(row['prefill_tokens_per_second'])} tokens/s",
+        "Decoding, tokens/s",
+        format_rate(row["decode_tokens_per_second"]),
+        f"{beside}prefill: {format_rate(row['prefill_tokens_per_second'])} tokens/s",
     )
 
 
@@ -201,7 +201,7 @@ def _quality(report: Report) -> Section:
         )
     return Section(
         f"{measure.name.capitalize()} and bytes per stage",
-        (_where_it_went(measure, stages),),
+        (_where_it_went(measure, stages, _is_sparse(report)),),
         tuple(tables),
         tuple(notes),
         "stages",
@@ -219,7 +219,7 @@ _DIVERGENCES: dict[DivergenceKey, str] = {
 }
 
 
-def _where_it_went(measure: Measure, stages: list[Stage]) -> str:
+def _where_it_went(measure: Measure, stages: list[Stage], sparse: bool) -> str:
     """What factorization, quantization and export each changed."""
     unquantized = [stage for stage in stages if stage in ("dense", *FACTOR_STAGES)][-1]
     quantization = measure.change("qat", unquantized)
@@ -228,8 +228,12 @@ def _where_it_went(measure: Measure, stages: list[Stage]) -> str:
         quantization += f" (codes before training {start}, training {training})"
     steps = [f"quantization {quantization}", f"export {measure.change('onnx_native', 'qat')}"]
     if unquantized != "dense":
-        steps.insert(0, f"sharing and sparsity {measure.change(unquantized, 'dense')}")
+        steps.insert(0, f"sharing{' and sparsity' if sparse else ''} {measure.change(unquantized, 'dense')}")
     return f"Where the {measure.name} went: {', '.join(steps)}."
+
+
+def _is_sparse(report: Report) -> bool:
+    return any(group["pattern"] != "dense" for group in report["groups"])
 
 
 def _both_forms(stages: list[Stage]) -> str:
@@ -330,8 +334,9 @@ def _groups(report: Report) -> Section:
     return Section(
         "Groups and their spectra",
         (
-            "The blocks of a group share one basis U [d, r]; each MLP matrix has its own sparse projection. The "
-            "spectra are those of the concatenated MLP matrices W of a group, before the fit.",
+            "The blocks of a group share one basis U [d, r]; each MLP matrix has its own "
+            f"{'sparse ' if _is_sparse(report) else ''}projection. The spectra are those of the concatenated MLP "
+            "matrices W of a group, before the fit.",
         ),
         (Table(header, tuple(rows), text_columns=5),),
         tuple(notes),
@@ -471,7 +476,7 @@ def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
         (name, prefill, f"{row['prefill_ratio_to_int4']:.2f} ×", decode, f"{row['decode_ratio_to_int4']:.2f} ×")
         for (name, prefill, decode), row in zip(rates, speed["rows"], strict=True)
     ]
-    comparison = f" A ratio below 1 is slower than the same model exported by the builder of {_INT4}."
+    comparison = " A ratio below 1 is slower than the same model exported by onnxruntime-genai's builder at int4."
     table = Table(("backend", "prefill, tokens/s", "of int4", "decode, tokens/s", "of int4"), tuple(rows))
     return load, comparison, table
 
@@ -530,7 +535,7 @@ def _origin(report: Report) -> Section:
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
     )
-    return Section("Origin", (), (Table(("origin", ""), origin, 2),))
+    return Section("Where it comes from", (), (Table(("origin", ""), origin, 2),))
 
 
 # --- text ------------------------------------------------------------------------------------------------------
