@@ -1,7 +1,7 @@
 """Calibration: inputs and outputs of every compressed MLP of the dense model, on disk, memory-mapped."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from pipeline.data import ImageSplit
 from pipeline.errors import InputError
 from pipeline.models.adapters import MLPSite
 from pipeline.progress import Progress
@@ -40,15 +39,16 @@ def open_activations(folder: Path, site: MLPSite) -> Activations:
 
 
 def record_activations(
+    predict: Callable[[Tensor], object],
     model: nn.Module,
     sites: Sequence[MLPSite],
-    split: ImageSplit,
+    batch_of: Callable[[Sequence[int]], Tensor],
     samples: Sequence[int],
     batch_size: int,
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Run the dense model over ``samples`` of ``split`` and write what its MLPs read and wrote to ``folder``.
+    """Run the dense ``model`` by ``predict`` over batches of ``samples`` and write what its MLPs read and wrote.
 
     Memory: one batch. Disk: tokens × d × 8 bytes per block. Raises InputError if an activation is not finite.
     """
@@ -68,8 +68,7 @@ def record_activations(
             start: dict[int, int] = {}
             for first in range(0, len(samples), batch_size):
                 indices = samples[first : first + batch_size]
-                pixel_values, _ = split.batch(indices)
-                model(pixel_values=pixel_values)
+                predict(batch_of(indices))
                 for site in sites:
                     arrays = [part.reshape(-1, part.shape[-1]).numpy() for part in captured[site.block]]
                     if site.block not in maps:

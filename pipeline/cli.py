@@ -102,17 +102,28 @@ def bench(
     threads: Threads = 0,
     seconds: Annotated[float, typer.Option(help="about how long to measure")] = 10.0,
 ) -> None:
-    """Time an artefact, native kernels beside portable functions, interleaved; medians."""
+    """Time an artefact, interleaved, medians: an image classifier's native kernels beside its portable functions, a
+    language model beside the dense one at int4 as onnxruntime-genai's builder exports it."""
+    from fips_ort.manifest import MANIFEST, read_manifest
+    from pipeline.recipe import parse_recipe
+
+    threads = threads or os.cpu_count() or 1
+    manifest = read_manifest(artifact)
+    manifest.check_files(artifact)
+    if parse_recipe(manifest.recipe, str(artifact / MANIFEST)).is_language_model:
+        _bench_tokens(artifact, threads)
+    else:
+        _bench_images(artifact, batch, threads, seconds)
+
+
+def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> None:
     import numpy as np
 
     from fips_ort.manifest import read_manifest
     from fips_ort.memory import measure_memory
     from pipeline.bench import artefact_sessions, seconds_per_run
 
-    threads = threads or os.cpu_count() or 1
-    manifest = read_manifest(artifact)
-    manifest.check_files(artifact)
-    golden = np.load(artifact / manifest.golden.inputs["pixel_values"])
+    golden = np.load(artifact / read_manifest(artifact).golden.inputs["pixel_values"])
     pixel_values = np.resize(golden, (batch, *golden.shape[1:]))
     table = Table("backend", "images/s", "ms per run", "load RSS MB", "peak RSS MB", box=None)
     for name, value in seconds_per_run(artefact_sessions(artifact, threads), pixel_values, seconds).items():
@@ -129,16 +140,51 @@ def bench(
     console.print(table)
 
 
+def _bench_tokens(artifact: Path, threads: int) -> None:
+    from fips_ort.manifest import MANIFEST, read_manifest
+    from pipeline.bench_causal_lm import bench_recipe
+    from pipeline.recipe import parse_recipe
+
+    recipe = parse_recipe(read_manifest(artifact).recipe, str(artifact / MANIFEST))
+    measured = bench_recipe(artifact, recipe, threads)
+    speed, memory = measured["speed"], measured["load_rss_by_backend"]
+    table = Table("backend", "prefill tokens/s", "decode tokens/s", "decode ratio", "load RSS MB", box=None)
+    for row in speed["rows"]:
+        table.add_row(
+            row["backend"],
+            f"{row['prefill_tokens_per_second']:.1f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['decode_ratio_to_int4']:.2f}",
+            f"{memory[row['backend']] / 1e6:.1f}",
+        )
+    console = table_console()
+    console.print(f"prompt of {speed['prompt_tokens']} tokens, {speed['generated_tokens']} generated, {threads} threads")
+    console.print(table)
+
+
+@app.command()
+def generate(
+    artifact: ArtifactPath,
+    prompt: Annotated[str, typer.Option(help="text to go on from")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate at most")] = 128,
+) -> None:
+    """Go on from a prompt, greedily, with onnxruntime-genai; text is printed as it comes."""
+    from pipeline.generate import generate as stream
+
+    for piece in stream(artifact, prompt, max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
 @app.command("eval")
 def evaluate_artifact(
     artifact: ArtifactPath,
     portable: Annotated[bool, typer.Option("--portable", help="use the functions in the model")] = False,
 ) -> None:
-    """Accuracy of an artefact on the test data of the recipe it was made from."""
+    """Accuracy or perplexity of an artefact on the test data of the recipe it was made from."""
     from pipeline.evaluate_artifact import evaluate_artifact as evaluate
 
-    quality = evaluate(artifact, Progress(), native=not portable)
-    print(f"accuracy {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} % of {quality.samples} samples")
+    print(evaluate(artifact, Progress(), native=not portable))
 
 
 def main() -> None:

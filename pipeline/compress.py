@@ -63,10 +63,19 @@ def _assemble(model: nn.Module, group: GroupPlan, U: Tensor | None, V: Tensor, m
 
 
 def install(model: nn.Module, mlps: Sequence[FactorizedMLP]) -> nn.Module:
-    """A frozen copy of the dense model with the given MLPs in place of its own (the MLPs themselves, not copies)."""
-    compressed = copy.deepcopy(model).requires_grad_(False)
+    """The dense model, frozen, with the given MLPs in place of its own (the MLPs themselves, not copies).
+
+    ``model`` stays as it is; the result shares its weights, which are held once however many forms there are.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
     for mlp in mlps:
-        compressed.set_submodule(mlp.site.path, mlp)
+        shared[id(model.get_submodule(mlp.site.path))] = mlp
+    trained = {id(parameter) for mlp in mlps for parameter in mlp.parameters()}
+    compressed = copy.deepcopy(model, shared)
+    for parameter in compressed.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
     return compressed
 
 

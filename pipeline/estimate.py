@@ -1,21 +1,23 @@
 """``fips plan``: what a run will make and need, from the model's configuration alone; no weight is computed."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
 from pipeline.console import table_console
 from pipeline.errors import InputError
 from pipeline.models.adapters import find_mlps
+from pipeline.models.causal_lm import language_model_class, load_language_config
 from pipeline.models.loading import load_config, model_class
 from pipeline.plan import GroupPlan, GroupSize, Plan, given_segments, group_size, make_plan
-from pipeline.recipe import EndToEnd, ImageFolderData, Recipe, ScratchModel
+from pipeline.recipe import EndToEnd, ImageFolderData, LocalTextData, Recipe, ScratchModel, TextSection
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Estimate:
     mlp_parameters: int
     sizes: dict[str, GroupSize]
     rest_bytes: int
-    activation_bytes_per_image: int
+    activation_bytes_per_sample: int
     factor_bytes: int
     training_flops: int
 
@@ -48,20 +50,23 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Plan a run. Raises InputError for whatever :func:`pipeline.plan.make_plan` refuses, and missing inputs."""
     _check_inputs(recipe)
-    config = load_config(recipe.model, labels=10)
+    if recipe.is_language_model:
+        config, kind = load_language_config(recipe.model), language_model_class()  # type: ignore[arg-type]
+    else:
+        config, kind = load_config(recipe.model, labels=10), model_class()  # type: ignore[arg-type]
     with torch.device("meta"):
-        model = model_class().from_config(config)
+        model = kind.from_config(config)
     plan = make_plan(recipe, find_mlps(model))
     sizes = {group.name: _group_size(recipe, group) for group in plan.groups}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     compressed = sum(group.dense_parameters for group in plan.groups)
-    activation_bytes, forward_flops = _dry_run(plan, model, config)
+    activation_bytes, forward_flops = _dry_run(recipe, plan, model, config)
     return Estimate(
         plan,
         parameters,
         compressed,
         sizes,
-        _rest_bytes(recipe, model, plan, parameters - compressed),
+        _rest_bytes(recipe, model, plan),
         activation_bytes,
         # Weight, gradient and AdamW's two moments of the largest group, and its basis and projections.
         max(16 * group.parameters for group in plan.groups),
@@ -95,9 +100,9 @@ def print_estimate(name: str, estimated: Estimate, calibration_samples: int | No
         f"weights of the artefact  {estimated.artifact_bytes:,} bytes, {100 * estimated.artifact_bytes / dense:.1f} % "
         f"of {dense:,} in float16 (graph, manifest and native library come on top)"
     )
-    per_image = estimated.activation_bytes_per_image
-    total = f", {per_image * calibration_samples:,} in all" if calibration_samples else ""
-    console.print(f"disk for calibration     {per_image:,} bytes per image{total}")
+    per_sample = estimated.activation_bytes_per_sample
+    total = f", {per_sample * calibration_samples:,} in all" if calibration_samples else ""
+    console.print(f"disk for calibration     {per_sample:,} bytes per sample{total}")
     console.print(
         f"memory                   {4 * estimated.parameters:,} bytes for the dense model, "
         f"{estimated.factor_bytes:,} to train the largest group"
@@ -127,6 +132,10 @@ def _check_inputs(recipe: Recipe) -> None:
         for name in (data.train, data.test):
             if not (Path(data.path) / name).is_dir():
                 raise InputError(f"data.path: {Path(data.path) / name}: no such folder; expected LABEL/image.* in it")
+    if isinstance(data, LocalTextData):
+        for key, file in (("train", data.train), ("test", data.test)):
+            if file is not None and not Path(file).is_file():
+                raise InputError(f"data.{key}: {file}: no such file")
 
 
 def _group_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
@@ -135,22 +144,37 @@ def _group_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
     return group_size(recipe, group, basis, projections)
 
 
-def _rest_bytes(recipe: Recipe, model: nn.Module, plan: Plan, parameters: int) -> int:
+def _rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
+    """Bytes of the weights outside the compressed MLPs; a tied token table is stored once."""
     rest = recipe.quantization.rest
-    bytes_each = 2 if rest.weights == "float16" else 4
-    if rest.linear_bits is None:
-        return parameters * bytes_each
     compressed = tuple(f"{site.path}." for group in plan.groups for site in group.sites)
-    linear = sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "classifier" and not name.startswith(compressed)
-    )
-    return (parameters - linear) * bytes_each + linear * rest.linear_bits // 8 + 4 * linear // rest.block_size
+    tables = (model.get_input_embeddings(), model.get_output_embeddings()) if recipe.is_language_model else ()
+    total = 0
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if name.startswith(compressed):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            bits: float = 16 if rest.weights == "float16" else 32
+            if parameter.dim() == 2:
+                if any(module is table for table in tables):
+                    bits = rest.embedding_bits or bits
+                elif isinstance(module, nn.Linear) and name != "classifier":
+                    bits = rest.linear_bits or bits
+                if bits < 16:
+                    bits += 16 / rest.block_size
+            total += math.ceil(parameter.numel() * bits / 8)
+    return total
 
 
-def _dry_run(plan: Plan, model: nn.Module, config: AutoConfig) -> tuple[int, int]:
-    """Bytes of recorded activations, and operations of the dense model, per image: counted on the meta device."""
+def _dry_run(recipe: Recipe, plan: Plan, model: nn.Module, config: Any) -> tuple[int, int]:
+    """Bytes of recorded activations, and operations of the dense model, per sample: counted on the meta device.
+
+    Of a language model without its output layer, which distillation computes for a part of the vocabulary only.
+    """
     counted = 0
 
     def count(_module: nn.Module, arguments: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
@@ -160,10 +184,15 @@ def _dry_run(plan: Plan, model: nn.Module, config: AutoConfig) -> tuple[int, int
     for group in plan.groups:
         for site in group.sites:
             model.get_submodule(site.path).register_forward_hook(count)
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    model.eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.eval()(pixel_values=torch.empty(1, 3, height, width, device="meta"))
+        if isinstance(recipe.data, TextSection):
+            input_ids = torch.zeros(1, recipe.data.context, dtype=torch.int64, device="meta")
+            model.base_model(input_ids=input_ids, use_cache=False)  # type: ignore[operator]
+        else:
+            size = config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            model(pixel_values=torch.empty(1, 3, height, width, device="meta"))
     return counted, counter.get_total_flops()
 
 

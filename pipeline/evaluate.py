@@ -1,14 +1,17 @@
-"""One evaluator for every form of a model: PyTorch or ONNX Runtime, dense or compressed."""
+"""One evaluator of accuracy for every form of a classifier: PyTorch or ONNX Runtime, dense or compressed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from pipeline.data import ImageSplit
 from pipeline.errors import InputError
+from pipeline.files import read_json, write_aside, write_json
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,15 @@ def divergence(logits: Tensor, dense_logits: Tensor) -> Divergence:
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0.0)
     same = (logits.argmax(dim=1) == dense_logits.argmax(dim=1)).double().mean()
     return Divergence(float(kl.mean()), float(kl.quantile(0.99)), float(same))
+
+
+def save_quality(quality: Quality, folder: Path) -> None:
+    fields = {key: value for key, value in asdict(quality).items() if key != "logits"}
+    write_aside(folder / "logits.safetensors", lambda path: save_file({"logits": quality.logits.numpy()}, path))
+    write_json(folder / "quality.json", fields)
+
+
+def load_quality(folder: Path) -> Quality:
+    """Inverse of :func:`save_quality`."""
+    logits = torch.from_numpy(load_file(folder / "logits.safetensors")["logits"])
+    return Quality(**read_json(folder / "quality.json"), logits=logits)

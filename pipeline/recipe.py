@@ -185,12 +185,14 @@ class Sparsifier(Section):
     """How the projections become sparse during the fit (METHOD: GMP, RigL, static magnitude).
 
     ``ranking``: magnitudes are compared within each projection (``layer``) or over the whole group
-    (``group``, the paper's 'global'). The mask is updated every ``update_every`` steps until ``end`` of the
+    (``group``, the paper's 'global'). ``saliency``: entries are ranked by ``magnitude``, or by their contribution to
+    the output on the calibration data (``activation``). The mask is updated every ``update_every`` steps until ``end`` of the
     steps. ``initial_sparsity`` is where GMP starts; ``drop_fraction`` is RigL's, with cosine decay.
     """
 
     algorithm: Literal["gmp", "rigl", "static"] = "gmp"
     ranking: Literal["layer", "group"] = "layer"
+    saliency: Literal["magnitude", "activation"] = "magnitude"
     update_every: Positive = 50
     end: Fraction = 0.75
     initial_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
@@ -265,13 +267,17 @@ class Fit(Section):
 
 
 class EndToEnd(Section):
-    """Training of the factors in the whole model: ``task`` loss, or ``distill`` (KL to the dense logits)."""
+    """Training of the factors in the whole model: ``task`` loss, or ``distill`` (KL to the dense logits).
+
+    ``precision`` bfloat16 (language models): products in bfloat16, several times faster where the CPU has
+    instructions for it; factors, scales and the optimizer stay float32."""
 
     objective: Literal["task", "distill"]
     steps: Positive
     batch_size: Positive = 128
     learning_rate: PositiveFloat = 1e-4
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 # --- quantization ----------------------------------------------------------------------------------------------

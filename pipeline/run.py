@@ -13,20 +13,17 @@ from exporters.packed_model import load_packed_model, save_packed_model
 from fips_ort.native import library_path
 from pipeline import deliver, stages
 from pipeline.compress import install
-from pipeline.data import load_data
 from pipeline.estimate import estimate
-from pipeline.evaluate import Quality, check_samples
 from pipeline.files import file_digest
-from pipeline.models.adapters import find_mlps
-from pipeline.models.loading import load_preprocessing
 from pipeline.plan import make_plan
 from pipeline.progress import Progress
 from pipeline.quantize import freeze
-from pipeline.recipe import PretrainedModel, Recipe
+from pipeline.recipe import Recipe
 from pipeline.report.assembly import assemble_report
 from pipeline.report.render import write_report
 from pipeline.report.schema import Report
 from pipeline.run_folder import RunFolder
+from pipeline.tasks import make_task
 
 ARTIFACT = "artifact"
 
@@ -46,34 +43,29 @@ def run(recipe: Recipe, folder: Path, progress: Progress, *, fresh: bool = False
 def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
     work = folder.work
     settings = recipe.model_dump(mode="json")
-    quality: dict[str, Quality] = {}
+    evaluated: dict[str, Path] = {}
     errors: dict[str, dict[str, float]] = {}
 
     # The dense model and its data.
-    preprocessing = load_preprocessing(recipe.model, recipe.data)
-    # A pretrained model may come with a large data set: only what the run draws is read and hashed.
-    limited = isinstance(recipe.model, PretrainedModel)
-    limits = (recipe.calibration.samples, recipe.evaluation.samples) if limited else (None, None)
-    data = load_data(recipe.data, preprocessing, recipe.seed, *limits)
-    check_samples(data.test, recipe.evaluation.samples)
+    task = make_task(recipe)
     key = folder.stage(
         "model",
-        [settings["model"], recipe.seed, data.hash],
+        [settings["model"], recipe.seed, task.data_hash],
         "",
-        partial(stages.train_dense, recipe=recipe, preprocessing=preprocessing, data=data, progress=progress),
+        partial(task.make_dense, progress=progress),
     )
-    loaded = stages.open_dense(work / "model", recipe, preprocessing, data)
-    sites = find_mlps(loaded.model)
-    plan = make_plan(recipe, sites)
-    dense = deliver.Dense(loaded.model, loaded.image_processor, loaded.image_size, sites, plan, data)
-    key = json.dumps([loaded.source_hash, data.hash, key])
+    task.open_dense(work / "model")
+    plan = make_plan(recipe, task.sites)
+    key = json.dumps([task.source_hash, task.data_hash, key])
 
     def evaluate(name: str, before: str, make_model: Callable[[], nn.Module]) -> None:
-        measure = partial(stages.evaluate_model, name=name, make_model=make_model, recipe=recipe, data=data)
-        folder.stage(f"evaluate/{name}", settings["evaluation"], before, partial(measure, progress=progress))
-        quality[name] = stages.load_quality(work / "evaluate" / name)
+        def measure(out: Path) -> None:
+            progress.say(f"  {name}: {task.measure(make_model().eval(), out, name, progress)}")
 
-    evaluate("dense", key, lambda: dense.model)
+        folder.stage(f"evaluate/{name}", settings["evaluation"], before, measure)
+        evaluated[name] = work / "evaluate" / name
+
+    evaluate("dense", key, lambda: task.model)
 
     # Calibration, factorization and fit, group by group.
     calibration = work / "calibrate"
@@ -81,7 +73,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
         "calibrate",
         [settings["calibration"], [site.path for group in plan.groups for site in group.sites], recipe.seed],
         key,
-        partial(stages.calibrate, recipe=recipe, dense=dense.model, plan=plan, data=data, progress=progress),
+        partial(stages.calibrate, task=task, plan=plan, progress=progress),
     )
     keys = {}
     for group in plan.groups:
@@ -89,62 +81,67 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
             f"factorize/{group.name}",
             [settings["compression"], asdict(group)],
             calibrated,
-            partial(stages.factorize, recipe=recipe, dense=dense.model, group=group, calibration=calibration),
+            partial(stages.factorize, recipe=recipe, dense=task.model, group=group, calibration=calibration),
         )
-    factorized = [work / "factorize" / group.name for group in plan.groups]
-    restore = partial(stages.restore_all, recipe, dense.model, plan)
-    evaluate("factorized", json.dumps(keys), lambda: install(dense.model, restore(factorized)))
-    errors["factorized"] = stages.merge_errors(factorized)
-    for group, before in zip(plan.groups, factorized, strict=True):
-        compute = partial(stages.fit, recipe=recipe, dense=dense.model, group=group, before=before)
-        keys[group.name] = folder.stage(
-            f"fit/{group.name}",
-            settings["fit"],
-            keys[group.name],
-            partial(compute, calibration=calibration, progress=progress),
-        )
-    fitted = [work / "fit" / group.name for group in plan.groups]
+    unquantized = [work / "factorize" / group.name for group in plan.groups]
+    restore = partial(stages.restore_all, recipe, task.model, plan)
     key = json.dumps(keys)
-    evaluate("fitted", key, lambda: install(dense.model, restore(fitted)))
-    errors["fitted"] = stages.merge_errors(fitted)
+    if recipe.compression.method == "fips":
+        factorized = unquantized
+        evaluate("factorized", key, lambda: install(task.model, restore(factorized)))
+        errors["factorized"] = stages.merge_errors(factorized)
+    if recipe.fit is not None:
+        for group, before in zip(plan.groups, unquantized, strict=True):
+            compute = partial(stages.fit, recipe=recipe, dense=task.model, group=group, before=before)
+            keys[group.name] = folder.stage(
+                f"fit/{group.name}",
+                settings["fit"],
+                keys[group.name],
+                partial(compute, calibration=calibration, progress=progress),
+            )
+        fitted = unquantized = [work / "fit" / group.name for group in plan.groups]
+        key = json.dumps(keys)
+        evaluate("fitted", key, lambda: install(task.model, restore(fitted)))
+        errors["fitted"] = stages.merge_errors(fitted)
 
     # Optional global error minimisation.
-    unquantized = fitted
     if recipe.finetune is not None:
-        compute = partial(stages.finetune, recipe=recipe, dense=dense.model, plan=plan, before=fitted)
+        compute = partial(stages.finetune, task=task, plan=plan, before=unquantized)
         key = folder.stage(
             "finetune",
             settings["finetune"],
             key,
-            partial(compute, calibration=calibration, data=data, progress=progress),
+            partial(compute, calibration=calibration, progress=progress),
         )
-        unquantized = [work / "finetune" / group.name for group in plan.groups]
-        evaluate("finetuned", key, lambda: install(dense.model, restore(unquantized)))
+        finetuned = unquantized = [work / "finetune" / group.name for group in plan.groups]
+        evaluate("finetuned", key, lambda: install(task.model, restore(finetuned)))
         errors["finetuned"] = stages.load_errors(work / "finetune")
 
     # Quantization-aware training, in a model whose other weights are as they will be stored.
-    base = stages.store_rest(recipe, dense.model, sites, dense.image_size)
-    segments = stages.segments_of_groups(recipe, dense.model, plan, unquantized)
-    models = stages.QuantizationInputs(recipe, dense.model, base, plan, unquantized, calibration)
+    base = task.store_rest()
+    models = stages.QuantizationInputs(task, base, plan, unquantized, calibration)
     schemes = {name: value for name, value in settings["quantization"].items() if name != "training"}
-    last = work / "qat" / "0-scales"
+    rounded = last = work / "qat" / "0-start"
     key = folder.stage(
-        "qat/0-scales",
+        "qat/0-start",
         [schemes, settings["export"]["accuracy_level"]],
         key,
-        partial(stages.quantize, inputs=models),
+        partial(stages.quantize, inputs=models, progress=progress),
     )
+    restore_quantized = partial(stages.restore_quantized, models, rounded)
+    evaluate("rounded", key, lambda: install(base, restore_quantized(rounded)))
+    errors["rounded"] = stages.load_errors(rounded)
     for position, entry in enumerate(recipe.quantization.training):
         name = f"qat/{position + 1}-{entry.objective}"
-        compute = partial(stages.train_quantized, inputs=models, position=position, before=last)
+        compute = partial(stages.train_quantized, inputs=models, position=position, started=rounded, before=last)
         key = folder.stage(
             name,
             [settings["quantization"]["training"][position], recipe.seed],
             key,
-            partial(compute, data=data, progress=progress),
+            partial(compute, progress=progress),
         )
         last = work / name
-    mlps = stages.restore_quantized(models, last)
+    mlps = restore_quantized(last)
     fake_quantized = install(base, mlps).eval()
     evaluate("qat", key, lambda: fake_quantized)
     errors["qat"] = stages.load_errors(last)
@@ -158,18 +155,19 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
         "export",
         [settings, file_digest(library_path())],  # both go into the artefact
         key,
-        lambda out: deliver.export(out, recipe, dense, stored, packed, artifact),
+        lambda out: deliver.export(out, task, stored, packed, artifact),
         is_valid=lambda out: deliver.is_intact(out, artifact),
     )
     folder.stage(
         "validate",
         [settings["export"], settings["evaluation"]],
         key,
-        lambda out: deliver.validate(out, recipe, dense, fake_quantized, stored, artifact, progress),
+        lambda out: deliver.validate(out, task, fake_quantized, stored, artifact, evaluated["dense"], progress),
     )
     for backend in ("onnx_native", "onnx_portable"):
-        quality[backend] = stages.load_quality(work / "validate" / backend)
-    folder.stage("bench", [], key, lambda out: deliver.bench(out, dense, artifact))
-    report = assemble_report(recipe, folder, artifact, dense, packed, segments, mlps, quality, errors)
+        if (work / "validate" / backend).is_dir():
+            evaluated[backend] = work / "validate" / backend
+    folder.stage("bench", [], key, lambda out: deliver.bench(out, task, artifact))
+    report = assemble_report(task, plan, folder, artifact, packed, stages.load_segments(rounded), mlps, evaluated, errors)
     write_report(report, folder.folder)
     return report

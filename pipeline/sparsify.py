@@ -8,7 +8,9 @@ FiPS, section 3.2 and appendix. All three algorithms act on masks only, between 
 - RigL (Evci et al., arXiv 1911.11134): the final sparsity from the start; every update drops the smallest
   magnitudes and grows as many entries with the largest gradients, a fraction that decays by a cosine.
 
-Magnitudes are those of the effective matrix (weight times gain). With an n:m pattern the n largest of every
+Magnitudes are those of the effective matrix (weight times gain), or its saliency: each entry's expected
+contribution to the output, as Wanda (arXiv 2306.11695) weighs magnitudes by the norm of their inputs, here also by
+that of the basis vector behind a last projection. With an n:m pattern the n largest of every
 m neighbours along the contracted axis are never pruned, so that GMP ends exactly on the pattern; RigL swaps
 the weakest kept entry of a group with its strongest other entry.
 """
@@ -75,9 +77,17 @@ class MaskSchedule:
     """
 
     def __init__(
-        self, projections: Sequence[Factor], config: Sparsifier, pattern: Pattern, sparsity: float, steps: int
+        self,
+        projections: Sequence[Factor],
+        config: Sparsifier,
+        pattern: Pattern,
+        sparsity: float,
+        steps: int,
+        importances: Sequence[Tensor] | None = None,
     ) -> None:
+        """``importances``: by which magnitudes are multiplied, broadcast to the projections' shapes; ones if None."""
         self.projections = projections
+        self.importances = importances or [torch.ones(())] * len(projections)
         self.config = config
         self.pattern = pattern
         self.sparsity = sparsity
@@ -100,12 +110,12 @@ class MaskSchedule:
             return
         fraction = 0.5 * self.config.drop_fraction * (1.0 + math.cos(math.pi * step / self.last_update))
         with torch.no_grad():
-            for projection in self.projections:
+            for projection, importance in zip(self.projections, self.importances, strict=True):
                 assert projection.mask is not None
                 source = projection.dense_gradient_source
                 assert source is not None
                 assert source.grad is not None
-                new = swap_masks(_magnitude(projection), source.grad, projection.mask, fraction, self.pattern)
+                new = swap_masks(_magnitude(projection) * importance, source.grad, projection.mask, fraction, self.pattern)
                 # Grown entries start at zero, as in RigL.
                 projection.weight.mul_(projection.mask & new)
                 projection.mask.copy_(new)
@@ -117,9 +127,9 @@ class MaskSchedule:
     def _prune(self, sparsity: float) -> None:
         with torch.no_grad():
             magnitudes = []
-            for projection in self.projections:
+            for projection, importance in zip(self.projections, self.importances, strict=True):
                 assert projection.mask is not None
-                magnitudes.append(torch.where(projection.mask, _magnitude(projection), -1.0))
+                magnitudes.append(torch.where(projection.mask, _magnitude(projection) * importance, -1.0))
             jointly = self.config.ranking == "group"
             masks = magnitude_masks(magnitudes, sparsity, self.pattern, jointly=jointly)
             for projection, mask in zip(self.projections, masks, strict=True):

@@ -1,21 +1,14 @@
 """The stages of a run, each a function from typed inputs to files in its folder; :mod:`pipeline.run` lists them."""
 
-import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoImageProcessor
+from torch import nn
 
-from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from fips_ort.layout import Pattern
-from pipeline.calibrate import record_activations
 from pipeline.compress import (
     factorize_group,
     install,
@@ -25,105 +18,35 @@ from pipeline.compress import (
     restore_group,
     save_factors,
 )
-from pipeline.data import ImageData
-from pipeline.evaluate import Quality, evaluate
 from pipeline.factorized_mlp import FactorizedMLP
-from pipeline.files import read_json, write_aside, write_json
+from pipeline.files import read_json, write_json
+from pipeline.calibrate import open_activations
 from pipeline.fit import GroupModule, local_loss, reconstruction_errors
-from pipeline.models.adapters import MLPSite, check_finite
-from pipeline.models.loading import LoadedModel, hash_model, load_model, model_class
-from pipeline.models.preprocessing import Preprocessing
+from pipeline.moments import MLPMoments, group_moments
 from pipeline.plan import GroupPlan, Plan, Segments
 from pipeline.progress import Progress
-from pipeline.quantize import assert_coverage, choose_segments, prepare_factors
-from pipeline.recipe import EndToEnd, LocalTraining, PretrainedModel, Recipe
+from pipeline.quantize import assert_coverage, choose_segments, needs_moments, prepare_factors, restore_prepared
+from pipeline.recipe import EndToEnd, LocalTraining, Recipe
+from pipeline.saliency import projection_importances
 from pipeline.sparsify import MaskSchedule
+from pipeline.tasks.base import Task
 from pipeline.training import train
-from qat.factor import Factor
 
 FACTORS = "factors.safetensors"
+SEGMENTS = "segments.json"
 ERROR_TOKENS = 4096
 """Calibration tokens on which reconstruction errors are reported, the same for every stage."""
-
-
-# --- dense model -----------------------------------------------------------------------------------------------
-
-
-def train_dense(
-    folder: Path, recipe: Recipe, preprocessing: Preprocessing, data: ImageData, progress: Progress
-) -> None:
-    """Models that the run trains or rebuilds itself: saved like any transformers checkpoint.
-
-    A pretrained model stays where it is, uncopied.
-    """
-    if isinstance(recipe.model, PretrainedModel):
-        return
-    training = recipe.model.training if recipe.model.source == "scratch" else recipe.model.head
-    with progress.counter("train the dense model", training.steps) as report:
-        loaded = load_model(recipe.model, preprocessing, data, recipe.seed, report)
-    loaded.model.save_pretrained(folder / "model")  # type: ignore[operator]
-    loaded.image_processor.save_pretrained(folder / "model")
-
-
-def open_dense(folder: Path, recipe: Recipe, preprocessing: Preprocessing, data: ImageData) -> LoadedModel:
-    """The dense model: a pretrained one from where it is, another from what :func:`train_dense` saved."""
-    if isinstance(recipe.model, PretrainedModel):
-        return load_model(recipe.model, preprocessing, data, recipe.seed)
-    model = model_class().from_pretrained(folder / "model", attn_implementation="eager").eval()
-    check_finite(model)
-    processor = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
-    return LoadedModel(model, processor, preprocessing.image_size, data.labels, hash_model(model))
-
-
-# --- quality ---------------------------------------------------------------------------------------------------
-
-
-def measure(
-    predict: Callable[[Tensor], Tensor], recipe: Recipe, data: ImageData, progress: Progress, label: str
-) -> Quality:
-    """Accuracy of a form of the model on the recipe's test samples."""
-    total = recipe.evaluation.samples or len(data.test)
-    with progress.counter(f"evaluate {label}", total) as report:
-        quality = evaluate(predict, data.test, recipe.evaluation.batch_size, recipe.evaluation.samples, report)
-    progress.say(f"  accuracy, {label}: {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} %")
-    return quality
-
-
-def evaluate_model(
-    folder: Path, name: str, make_model: Callable[[], nn.Module], recipe: Recipe, data: ImageData, progress: Progress
-) -> None:
-    """Accuracy of a PyTorch model, which is made only if it has to be evaluated."""
-    save_quality(measure(predictor(make_model().eval()), recipe, data, progress, name), folder)
-
-
-def predictor(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A PyTorch classifier as a function of pixel values."""
-    return lambda pixel_values: model(pixel_values=pixel_values).logits
-
-
-def save_quality(quality: Quality, folder: Path) -> None:
-    fields = {key: value for key, value in asdict(quality).items() if key != "logits"}
-    write_aside(folder / "logits.safetensors", lambda path: save_file({"logits": quality.logits.numpy()}, path))
-    write_json(folder / "quality.json", fields)
-
-
-def load_quality(folder: Path) -> Quality:
-    logits = torch.from_numpy(load_file(folder / "logits.safetensors")["logits"])
-    return Quality(**read_json(folder / "quality.json"), logits=logits)
 
 
 # --- calibration, factorization, fit ---------------------------------------------------------------------------
 
 
-def calibrate(
-    folder: Path, recipe: Recipe, dense: nn.Module, plan: Plan, data: ImageData, progress: Progress
-) -> None:
-    """Activations of the dense model on training images (never test images) drawn at random."""
-    wanted = recipe.calibration.samples or len(data.train)
-    generator = np.random.default_rng(recipe.seed)
-    samples = sorted(generator.permutation(len(data.train))[:wanted].tolist())
-    sites = [site for group in plan.groups for site in group.sites]
-    record_activations(dense, sites, data.train, samples, recipe.calibration.batch_size, folder, progress)
+def calibrate(folder: Path, task: Task, plan: Plan, progress: Progress) -> None:
+    """Activations of the dense model on training samples (never test samples) drawn at random."""
+    wanted = task.recipe.calibration.samples or task.train_samples
+    generator = np.random.default_rng(task.recipe.seed)
+    samples = sorted(generator.permutation(task.train_samples)[:wanted].tolist())
+    task.calibrate(folder, plan, samples, progress)
 
 
 def is_masked(recipe: Recipe) -> bool:
@@ -141,6 +64,11 @@ def factorize(folder: Path, recipe: Recipe, dense: nn.Module, group: GroupPlan, 
     _save_errors(folder, recipe, dense, mlps, calibration)
 
 
+def open_moments(dense: nn.Module, group: GroupPlan, calibration: Path) -> Mapping[int, MLPMoments]:
+    """Second moments of what the linear layers of a group's dense MLPs read, by block."""
+    return group_moments(dense, group, {site.block: open_activations(calibration, site) for site in group.sites})
+
+
 def fit(
     folder: Path,
     recipe: Recipe,
@@ -151,16 +79,21 @@ def fit(
     progress: Progress,
 ) -> None:
     """Local error minimisation of a group, with sparsification."""
+    assert recipe.fit is not None
     mlps = restore_group(dense, group, before / FACTORS, masked=is_masked(recipe))
     compression = recipe.compression
     schedule = None
     if is_masked(recipe):
+        importances = None
+        if compression.sparsifier.saliency == "activation":
+            importances = projection_importances(mlps, open_moments(dense, group, calibration))
         schedule = MaskSchedule(
-            [projection for mlp in mlps for projection in mlp.projections.values() if isinstance(projection, Factor)],
+            [mlp.projection(name) for mlp in mlps for name in (*mlp.site.first, mlp.site.last)],
             compression.sparsifier,
             Pattern.parse(compression.pattern),
             compression.target_sparsity,
             recipe.fit.steps,
+            importances,
         )
     train(
         GroupModule(mlps),
@@ -186,30 +119,16 @@ def train_end_to_end(
     model: nn.Module,
     mlps: Sequence[FactorizedMLP],
     config: EndToEnd,
-    dense: nn.Module,
-    data: ImageData,
+    task: Task,
     seed: int,
     checkpoint: Path,
     label: str,
     progress: Progress,
 ) -> None:
     """Train the factors inside the whole ``model``: task loss, or KL divergence to the dense logits."""
-
-    def loss(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        count = min(config.batch_size, len(data.train))
-        indices = torch.randperm(len(data.train), generator=generator)[:count]
-        pixel_values, labels = data.train.batch(indices.numpy())
-        logits = model(pixel_values=pixel_values).logits
-        if config.objective == "task":
-            return F.cross_entropy(logits, labels)
-        with torch.no_grad():
-            target = torch.log_softmax(dense(pixel_values=pixel_values).logits, dim=-1)
-        return F.kl_div(torch.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
-
     train(
         nn.ModuleList(mlps),
-        loss,
+        task.end_to_end_loss(model, config, seed),
         steps=config.steps,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -220,21 +139,15 @@ def train_end_to_end(
 
 
 def finetune(
-    folder: Path,
-    recipe: Recipe,
-    dense: nn.Module,
-    plan: Plan,
-    before: Sequence[Path],
-    calibration: Path,
-    data: ImageData,
-    progress: Progress,
+    folder: Path, task: Task, plan: Plan, before: Sequence[Path], calibration: Path, progress: Progress
 ) -> None:
     """Global error minimisation: all factors together, masks kept."""
+    recipe, dense = task.recipe, task.model
     assert recipe.finetune is not None
     mlps = restore_all(recipe, dense, plan, before)
     model = install(dense, mlps)
     checkpoint = folder / "checkpoint.pt"
-    train_end_to_end(model, mlps, recipe.finetune, dense, data, recipe.seed, checkpoint, "fine-tune", progress)
+    train_end_to_end(model, mlps, recipe.finetune, task, recipe.seed, checkpoint, "fine-tune", progress)
     for group in plan.groups:
         save_factors([mlp for mlp in mlps if mlp.group == group.name], folder / group.name / FACTORS)
     _save_errors(folder, recipe, dense, mlps, calibration)
@@ -244,70 +157,71 @@ def finetune(
 # --- quantization ----------------------------------------------------------------------------------------------
 
 
-def store_rest(recipe: Recipe, dense: nn.Module, sites: Sequence[MLPSite], image_size: int) -> nn.Module:
-    """A copy of the dense model that computes with its weights outside the MLPs as they will be stored."""
-    rest = recipe.quantization.rest
-    base = copy.deepcopy(dense)
-    # Before rounding: what is interpolated here is stored too.
-    fix_position_embeddings(base, image_size, image_size)
-    if rest.linear_bits is not None:
-        skip = ["classifier", *(f"{site.path}.{name}" for site in sites for name in (*site.first, site.last))]
-        base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, recipe.export.accuracy_level)
-    return round_to_float16(base) if rest.weights == "float16" else base
-
-
-def segments_of_groups(
-    recipe: Recipe, dense: nn.Module, plan: Plan, before: Sequence[Path]
-) -> dict[str, tuple[Segments, Segments]]:
-    """Segments of (basis, projections) of every group, from the factors before quantization."""
-    segments = {}
-    for group, path in zip(plan.groups, before, strict=True):
-        mlps = restore_group(dense, group, path / FACTORS, masked=is_masked(recipe))
-        segments[group.name] = choose_segments(recipe, group, mlps)
-    return segments
-
-
 @dataclass(frozen=True)
 class QuantizationInputs:
     """What every step of QAT starts from: ``base`` is the dense model with its other weights as stored,
     ``unquantized`` the folders of the groups' factors before quantization."""
 
-    recipe: Recipe
-    dense: nn.Module
+    task: Task
     base: nn.Module
     plan: Plan
     unquantized: Sequence[Path]
     calibration: Path
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.task.recipe
 
-def restore_quantized(inputs: QuantizationInputs, quantized: Path | None) -> list[FactorizedMLP]:
-    """All MLPs with fake-quantized factors: prepared from the unquantized ones, then with the trained state of
-    the step in folder ``quantized``, if given."""
-    mlps = []
-    for group, path in zip(inputs.plan.groups, inputs.unquantized, strict=True):
-        members = restore_group(inputs.base, group, path / FACTORS, masked=is_masked(inputs.recipe))
-        prepare_factors(inputs.recipe, group, members)
-        if quantized is not None:
-            load_factors(members, quantized / group.name / FACTORS)
-        mlps += members
+    @property
+    def dense(self) -> nn.Module:
+        return self.task.model
+
+
+def quantize(folder: Path, inputs: QuantizationInputs, progress: Progress) -> None:
+    """Fake quantization without training: segments chosen, starting scales and codes found, group by group."""
+    recipe, mlps = inputs.recipe, []
+    segments: dict[str, tuple[Segments, Segments]] = {}
+    with progress.task("starting codes", len(inputs.plan.groups)) as advance:
+        for group, path in zip(inputs.plan.groups, inputs.unquantized, strict=True):
+            members = restore_group(inputs.base, group, path / FACTORS, masked=is_masked(recipe))
+            moments = None
+            if needs_moments(recipe):
+                moments = open_moments(inputs.dense, group, inputs.calibration)
+            segments[group.name] = choose_segments(recipe, group, members, moments)
+            prepare_factors(recipe, group, members, segments[group.name], moments)
+            save_factors(members, folder / group.name / FACTORS)
+            mlps += members
+            advance(1, group.name)
+    assert_coverage(install(inputs.base, mlps), mlps)
+    write_json(folder / SEGMENTS, segments)
+    _save_errors(folder, recipe, inputs.dense, mlps, inputs.calibration)
+
+
+def load_segments(folder: Path) -> dict[str, tuple[Segments, Segments]]:
+    """Segments of (basis, projections) of every group, as :func:`quantize` saved them in ``folder``."""
+    return {
+        name: (tuple(basis), tuple(projections)) for name, (basis, projections) in read_json(folder / SEGMENTS).items()
+    }
+
+
+def restore_quantized(inputs: QuantizationInputs, started: Path, quantized: Path) -> list[FactorizedMLP]:
+    """All MLPs with fake-quantized factors, with segments from ``started`` (the folder of :func:`quantize`) and the
+    state of the step in folder ``quantized``."""
+    segments, mlps = load_segments(started), []
+    for group in inputs.plan.groups:
+        mlps += restore_prepared(
+            inputs.recipe, inputs.base, group, segments[group.name], quantized / group.name / FACTORS
+        )
     return mlps
 
 
-def quantize(folder: Path, inputs: QuantizationInputs) -> None:
-    """Fake quantization without training: scales searched, nothing else changed."""
-    mlps = restore_quantized(inputs, None)
-    assert_coverage(install(inputs.base, mlps), mlps)
-    _save_groups(folder, inputs.plan, mlps)
-    _save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)
-
-
 def train_quantized(
-    folder: Path, inputs: QuantizationInputs, position: int, before: Path, data: ImageData, progress: Progress
+    folder: Path, inputs: QuantizationInputs, position: int, started: Path, before: Path, progress: Progress
 ) -> None:
     """Entry ``position`` of the recipe's QAT, local per group or end to end, from the step in folder ``before``."""
     config = inputs.recipe.quantization.training[position]
     seed = inputs.recipe.seed + 1 + position
-    mlps = restore_quantized(inputs, before)
+    mlps = restore_quantized(inputs, started, before)
     label = f"QAT {position + 1}, {config.objective}"
     checkpoint = folder / "checkpoint.pt"
     if isinstance(config, LocalTraining):
@@ -331,7 +245,7 @@ def train_quantized(
             (folder / f"{group.name}.pt").unlink(missing_ok=True)
     else:
         model = install(inputs.base, mlps)
-        train_end_to_end(model, mlps, config, inputs.dense, data, seed, checkpoint, label, progress)
+        train_end_to_end(model, mlps, config, inputs.task, seed, checkpoint, label, progress)
         _save_groups(folder, inputs.plan, mlps)
         checkpoint.unlink(missing_ok=True)
     _save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)

@@ -1,0 +1,21 @@
+"""What a run does differently for image classifiers and for language models, behind one interface."""
+
+from pathlib import Path
+
+from pipeline.recipe import Recipe
+from pipeline.tasks.base import Task
+
+
+def make_task(recipe: Recipe, artifact: Path | None = None) -> Task:
+    """The task of a recipe, its data loaded; the model not yet.
+
+    ``artifact``: folder of an artefact whose own preprocessing or tokenizer is to be used. Raises InputError for
+    a model or data that cannot be found or do not go together.
+    """
+    if recipe.is_language_model:
+        from pipeline.tasks.causal_lm import CausalLMTask
+
+        return CausalLMTask(recipe, artifact)
+    from pipeline.tasks.image_classification import ImageClassificationTask
+
+    return ImageClassificationTask(recipe, artifact)

@@ -1,0 +1,215 @@
+"""Image classifiers: top-1 accuracy, ONNX by :mod:`exporters.vision`."""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoImageProcessor
+
+from exporters.artifact import Golden
+from exporters.packed_model import PackedModel
+from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
+from exporters.vision import export_vision
+from fips_ort.memory import measure_memory
+from pipeline.bench import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
+from pipeline.calibrate import record_activations
+from pipeline.data import load_data
+from pipeline.evaluate import check_samples, divergence, evaluate, load_quality, save_quality
+from pipeline.models.adapters import check_finite, find_mlps
+from pipeline.models.loading import LoadedModel, hash_model, load_model, load_preprocessing, model_class
+from pipeline.plan import Plan
+from pipeline.progress import Progress
+from pipeline.recipe import (
+    EndToEnd,
+    PackagedOnnxModel,
+    PretrainedModel,
+    Recipe,
+    ScratchModel,
+)
+from pipeline.tasks.base import Form, Predict, Task
+
+GOLDEN_IMAGES = 4
+PARITY_IMAGES = 64
+BENCH_BATCH = 8
+BENCH_SECONDS = 10.0
+
+
+class ImageClassificationTask(Task):
+    """``recipe.model`` is an image classifier, ``recipe.data`` labelled images."""
+
+    def __init__(self, recipe: Recipe, artifact: Path | None = None) -> None:
+        self.recipe = recipe
+        section = recipe.model
+        assert isinstance(section, ScratchModel | PretrainedModel | PackagedOnnxModel)
+        # An artefact's own processor and labels; a classifier saved like any other.
+        self.section = section if artifact is None else PretrainedModel(source="pretrained", path=str(artifact))
+        self.preprocessing = load_preprocessing(self.section, recipe.data)  # type: ignore[arg-type]
+        # A pretrained model may come with a large data set: only what the run draws is read and hashed.
+        limited = isinstance(self.section, PretrainedModel)
+        calibration = 1 if artifact is not None else recipe.calibration.samples
+        limits = (calibration, recipe.evaluation.samples) if limited else (None, None)
+        self.data = load_data(recipe.data, self.preprocessing, recipe.seed, *limits)  # type: ignore[arg-type]
+        check_samples(self.data.test, recipe.evaluation.samples)
+        self.data_hash = self.data.hash
+        self.train_samples = len(self.data.train)
+
+    # --- dense model ---
+
+    def make_dense(self, folder: Path, progress: Progress) -> None:
+        if isinstance(self.section, PretrainedModel):  # stays where it is, uncopied
+            return
+        training = self.section.training if isinstance(self.section, ScratchModel) else self.section.head
+        with progress.counter("train the dense model", training.steps) as report:
+            loaded = load_model(self.section, self.preprocessing, self.data, self.recipe.seed, report)
+        loaded.model.save_pretrained(folder / "model")  # type: ignore[operator]
+        loaded.image_processor.save_pretrained(folder / "model")
+
+    def open_dense(self, folder: Path) -> None:
+        if isinstance(self.section, PretrainedModel):
+            loaded = load_model(self.section, self.preprocessing, self.data, self.recipe.seed)
+        else:
+            model = model_class().from_pretrained(folder / "model", attn_implementation="eager").eval()
+            check_finite(model)
+            processor = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
+            size = self.preprocessing.image_size
+            loaded = LoadedModel(model, processor, size, self.data.labels, hash_model(model))
+        self.model = loaded.model
+        self.processor = loaded.image_processor
+        self.image_size = loaded.image_size
+        self.source_hash = loaded.source_hash
+        self.sites = find_mlps(loaded.model)
+
+    # --- samples ---
+
+    def training_batch(self, indices: Sequence[int]) -> Tensor:
+        return self.data.train.batch(indices)[0]
+
+    def predictor(self, model: nn.Module) -> Predict:
+        return lambda pixel_values: model(pixel_values=pixel_values).logits
+
+    def calibrate(self, folder: Path, plan: Plan, samples: Sequence[int], progress: Progress) -> None:
+        sites = [site for group in plan.groups for site in group.sites]
+        batch_size = self.recipe.calibration.batch_size
+        record_activations(
+            self.predictor(self.model), self.model, sites, self.training_batch, samples, batch_size, folder, progress
+        )
+
+    def end_to_end_loss(self, model: nn.Module, config: EndToEnd, seed: int) -> Callable[[int], Tensor]:
+        predict, dense = self.predictor(model), self.predictor(self.model)
+
+        def loss(step: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            count = min(config.batch_size, self.train_samples)
+            indices = torch.randperm(self.train_samples, generator=generator)[:count]
+            pixel_values, labels = self.data.train.batch(indices.numpy())
+            logits = predict(pixel_values)
+            if config.objective == "task":
+                return F.cross_entropy(logits, labels)
+            with torch.no_grad():
+                target = torch.log_softmax(dense(pixel_values), dim=-1)
+            return F.kl_div(torch.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
+
+        return loss
+
+    # --- quality ---
+
+    def measure(
+        self, form: Form, folder: Path, label: str, progress: Progress, *, against_dense: Path | None = None
+    ) -> str:
+        predict = self.predictor(form) if isinstance(form, nn.Module) else _session_predictor(form)
+        config = self.recipe.evaluation
+        total = config.samples or len(self.data.test)
+        with progress.counter(f"evaluate {label}", total) as report:
+            quality = evaluate(predict, self.data.test, config.batch_size, config.samples, report)
+        save_quality(quality, folder)
+        return (
+            f"accuracy {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} % of {quality.samples} samples"
+        )
+
+    def describe_quality(self, folders: dict[str, Path]) -> dict[str, Any]:
+        results = {stage: load_quality(folder) for stage, folder in folders.items()}
+        quality = {
+            "metric": "accuracy",
+            "unit": "fraction",
+            "samples": results["dense"].samples,
+            "standard_error": {stage: result.standard_error for stage, result in results.items()},
+            **{stage: result.accuracy for stage, result in results.items()},
+        }
+        drift = divergence(results["onnx_native"].logits, results["dense"].logits)
+        return {"quality": quality, "divergence": asdict(drift)}
+
+    def describe_data(self) -> dict[str, Any]:
+        return {
+            "source": self.recipe.data.source,
+            "hash": self.data_hash,
+            "train_samples": self.train_samples,
+            "calibration_samples": min(self.recipe.calibration.samples or self.train_samples, self.train_samples),
+            "test_samples": check_samples(self.data.test, self.recipe.evaluation.samples),
+        }
+
+    # --- delivery ---
+
+    def store_rest(self) -> nn.Module:
+        rest = self.recipe.quantization.rest
+        base = copy.deepcopy(self.model)
+        # Before rounding: what is interpolated here is stored too.
+        fix_position_embeddings(base, self.image_size, self.image_size)
+        if rest.linear_bits is not None:
+            skip = ["classifier", *(f"{s.path}.{name}" for s in self.sites for name in (*s.first, s.last))]
+            base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, self.recipe.export.accuracy_level)
+        return round_to_float16(base) if rest.weights == "float16" else base
+
+    def parity_batches(self) -> list[Tensor]:
+        """Batches of 1, 2, 4, … images, 64 in all if there are as many."""
+        count = min(PARITY_IMAGES, len(self.data.test))
+        images = self.data.test.batch(range(count))[0]
+        sizes, left = [], count
+        while left:
+            sizes.append(min(1 << len(sizes), left))
+            left -= sizes[-1]
+        return list(images.split(sizes))
+
+    def export_graph(self, stored: nn.Module, packed: PackedModel) -> ir.Model:
+        return export_vision(stored, (3, self.image_size, self.image_size))
+
+    def golden(self, predict: Predict, tolerance: float) -> Golden:
+        images = self.data.test.batch(range(min(GOLDEN_IMAGES, len(self.data.test))))[0]
+        with torch.inference_mode():
+            logits = predict(images)
+        return Golden({"pixel_values": images.numpy()}, {"logits": logits.numpy()}, tolerance)
+
+    def save_config(self, folder: Path) -> None:
+        self.model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        self.processor.save_pretrained(folder)
+
+    def bench(self, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        threads = os.cpu_count() or 1
+        images = self.data.test.batch(range(min(BENCH_BATCH, len(self.data.test))))[0].numpy()
+        shape = (3, self.image_size, self.image_size)
+        sessions = artefact_sessions(artifact, threads) | dense_sessions(self.model, shape, threads)
+        seconds = seconds_per_run(sessions, images, BENCH_SECONDS)
+        rows = [
+            {
+                "backend": name,
+                "images_per_second": len(images) / value,
+                "ratio_to_float32": seconds[DENSE_FLOAT32] / value,
+            }
+            for name, value in seconds.items()
+        ]
+        speed = {"unit": "images/s", "batch": len(images), "threads": threads, "rows": rows}
+        return speed, measure_memory(artifact)
+
+
+def _session_predictor(session: "onnxruntime.InferenceSession") -> Predict:
+    def predict(pixel_values: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
+
+    return predict
