@@ -5,9 +5,10 @@ before survives a full disk or a crash. Nothing in it depends on time or place: 
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,15 @@ def plan_shards(sizes: list[int], max_shard_size: int) -> list[list[tuple[int, i
     return shards
 
 
+def distinct_bytes(values: Iterable[ir.Value]) -> dict[bytes, list[ir.Value]]:
+    """Initializers by the SHA-256 of their bytes, in order. Those of equal bytes share one place in the file: a tied
+    token table is read in two shapes."""
+    result: dict[bytes, list[ir.Value]] = {}
+    for value in values:
+        result.setdefault(hashlib.sha256(tensor_of(value).tobytes()).digest(), []).append(value)
+    return result
+
+
 def shard_names(count: int) -> list[str]:
     """``model.onnx.data``, or ``model-00001-of-0000N.onnx.data`` and so on."""
     if count == 1:
@@ -153,14 +163,15 @@ def shard_names(count: int) -> list[str]:
 def _write_model(folder: Path, model: ir.Model, max_shard_size: int) -> list[TensorEntry]:
     values = list(model.graph.initializers.values())
     external = [value for value in values if tensor_of(value).nbytes >= INLINE_BYTES]
-    shards = plan_shards([tensor_of(value).nbytes for value in external], max_shard_size)
+    distinct = list(distinct_bytes(external).values())
+    shards = plan_shards([tensor_of(same[0]).nbytes for same in distinct], max_shard_size)
     places: dict[str, tuple[str, int]] = {}
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):
         with (folder / name).open("wb") as file:
             for index, offset in shard:
                 file.write(bytes(offset - file.tell()))
-                file.write(tensor_of(external[index]).tobytes())
-                places[external[index].name or ""] = (name, offset)
+                file.write(tensor_of(distinct[index][0]).tobytes())
+                places.update({value.name or "": (name, offset) for value in distinct[index]})
     with _external_data(external, places, folder):
         data = ir.to_proto(model).SerializeToString(deterministic=True)
     (folder / MODEL).write_bytes(data)
@@ -239,7 +250,7 @@ def _synchronize(path: Path) -> None:
 
 def _check_space(parent: Path, model: ir.Model, golden: Golden, library: Path) -> None:
     arrays = [*golden.inputs.values(), *golden.outputs.values()]
-    tensors = [tensor_of(value).nbytes + _LINE for value in model.graph.initializers.values()]
+    tensors = [tensor_of(same[0]).nbytes + _LINE for same in distinct_bytes(model.graph.initializers.values()).values()]
     # The last term is for graph, manifest, configuration and the padding of large tensors.
     needed = sum(tensors) + sum(array.nbytes for array in arrays) + library.stat().st_size + (4 << 20)
     free = shutil.disk_usage(parent).free
@@ -260,12 +271,28 @@ def _sibling(folder: Path, role: str) -> Path:
 
 
 def _readme(provenance: Provenance, golden: Golden) -> str:
+    usage = _LANGUAGE_MODEL if "input_ids" in golden.inputs else _classifier_usage(golden)
+    return f"""# {provenance.title}
+
+{usage}
+
+The Python packages `fips-ort`, `onnxruntime` (1.17 or newer) and `numpy` are needed. Without `fips-ort`, any ONNX
+Runtime opens `{MODEL}` by its path and computes the same from the functions in the model, more slowly. Programs in
+other languages register the native library in this folder with their session options (`RegisterCustomOps`).
+
+`python -m fips_ort.validate FOLDER` proves that the folder is complete, unchanged and computes what it should.
+
+## Notes
+
+{provenance.notes}
+"""
+
+
+def _classifier_usage(golden: Golden) -> str:
     shapes = {name: ("batch", *array.shape[1:]) for name, array in golden.inputs.items()}
     inputs = ", ".join(f"`{name}` ({' × '.join(map(str, shape))})" for name, shape in shapes.items())
     feeds = ", ".join(f'"{name}": {name}' for name in shapes)
-    return f"""# {provenance.title}
-
-An image classifier with MLPs factorized into shared, sparse, quantized matrices (FiPS). Inputs: {inputs};
+    return f"""An image classifier with MLPs in packed low-bit weights (FiPS). Inputs: {inputs};
 outputs: {', '.join(f'`{name}`' for name in golden.outputs)}.
 
 ## Load it
@@ -275,15 +302,30 @@ from fips_ort.load import load
 
 session = load("path/to/this/folder")
 ({', '.join(golden.outputs)},) = session.run(None, {{{feeds}}})
+```"""
+
+
+_LANGUAGE_MODEL = """A causal language model with MLPs in packed low-bit weights (FiPS). `genai_config.json` makes this
+folder a model of onnxruntime-genai, native kernels included.
+
+## Load it
+
+With onnxruntime-genai:
+
+```python
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model("path/to/this/folder")
+tokenizer = onnxruntime_genai.Tokenizer(model)
 ```
 
-This needs the packages `fips-ort`, `onnxruntime` (1.17 or newer) and `numpy`. Without `fips-ort`, any ONNX Runtime
-opens `{MODEL}` by its path and computes the same from the functions in the model, more slowly. Programs in other
-languages register the native library in this folder with their session options (`RegisterCustomOps`).
+With plain onnxruntime:
 
-`python -m fips_ort.validate FOLDER` proves that the folder is complete, unchanged and computes what it should.
+```python
+from fips_ort.causal_lm import greedy_tokens, prefill_inputs
+from fips_ort.load import load
 
-## Notes
-
-{provenance.notes}
-"""
+session = load("path/to/this/folder")
+(logits,) = session.run(["logits"], prefill_inputs(session, input_ids))  # input_ids: int64 [batch, tokens]
+tokens = greedy_tokens(session, [2, 651, 3413], count=20)
+```"""

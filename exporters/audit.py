@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.artifact import MODEL
+from exporters.artifact import INLINE_BYTES, MODEL
 from exporters.modules import input_node, linear_node, output_node
 from exporters.packed_model import PackedModel
 from exporters.passes import tensor_of
@@ -21,7 +21,7 @@ from fips_ort.packed import PackedWeight, unpack
 SMALLEST = 64
 """Initializers below this size are shapes and scalars: they may repeat, and stay float32."""
 
-Kind = Literal["basis", "projection", "bias", "matmul_nbits", "rest"]
+Kind = Literal["basis", "projection", "bias", "matmul_nbits", "token_table", "rest"]
 
 
 class AuditError(ValueError):
@@ -30,7 +30,8 @@ class AuditError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """An initializer: ``bytes`` as stored and as ``promised`` by the layouts and the storage of the rest."""
+    """An initializer: ``bytes`` as stored and as ``promised`` by the layouts and the storage of the rest; both are 0
+    if it shares the place of an earlier one in the file (a tied output layer that of the token table)."""
 
     name: str
     kind: Kind
@@ -42,23 +43,25 @@ def audit(artifact: Path | ir.Model, packed: PackedModel, rest: Literal["float16
     """Check the graph of an artefact's folder (or in memory) against the packed model it was made of.
 
     ``rest``: how floating weights outside the packed MLPs and n-bit layers are stored (biases of packed layers may
-    be either). Returns one row per
-    initializer, in the graph's order. Raises AuditError if bytes differ from the promised ones, packed streams
-    from those of ``packed``, a shared basis is stored twice, or two initializers have equal type, shape and bytes.
+    be either). Returns one row per initializer, in the graph's order. Raises AuditError if bytes differ from the
+    promised ones, packed streams from those of ``packed``, a shared basis is stored twice, or two initializers have
+    equal type, shape and bytes, or equal bytes in two places.
     """
     model = artifact if isinstance(artifact, ir.Model) else ir.load(artifact / MODEL)
     nodes = {node.name or "": node for node in model.graph}
     promises: dict[str, tuple[Kind, int]] = {}
     violations = list(_match_weights(nodes, packed, promises))
     violations += _match_matmul_nbits(model, promises)
+    violations += _match_token_tables(model, promises)
+    sharing, repetitions = _repetitions(model)
     rows = []
     for name, value in model.graph.initializers.items():
         size = tensor_of(value).nbytes
         kind, promised = promises.get(name, ("rest", _promised_rest(value, rest)))
-        rows.append(AuditRow(name, kind, size, promised))
         if size != promised:
             violations.append(f"{name} ({kind}) takes {size} bytes, promised were {promised}")
-    violations += _repetitions(model)
+        rows.append(AuditRow(name, kind, 0, 0) if name in sharing else AuditRow(name, kind, size, promised))
+    violations += repetitions
     if violations:
         raise AuditError("; ".join(violations))
     return rows
@@ -125,6 +128,24 @@ def _match_matmul_nbits(model: ir.Model, promises: dict[str, tuple[Kind, int]]) 
     return violations
 
 
+def _match_token_tables(model: ir.Model, promises: dict[str, tuple[Kind, int]]) -> list[str]:
+    """Tables of GatherBlockQuantized: codes along the whole rows, one scale a block. A tied output layer reads the
+    same scales, so this comes after :func:`_match_matmul_nbits`."""
+    violations = []
+    for node in model.graph:
+        if node.op_type != "GatherBlockQuantized":
+            continue
+        codes, scales = node.inputs[0], _behind_cast(node.inputs[2])
+        if codes is None or scales is None or codes.const_value is None or scales.const_value is None:
+            violations.append(f"{node.name}: codes or scales are missing")
+            continue
+        rows, blocks = tensor_of(scales).shape.numpy()
+        size = rows * blocks * node.attributes["block_size"].as_int()
+        promises[codes.name or ""] = ("token_table", size * node.attributes["bits"].as_int() // 8)
+        promises[scales.name or ""] = ("token_table", 2 * rows * blocks)
+    return violations
+
+
 def _behind_cast(value: ir.Value | None) -> ir.Value | None:
     producer = None if value is None else value.producer()
     return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
@@ -133,22 +154,42 @@ def _behind_cast(value: ir.Value | None) -> ir.Value | None:
 def _promised_rest(value: ir.Value, rest: str) -> int:
     tensor = tensor_of(value)
     if rest == "float16" and tensor.dtype == ir.DataType.FLOAT and tensor.nbytes >= SMALLEST:
-        return 2 * tensor.size
+        return tensor.nbytes if _is_frequency(value) else 2 * tensor.size
     return tensor.nbytes
 
 
-def _repetitions(model: ir.Model) -> list[str]:
-    seen: dict[tuple[object, ...], str] = {}
-    violations = []
+def _is_frequency(value: ir.Value) -> bool:
+    """Whether positions are multiplied with it to get the angles of rotary embeddings. They follow from the model's
+    configuration, and half their digits would not do: they are multiplied with thousands."""
+    return any(
+        use.node.op_type == "Mul" and any(after.node.op_type == "Cos" for after in use.node.outputs[0].uses())
+        for use in value.uses()
+    )
+
+
+def _repetitions(model: ir.Model) -> tuple[set[str], list[str]]:
+    """Names of initializers that share the place of an earlier one, and violations."""
+    seen: dict[bytes, ir.Value] = {}
+    sharing, violations = set(), []
     for name, value in model.graph.initializers.items():
         tensor = tensor_of(value)
         if tensor.nbytes < SMALLEST:
             continue
-        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(_bytes(value).tobytes()).digest())
-        if key in seen:
-            violations.append(f"{name} and {seen[key]} have equal bytes")
-        seen.setdefault(key, name)
-    return violations
+        earlier = seen.setdefault(hashlib.sha256(_bytes(value).tobytes()).digest(), value)
+        if earlier is value:
+            continue
+        other = tensor_of(earlier)
+        same_form = (tensor.dtype, tuple(tensor.shape)) == (other.dtype, tuple(other.shape))
+        if same_form or _place(tensor) != _place(other):
+            violations.append(f"{name} and {earlier.name} have equal bytes")
+        elif tensor.nbytes >= INLINE_BYTES:
+            sharing.add(name)
+    return sharing, violations
+
+
+def _place(tensor: ir.TensorProtocol) -> tuple[object, ...]:
+    """Where a file holds the tensor; the same for all that are not in files yet (they will share one place)."""
+    return (str(tensor.location), tensor.offset) if isinstance(tensor, ir.ExternalTensor) else ()
 
 
 def _bytes(value: ir.Value) -> NDArray[np.uint8]:

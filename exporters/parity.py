@@ -4,7 +4,7 @@ All three compute with the stored numbers. If they do not agree, the first MLP t
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from exporters.artifact import MODEL
 from exporters.modules import PackedMLPModule
+from fips_ort.causal_lm import complete_inputs
 from fips_ort.load import load
 from fips_ort.native import register
 
 LARGEST_BATCH = 64
+_NUMBERS_AT_ONCE = 1 << 22
+_ACCURACY_LEVEL = "accuracy_level"
 
 Logits = NDArray[np.float32]
 
@@ -39,7 +42,7 @@ class ParityError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Largest absolute difference of two backends' logits; the same relative to the largest magnitude of a logit;
-    fraction of images with the same prediction."""
+    fraction of predictions (of images, or of next tokens) that are the same."""
 
     absolute: float
     relative: float
@@ -48,46 +51,62 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Differences over ``images`` images, computed in batches of several sizes."""
+    """Differences over ``samples`` images or texts, computed in several batches, all with float32 activations.
+
+    ``rounding``: of the native kernels with activations as the artefact has them from PyTorch, if it permits int8
+    ones (accuracy_level 4): what that rounding costs, not an error of any backend. Else None.
+    """
 
     native_vs_torch: Difference
     portable_vs_torch: Difference
     native_vs_portable: Difference
-    images: int
+    rounding: Difference | None
+    samples: int
 
 
-def check_parity(folder: Path, model: nn.Module, pixel_values: NDArray[np.float32], tolerance: float = 1e-3) -> Parity:
+def check_parity(folder: Path, model: nn.Module, batches: Sequence[Tensor], tolerance: float = 1e-3) -> Parity:
     """Compare the artefact in ``folder`` with ``model``, the PyTorch model it was exported from (eval mode).
 
-    ``pixel_values``: float32 [images, channels, height, width], run in batches of 1, 2, 4, … 64 images.
-    Raises ParityError, naming the first MLP that differs, if logits differ by more than ``tolerance`` of the
-    largest one.
+    ``batches``: what goes into the artefact's first input, of the model's argument of the same name: pixel values
+    float32 [images, channels, height, width], or token ids int64 [texts, tokens], run without a past. Logits of
+    one batch at a time are held. Raises ParityError, naming the first MLP that differs, if logits differ by more
+    than ``tolerance`` of the largest one. Where the artefact permits int8 activations, it is compared with float32
+    ones, for their rounding can be larger than an error that matters.
     """
-    batches = split_batches(pixel_values)
-    reference = np.concatenate([_run_torch(model, batch) for batch in batches])
-    computed = {}
+    rounds = _rounds_activations(ir.load(folder / MODEL))
+    sessions = {
+        backend: _session(folder, native=native) if rounds else load(folder, native=native, verify=False)
+        for backend, native in (("native", True), ("portable", False))
+    }
+    if rounds:
+        sessions["rounding"] = load(folder, verify=False)
+    against_torch = {backend: _Comparison() for backend in sessions}
+    between = _Comparison()
+    for batch in batches:
+        expected = _run_torch(model, _input_name(sessions["native"]), batch)
+        computed = {backend: _run(session, batch, ["logits"])[0] for backend, session in sessions.items()}
+        for backend, comparison in against_torch.items():
+            comparison.add(computed[backend], expected)
+        between.add(computed["native"], computed["portable"])
+    del sessions
+    differences = {backend: comparison.result() for backend, comparison in against_torch.items()}
     for backend in ("native", "portable"):
-        session = load(folder, native=backend == "native", verify=False)
-        computed[backend] = np.concatenate([session.run(["logits"], {"pixel_values": batch})[0] for batch in batches])
-        difference = compare(computed[backend], reference)
-        if not difference.relative <= tolerance:
-            raise _explain(folder, model, batches, backend, difference, tolerance)
+        if not differences[backend].relative <= tolerance:
+            raise _explain(folder, model, batches, backend, differences[backend], tolerance)
     return Parity(
-        compare(computed["native"], reference),
-        compare(computed["portable"], reference),
-        compare(computed["native"], computed["portable"]),
-        len(pixel_values),
+        differences["native"],
+        differences["portable"],
+        between.result(),
+        differences.get("rounding"),
+        sum(len(batch) for batch in batches),
     )
 
 
 def compare(actual: Logits, expected: Logits) -> Difference:
-    """Differences of two arrays of logits [images, labels]; infinite where a logit is not finite."""
-    if not np.isfinite(actual).all() or not np.isfinite(expected).all():
-        return Difference(float("inf"), float("inf"), 0.0)
-    absolute = float(np.abs(actual - expected).max())
-    largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    same = float((actual.argmax(axis=-1) == expected.argmax(axis=-1)).mean())
-    return Difference(absolute, absolute / largest, same)
+    """Differences of two arrays of logits [..., labels]; infinite where a logit is not finite."""
+    comparison = _Comparison()
+    comparison.add(actual, expected)
+    return comparison.result()
 
 
 def split_batches(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
@@ -101,17 +120,19 @@ def split_batches(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
 
 
 def first_difference(
-    folder: Path, model: nn.Module, batches: list[NDArray[np.float32]], backend: str, tolerance: float
+    folder: Path, model: nn.Module, batches: Sequence[Tensor], backend: str, tolerance: float
 ) -> tuple[str, float] | None:
     """Path of the first MLP, in the order of computation, whose output differs between ``backend`` and PyTorch by
     more than ``tolerance`` of its largest element, with that difference; None if all agree."""
     taps = {module.output_node: module.path for module in model.modules() if isinstance(module, PackedMLPModule)}
-    session, nodes = _tapped_session(folder, taps, native=backend == "native")
+    # The graph is in the order of computation.
+    nodes = [node.name for node in ir.load(folder / MODEL).graph if node.name in taps]
+    session = _session(folder, native=backend == "native", taps=nodes)
     paths = [taps[node] for node in nodes]
     for batch in batches:
         with _captured(model, paths) as expected:
-            _run_torch(model, batch)
-        outputs = session.run([f"{node}/output" for node in nodes], {"pixel_values": batch})
+            _run_torch(model, _input_name(session), batch)
+        outputs = _run(session, batch, [f"{node}/output" for node in nodes])
         for path, actual in zip(paths, outputs, strict=True):
             difference = compare(actual, expected[path]).relative
             if not difference <= tolerance:
@@ -119,10 +140,37 @@ def first_difference(
     return None
 
 
+class _Comparison:
+    """Difference of arrays that arrive in parts; a few million numbers at a time, for logits are large."""
+
+    def __init__(self) -> None:
+        self.absolute = self.largest = 0.0
+        self.same = self.count = 0
+        self.finite = True
+
+    def add(self, actual: Logits, expected: Logits) -> None:
+        labels = expected.shape[-1]
+        rows = max(1, _NUMBERS_AT_ONCE // labels)
+        pairs = actual.reshape(-1, labels), expected.reshape(-1, labels)
+        for start in range(0, len(pairs[1]), rows):
+            some, wanted = (array[start : start + rows] for array in pairs)
+            self.finite = self.finite and bool(np.isfinite(some).all() and np.isfinite(wanted).all())
+            self.absolute = max(self.absolute, float(np.abs(some - wanted).max()))
+            self.largest = max(self.largest, float(np.abs(wanted).max()))
+            self.same += int((some.argmax(axis=-1) == wanted.argmax(axis=-1)).sum())
+            self.count += len(wanted)
+
+    def result(self) -> Difference:
+        if not self.finite:
+            return Difference(float("inf"), float("inf"), 0.0)
+        largest = max(self.largest, float(np.finfo(np.float32).tiny))
+        return Difference(self.absolute, self.absolute / largest, self.same / max(self.count, 1))
+
+
 def _explain(
     folder: Path,
     model: nn.Module,
-    batches: list[NDArray[np.float32]],
+    batches: Sequence[Tensor],
     backend: str,
     difference: Difference,
     tolerance: float,
@@ -138,22 +186,32 @@ def _explain(
     return ParityError(f"{message}; the first block that differs is {path} ({relative:.2e})", backend, path)
 
 
-def _tapped_session(folder: Path, names: Collection[str], native: bool) -> tuple[Any, list[str]]:
-    """A session whose outputs are those of the nodes called ``names``, and the names in the order of computation."""
+def _session(folder: Path, *, native: bool, taps: Sequence[str] = ()) -> Any:
+    """A session of the artefact's graph with float32 activations; with the outputs ``{tap}/output`` of the nodes
+    called ``taps``, if any, instead of its own."""
     model = ir.load(folder / MODEL)
-    taps = [node for node in model.graph if node.name in names]
-    model.graph.outputs.clear()
-    for node in taps:
-        node.outputs[0].name = f"{node.name}/output"
-        model.graph.outputs.append(node.outputs[0])
+    nodes = {node.name: node for node in model.graph}
+    for node in nodes.values():
+        if _ACCURACY_LEVEL in node.attributes:
+            node.attributes[_ACCURACY_LEVEL] = ir.AttrInt64(_ACCURACY_LEVEL, 0)
+    if taps:
+        model.graph.outputs.clear()
+    for tap in taps:
+        output = nodes[tap].outputs[0]
+        output.name = f"{tap}/output"
+        model.graph.outputs.append(output)
     options = onnxruntime.SessionOptions()
-    # The tapped graph is in memory; its weights stay in the artefact's files.
+    # The graph is in memory; its weights stay in the artefact's files.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if native:
         register(options)
     data = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return session, [node.name or "" for node in taps]
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _rounds_activations(model: ir.Model) -> bool:
+    levels = (node.attributes.get(_ACCURACY_LEVEL) for node in model.graph)
+    return any(level is not None and level.as_int() for level in levels)
 
 
 @contextlib.contextmanager
@@ -175,7 +233,21 @@ def _captured(model: nn.Module, paths: list[str]) -> Iterator[dict[str, NDArray[
             handle.remove()
 
 
-def _run_torch(model: Any, batch: NDArray[np.float32]) -> Logits:
+def _input_name(session: Any) -> str:
+    name: str = session.get_inputs()[0].name
+    return name
+
+
+def _run(session: Any, batch: Tensor, outputs: list[str]) -> list[NDArray[np.float32]]:
+    results: list[NDArray[np.float32]] = session.run(
+        outputs, complete_inputs(session, {_input_name(session): batch.numpy()})
+    )
+    return results
+
+
+def _run_torch(model: Any, name: str, batch: Tensor) -> Logits:
+    # A cache would only be filled and thrown away.
+    options = {"use_cache": False} if name == "input_ids" else {}
     with torch.inference_mode():
-        logits: Logits = model(pixel_values=torch.from_numpy(batch)).logits.cpu().numpy()
+        logits: Logits = model(**{name: batch}, **options).logits.cpu().numpy()
     return logits

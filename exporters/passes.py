@@ -5,10 +5,18 @@ from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from exporters.functions import op_functions
 from exporters.modules import NODE_NAME
+from fips_ort.ops import DOMAIN, VERSION
 
+OPSET = 20
+"""The newest ONNX opset that onnxruntime 1.17 knows, the oldest onnxruntime we support."""
+IR_VERSION = 9
+"""The newest ONNX IR version that onnxruntime 1.17 reads."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 def name_nodes(model: ir.Model, prefix: str) -> None:
@@ -64,10 +72,8 @@ def store_float16(model: ir.Model) -> None:
     for value in list(model.graph.initializers.values()):
         if value.dtype != ir.DataType.FLOAT or tensor_of(value).size < 2:
             continue
-        array = tensor_of(value).numpy()
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), array):
+        half = as_float16(tensor_of(value).numpy())
+        if half is None:
             continue
         name = value.name
         assert name is not None
@@ -80,6 +86,33 @@ def store_float16(model: ir.Model) -> None:
         output.name, output.shape, output.type = f"{name}.float32", value.shape, value.type
         value.replace_all_uses_with(output)
         model.graph.insert_before(first, cast)
+
+
+def as_float16(array: NDArray[np.float32]) -> NDArray[np.float16] | None:
+    """``array`` as float16 if float16 holds it exactly, else None; without temporary copies of the whole array."""
+    half = np.empty(array.shape, np.float16)
+    step = max(1, _NUMBERS_AT_ONCE // max(1, array[:1].size))
+    for start in range(0, len(array), step):
+        rows = slice(start, start + step)
+        with np.errstate(over="ignore"):
+            half[rows] = array[rows]
+        if not np.array_equal(half[rows].astype(np.float32), array[rows]):
+            return None
+    return half
+
+
+def finish(model: ir.Model, name: str) -> None:
+    """Make a graph a whole model called ``name``: versions, the functions of our ops if it uses them, and nothing
+    that depends on where it was made. ``model`` must be in opset :data:`OPSET`."""
+    strip(model)
+    model.producer_name, model.producer_version = "fips-onnx", None
+    model.graph.name = name
+    model.ir_version = IR_VERSION
+    if any(node.domain == DOMAIN for node in model.graph):
+        model.opset_imports[DOMAIN] = VERSION
+        for proto in op_functions(OPSET):
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
 
 
 def strip(model: ir.Model) -> None:

@@ -1,12 +1,15 @@
-"""Storage of everything outside the MLPs: float16 weights and n-bit linear layers (``com.microsoft::MatMulNBits``).
+"""Storage of everything outside the MLPs: float16 weights, n-bit linear layers (``com.microsoft::MatMulNBits``) and
+n-bit token tables (``com.microsoft::GatherBlockQuantized``).
 
 All functions put the *stored* numbers into the PyTorch model, so that PyTorch and the artefact compute with the
-same weights. Order of use: :func:`fix_position_embeddings`, :func:`quantize_linears`, :func:`round_to_float16`.
+same weights. Order of use: :func:`fix_position_embeddings`, :func:`quantize_linears`, :func:`quantize_embedding`,
+:func:`round_to_float16`.
 """
 
 import copy
 import inspect
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,15 +47,17 @@ def fix_position_embeddings(model: nn.Module, height: int, width: int) -> None:
 def round_to_float16(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose floating parameters and buffers hold float16 numbers (in their own dtype).
 
-    What is stored packed (MLPs, n-bit linear layers) is left alone. Raises ValueError naming every tensor with a
-    number beyond float16's range or not finite.
+    What is stored packed (MLPs, n-bit layers) is left alone, and so are buffers that are no part of the model's
+    state but computed from its configuration (frequencies of rotary embeddings, say). Raises ValueError naming
+    every tensor with a number beyond float16's range or not finite.
     """
     result = copy.deepcopy(model)
     beyond = []
     with torch.no_grad():
         for module_name, module in _modules_outside(result):
+            computed = module._non_persistent_buffers_set
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if not tensor.is_floating_point():
+                if name in computed or not tensor.is_floating_point():
                     continue
                 rounded = tensor.half().to(tensor.dtype)
                 if not torch.isfinite(rounded).all():
@@ -68,45 +73,124 @@ def quantize_linears(
 ) -> nn.Module:
     """A copy of ``model`` whose linear layers outside the packed MLPs are :class:`NBitsLinear`.
 
-    ``skip``: module paths left alone (the classifier). Raises ValueError naming all layers whose input
+    ``skip``: module paths left alone (the classifier). A language model's output layer is always left alone: it
+    goes with the token table (:func:`quantize_embedding`). Raises ValueError naming all layers whose input
     features ``block_size`` does not divide, and any path in ``skip`` that is no linear layer.
     """
     linears = {name: module for name, module in _modules_outside(model) if isinstance(module, nn.Linear)}
     unknown = sorted(set(skip) - linears.keys())
     if unknown:
         raise ValueError(f"not linear layers of the model: {', '.join(unknown)}")
-    chosen = {name: linear for name, linear in linears.items() if name not in skip}
-    uneven = [f"{name} ({linear.in_features})" for name, linear in chosen.items() if linear.in_features % block_size]
-    if uneven:
-        raise ValueError(f"block_size {block_size} does not divide the input features of {', '.join(uneven)}")
+    head = _output_layer(model)
+    chosen = {name: linear for name, linear in linears.items() if name not in skip and linear is not head}
+    _check_divisible({name: linear.in_features for name, linear in chosen.items()}, block_size)
     replaced: dict[int, object] = {
-        id(linear): NBitsLinear(linear, bits, block_size, name, accuracy_level).train(linear.training)
+        id(linear): NBitsLinear(
+            quantize_table(linear.weight, bits, block_size), linear.bias, name, accuracy_level
+        ).train(linear.training)
         for name, linear in chosen.items()
     }
     return copy.deepcopy(model, replaced)
 
 
-class NBitsLinear(nn.Module):
-    """A linear layer stored for MatMulNBits: ``codes`` uint8 [N, K / block_size, block_size * bits / 8], ``scales``
-    float32 [N * K / block_size] (all of them float16 numbers), ``bias`` float32 [N] or None."""
+def quantize_embedding(model: Any, bits: int, block_size: int, accuracy_level: int = 0) -> nn.Module:
+    """A copy of the language ``model`` whose token table is an :class:`NBitsEmbedding` and whose output layer is an
+    :class:`NBitsLinear`. Where the model ties them, both hold the same tensors.
+
+    Raises ValueError if ``block_size`` does not divide the hidden size, or if the token table is of a kind that
+    does more than look up rows and scale them by a number.
+    """
+    embedding, head = model.get_input_embeddings(), _output_layer(model)
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no token table and output layer that could be quantized")
+    scale = getattr(embedding, "embed_scale", None)
+    if type(embedding) is not nn.Embedding and scale is None:
+        raise ValueError(f"the token table is a {type(embedding).__name__}, whose computation is not known here")
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding_name, head_name = names[id(embedding)], names[id(head)]
+    _check_divisible({embedding_name: embedding.embedding_dim, head_name: head.in_features}, block_size)
+    table = quantize_table(embedding.weight, bits, block_size)
+    head_table = table if head.weight is embedding.weight else quantize_table(head.weight, bits, block_size)
+    replaced: dict[int, object] = {
+        id(embedding): NBitsEmbedding(table, scale).train(embedding.training),
+        id(head): NBitsLinear(head_table, head.bias, head_name, accuracy_level).train(head.training),
+    }
+    return copy.deepcopy(model, replaced)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NBitsTable:
+    """A matrix [N, K] in symmetric blocks of ``block_size`` along K.
+
+    ``codes``: uint8 [N, K / block_size, block_size * bits / 8] (see :func:`pack_nbits`). ``scales``: float32
+    [N, K / block_size], all of them float16 numbers. ``values``: float32 [N, K], what the codes stand for.
+    """
+
+    bits: int
+    block_size: int
+    codes: Tensor
+    scales: Tensor
+    values: Tensor
+
+
+_ROWS_AT_ONCE = 8192
+"""Rows of a table that are quantized together: a vocabulary's table is too large for numpy's temporary copies."""
+
+
+def quantize_table(weight: Tensor, bits: int, block_size: int) -> NBitsTable:
+    """Round ``weight`` [N, K] to n bits; see :func:`quantize_blocks`, whose errors are raised."""
+    source = weight.detach()
+    count, features = source.shape
+    codes = torch.empty(count, features // block_size, block_size * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(count, features // block_size)
+    values = torch.empty(count, features)
+    for start in range(0, count, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        levels, stored = quantize_blocks(source[rows].float().cpu().numpy(), bits, block_size)
+        widened = stored.astype(np.float32)
+        codes[rows] = torch.from_numpy(pack_nbits(levels, bits, block_size))
+        scales[rows] = torch.from_numpy(widened)
+        values[rows] = torch.from_numpy(levels * np.repeat(widened, block_size, axis=1))
+    return NBitsTable(bits, block_size, codes, scales, values)
+
+
+class NBitsModule(nn.Module):
+    """A module that computes with a stored :class:`NBitsTable`, whose tensors are its buffers."""
 
     codes: Tensor
     scales: Tensor
-    bias: Tensor | None
     values: Tensor
 
-    def __init__(self, linear: nn.Linear, bits: int, block_size: int, name: str, accuracy_level: int = 0) -> None:
+    def __init__(self, table: NBitsTable, codes: Tensor, scales: Tensor) -> None:
         super().__init__()
-        weight = linear.weight.detach().float().cpu().numpy()
-        levels, scales = quantize_blocks(weight, bits, block_size)
-        self.bits, self.block_size, self.name, self.accuracy_level = bits, block_size, name, accuracy_level
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("codes", torch.from_numpy(pack_nbits(levels, bits, block_size)))
-        self.register_buffer("scales", torch.from_numpy(scales.astype(np.float32).reshape(-1)))
-        values = levels * np.repeat(scales.astype(np.float32), block_size, axis=1)
-        self.register_buffer("values", torch.from_numpy(values), persistent=False)
-        bias = None if linear.bias is None else linear.bias.detach().float().half().float()
-        self.register_buffer("bias", bias)
+        self.bits, self.block_size = table.bits, table.block_size
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("values", table.values, persistent=False)
+
+
+class NBitsLinear(NBitsModule):
+    """A linear layer stored for MatMulNBits: the codes of a table, its scales as a vector, and ``bias``, float32 [N]
+    of float16 numbers, or None."""
+
+    bias: Tensor | None
+
+    def __init__(self, table: NBitsTable, bias: Tensor | None, name: str, accuracy_level: int = 0) -> None:
+        super().__init__(table, table.codes, table.scales.view(-1))
+        self.name, self.accuracy_level = name, accuracy_level
+        self.out_features, self.in_features = table.values.shape
+        self.register_buffer("bias", None if bias is None else bias.detach().float().half().float())
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """Attributes of the MatMulNBits node."""
+        return {
+            "K": self.in_features,
+            "N": self.out_features,
+            "bits": self.bits,
+            "block_size": self.block_size,
+            "accuracy_level": self.accuracy_level,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., K] → float32 [..., N]."""
@@ -115,13 +199,7 @@ class NBitsLinear(nn.Module):
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (x, self.codes, self.scales),
-            {
-                "K": self.in_features,
-                "N": self.out_features,
-                "bits": self.bits,
-                "block_size": self.block_size,
-                "accuracy_level": self.accuracy_level,
-            },
+            {**self.attributes},
             dtype=x.dtype,
             shape=(*x.shape[:-1], self.out_features),
             version=1,
@@ -129,6 +207,23 @@ class NBitsLinear(nn.Module):
         )
         # Not the op's own bias input: onnxruntime has that only since 1.18.
         return y if self.bias is None else y + self.bias
+
+
+class NBitsEmbedding(NBitsModule):
+    """A token table stored for GatherBlockQuantized: ``codes`` uint8 [N, K * bits / 8], ``scales`` float32
+    [N, K / block_size]. ``embed_scale``: float32 scalar that rows are multiplied with (Gemma), or None."""
+
+    embed_scale: Tensor | None
+
+    def __init__(self, table: NBitsTable, embed_scale: Tensor | None) -> None:
+        super().__init__(table, table.codes.view(len(table.codes), -1), table.scales)
+        scale = None if embed_scale is None else embed_scale.detach().float().clone()
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [...] → float32 [..., K]."""
+        rows = nn.functional.embedding(input_ids, self.values)
+        return rows if self.embed_scale is None else rows * self.embed_scale
 
 
 def quantize_blocks(
@@ -180,7 +275,20 @@ def _modules_outside(model: nn.Module) -> list[tuple[str, nn.Module]]:
     stored = {
         id(part)
         for module in model.modules()
-        if isinstance(module, PackedMLPModule | PackedMatrix | NBitsLinear)
+        if isinstance(module, PackedMLPModule | PackedMatrix | NBitsModule)
         for part in module.modules()
     }
     return [(name, module) for name, module in model.named_modules() if id(module) not in stored]
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that computes a language model's logits; None for other models."""
+    find = getattr(model, "get_output_embeddings", None)
+    layer = None if find is None else find()
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def _check_divisible(features: dict[str, int], block_size: int) -> None:
+    uneven = [f"{name} ({size})" for name, size in features.items() if size % block_size]
+    if uneven:
+        raise ValueError(f"block_size {block_size} does not divide the input features of {', '.join(uneven)}")

@@ -15,13 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from exporters import passes
-from exporters.functions import op_functions
-from fips_ort.ops import DOMAIN, VERSION
-
-OPSET = 20
-"""The newest ONNX opset that onnxruntime 1.17 knows, the oldest onnxruntime we support."""
-IR_VERSION = 9
-"""The newest ONNX IR version that onnxruntime 1.17 reads."""
 
 
 class _Logits(nn.Module):
@@ -54,7 +47,7 @@ def export_vision(model: nn.Module, pixel_shape: tuple[int, int, int]) -> ir.Mod
             _Logits(model),
             (example,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=passes.OPSET,
             input_names=["pixel_values"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -70,16 +63,7 @@ def export_vision(model: nn.Module, pixel_shape: tuple[int, int, int]) -> ir.Mod
     passes.name_initializers(exported, _PREFIX, tensors)
     passes.deduplicate_initializers(exported)
     passes.store_float16(exported)
-    passes.strip(exported)
-    exported.producer_name, exported.producer_version = "fips-onnx", None
-    exported.graph.name = type(model).__name__
-    exported.ir_version = IR_VERSION
-    used = {node.domain for node in exported.graph}
-    if DOMAIN in used:
-        exported.opset_imports[DOMAIN] = VERSION
-        for proto in op_functions(OPSET):
-            function = ir.serde.deserialize_function(proto)
-            exported.functions[function.identifier()] = function
+    passes.finish(exported, type(model).__name__)
     return exported
 
 

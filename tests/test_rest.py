@@ -16,6 +16,7 @@ from exporters.rest import (
     pack_nbits,
     quantize_blocks,
     quantize_linears,
+    quantize_table,
     round_to_float16,
     unpack_nbits,
 )
@@ -65,7 +66,7 @@ def test_pack_and_unpack_are_inverse(bits: int, block_size: int, rows: int, seed
 def test_onnxruntime_reads_the_stored_bytes_as_we_do(bits: int, block_size: int) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(128, 24)
-    stored = NBitsLinear(linear, bits, block_size, "layer")
+    stored = NBitsLinear(quantize_table(linear.weight, bits, block_size), linear.bias, "layer")
     attributes = {"K": 128, "N": 24, "bits": bits, "block_size": block_size}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **attributes)
     graph = helper.make_graph(

@@ -59,7 +59,8 @@ class GoldenEntry:
     """What the model must compute: graph input and output name → ``.npy`` file.
 
     An output reproduces a golden one if no element differs by more than ``tolerance`` times the largest
-    magnitude in the golden output.
+    magnitude in the golden output. A golden output may hold the last entries along an axis only (the logits after
+    the last token of a text). Inputs of a language model are its tokens; mask and empty cache follow from the graph.
     """
 
     inputs: dict[str, str]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fips_ort.causal_lm import complete_inputs
 from fips_ort.load import load
 from fips_ort.manifest import read_manifest
 
@@ -31,7 +32,7 @@ def _measure(folder: Path, native: bool) -> dict[str, int]:
     session = load(folder, native=native, verify=False)
     loaded = _status("VmRSS")
     inputs = {name: np.load(folder / file)[:1] for name, file in read_manifest(folder).golden.inputs.items()}
-    session.run(None, inputs)
+    session.run(None, complete_inputs(session, inputs))
     return {"load_rss_bytes": loaded - before, "peak_rss_bytes": _status("VmHWM")}
 
 

@@ -1,0 +1,298 @@
+"""A transformers causal language model with packed MLPs → the ONNX graph of its artefact.
+
+The graph is put together by onnxruntime-genai's model builder, with our nodes in the place of its matrix products:
+packed MLPs, n-bit linear layers and token tables, in the numbers of a PyTorch model in memory. Inputs and outputs
+follow optimum's conventions: ``input_ids`` and ``attention_mask`` int64 [batch, tokens], ``past_key_values.N.key``
+and ``.value`` float32 [batch, heads, past tokens, head size] → ``logits`` float32 [batch, tokens, vocabulary],
+``present.N.key`` and ``.value``. The attention mask spans past and new tokens.
+"""
+
+import re
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from exporters import passes
+from exporters.genai_builder import new_builder, silent
+from exporters.modules import PackedMatrix, PackedMLPModule, PackedProjection, input_node, linear_node
+from exporters.rest import NBitsEmbedding, NBitsLinear
+from fips_ort.ops import DOMAIN, node_attributes, op_type
+
+MAX_LENGTH = 8192
+"""Most tokens of prompt and answer together, unless the export is told otherwise."""
+
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length of the text."""
+_MICROSOFT = "com.microsoft"
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def export_causal_lm(model: nn.Module, max_length: int = MAX_LENGTH) -> ir.Model:
+    """Export ``model`` (a ``…ForCausalLM`` in eval mode), for texts of at most ``max_length`` tokens.
+
+    Float32 weights whose numbers are all float16 numbers are stored as float16 (see
+    :func:`exporters.rest.round_to_float16`). Initializers refer to the model's own memory where they can. Raises
+    ValueError if the model is in training mode, its architecture is not supported, or its rotary embeddings change
+    with the length of the text.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before the export")
+    architecture = type(model).__name__
+    builder = new_builder(architecture, model.config, max_length, _StoredModel)
+    with torch.no_grad(), silent():
+        graph: ir.Model = builder.build(model)
+    for value in list(graph.graph.initializers.values()):
+        value.name = _module_name(value.name or "")
+    passes.deduplicate_initializers(graph)
+    passes.store_float16(graph)
+    graph.graph.sort()
+    # The builder declares a newer opset, whose operators compute the same.
+    graph.opset_imports[""] = passes.OPSET
+    passes.finish(graph, architecture)
+    return graph
+
+
+class _StoredModel:
+    """Methods in front of those of the builder's classes: a walk over a model in memory instead of its files, and
+    nodes for what is stored in our ways.
+
+    The builder knows values by name. Values and nodes that are made here are named after modules (``path``).
+    """
+
+    norm_offset = 0
+
+    def build(self: Any, model: Any) -> ir.Model:
+        """The graph of ``model``."""
+        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.tables: dict[int, str] = {}
+        self.rotary = model.model.rotary_emb
+        # Gemma's norms multiply with 1 + weight: the sum is made in the graph, so that the weight stays as it is.
+        self.norm_offset, self.layernorm_attrs["add_offset"] = self.layernorm_attrs["add_offset"], 0
+        for kind in ("key", "value"):
+            # The builder leaves the last dimension open, but then nobody could make an empty cache from the graph.
+            self.input_shapes[f"past_key_values.{kind}"][-1] = self.head_size
+            self.output_shapes[f"present.{kind}"][-1] = self.head_size
+        self.make_inputs_and_outputs()
+        self.make_preprocessing_nodes()
+        self._embed(model.get_input_embeddings())
+        layers = list(model.model.layers)
+        for index, layer in enumerate(layers):
+            self.make_layer(index, layer)
+        simple = self.layernorm_attrs["simple"]
+        self.make_layernorm(len(layers), model.model.norm, skip=True, simple=simple, location="final_norm")
+        self.make_lm_head(model.get_output_embeddings())
+        self.make_postprocessing_nodes()
+        self._make_rotary_tables()
+        return self.model
+
+    # --- initializers ------------------------------------------------------------------------------------------
+
+    def make_initializer(self: Any, tensor: Any, /, name: str, *, to: Any = None, raw: bool = False) -> None:
+        """The builder's own initializers: weights of norms, biases, and tables of rotary embeddings."""
+        if name.startswith(("cos_cache", "sin_cache")):
+            return
+        if self.norm_offset and name.endswith("norm.weight"):
+            offset = f"/model/constants/FLOAT/{float(self.norm_offset)}"
+            self._initialize(f"{name}/stored", tensor)
+            self._node("Add", [f"{name}/stored", offset], name, tensor.shape)
+            # Another value of this name would stand in the way of the initializer's final one.
+            self.values[name].name = f"{name}/plus_offset"
+        else:
+            self._initialize(name, tensor)
+
+    def _initialize(self: Any, name: str, tensor: Tensor) -> None:
+        """An initializer in the tensor's own memory, if there is none of this name yet."""
+        if name in self.model.graph.initializers:
+            return
+        stored = ir.Tensor(tensor.detach().cpu().numpy(), name=name)
+        value = self.make_value(name, stored.dtype, stored.shape)
+        value.const_value = stored
+        self.model.graph.register_initializer(value)
+
+    def _node(
+        self: Any, kind: str, inputs: list[str], output: str, shape: Any, dtype: Any = ir.DataType.FLOAT, **kwargs: Any
+    ) -> None:
+        """A node with one output, named after it unless ``name`` is given."""
+        self.make_node(kind, inputs, [output], **{"name": output, **kwargs})
+        self.make_value(output, dtype, shape)
+
+    # --- token table and linear layers -------------------------------------------------------------------------
+
+    def _embed(self: Any, embedding: nn.Module) -> None:
+        path = self.paths[id(embedding)]
+        shape = self.make_hidden_state_shape()
+        rows = f"{path}/rows"
+        if isinstance(embedding, NBitsEmbedding):
+            self._initialize(f"{path}.codes", embedding.codes)
+            self._initialize(f"{path}.scales", embedding.scales)
+            self.tables[embedding.scales.data_ptr()] = f"{path}.scales"
+            inputs = [f"{path}.codes", "input_ids", f"{path}.scales"]
+            attributes = {"bits": embedding.bits, "block_size": embedding.block_size}
+            self._node(
+                "GatherBlockQuantized",
+                inputs,
+                rows,
+                shape,
+                name=path,
+                domain=_MICROSOFT,
+                gather_axis=0,
+                quantize_axis=1,
+                **attributes,
+            )
+        else:
+            self._gather_floats(path, embedding.weight, rows, shape)
+        scale = getattr(embedding, "embed_scale", None)
+        if scale is not None:
+            self._initialize(f"{path}.embed_scale", scale.float())
+            self._node("Mul", [rows, f"{path}.embed_scale"], f"{path}/scaled", shape)
+            rows = f"{path}/scaled"
+        self.layernorm_attrs["root_input"] = self.layernorm_attrs["skip_input"] = rows
+
+    def _gather_floats(self: Any, path: str, weight: Tensor, rows: str, shape: Any) -> None:
+        """Rows are looked up before they are cast, so that the table is not held as float32 for their sake."""
+        table = f"{path}.weight"
+        self.tables[weight.data_ptr()] = table
+        half = passes.as_float16(weight.detach().cpu().numpy())
+        if half is None:
+            self._initialize(table, weight)
+            self._node("Gather", [table, "input_ids"], rows, shape, name=path)
+        else:
+            self._initialize(table, torch.from_numpy(half))
+            self._node("Gather", [table, "input_ids"], f"{path}/stored", shape, ir.DataType.FLOAT16, name=path)
+            self._node("Cast", [f"{path}/stored"], rows, shape, to=ir.DataType.FLOAT)
+
+    def make_matmul(self: Any, matmul: nn.Module, basename: str, root_input: str, **kwargs: Any) -> str:
+        """A linear layer without its bias, which the builder adds to the value called ``{result}/output_0``."""
+        path: str = self.paths[id(matmul)]
+        output = "logits" if kwargs.get("logits", False) else f"{path}/output_0"
+        assert isinstance(matmul, nn.Linear | NBitsLinear)
+        shape = self.make_hidden_state_shape(last_dim=matmul.out_features)
+        if isinstance(matmul, NBitsLinear):
+            # A tied output layer reads the scales of the token table. Its codes have a name of their own: onnxruntime
+            # packs the codes of MatMulNBits anew and releases what it read, unless another node refers to it. The
+            # artefact stores equal bytes in one place, so nothing is doubled in the file either.
+            scales = self.tables.get(matmul.scales.data_ptr(), f"{path}.scales")
+            self._initialize(f"{path}.codes", matmul.codes)
+            self._initialize(scales, matmul.scales)
+            inputs = [root_input, f"{path}.codes", scales]
+            self._node("MatMulNBits", inputs, output, shape, name=path, domain=_MICROSOFT, **matmul.attributes)
+        else:
+            self._node("MatMul", [root_input, self._transposed(path, matmul.weight)], output, shape, name=path)
+        return path
+
+    def _transposed(self: Any, path: str, weight: Tensor) -> str:
+        """Name of a float32 value [in, out] for the weight [out, in] of a linear layer."""
+        table = self.tables.get(weight.data_ptr())
+        if table is None:
+            self._initialize(f"{path}.weight", weight.T)
+            return f"{path}.weight"
+        floats = table
+        if self.values[table].dtype == ir.DataType.FLOAT16:
+            floats = f"{path}/weight"
+            self._node("Cast", [table], floats, weight.shape, to=ir.DataType.FLOAT)
+        self._node("Transpose", [floats], f"{path}/transposed", weight.shape[::-1], perm=[1, 0])
+        return f"{path}/transposed"
+
+    # --- packed MLPs -------------------------------------------------------------------------------------------
+
+    def make_mlp(self: Any, layer_id: int, mlp: nn.Module, root_input: str) -> None:
+        """``t = x U``; ``act(gate(t)) * up(t)``; ``down(…) U + b``; without a basis the linear layers alone."""
+        if not isinstance(mlp, PackedMLPModule):
+            super().make_mlp(layer_id, mlp, root_input)  # type: ignore[misc]
+            return
+        gate, up, down = (_projection(mlp, name) for name in _GATED)
+        basis, t = mlp.basis, root_input
+        if basis is not None:
+            t = self._multiply(basis, input_node(mlp.path), root_input)
+        activated = self.make_activation(layer_id, self._project(gate, t))
+        width = self.make_hidden_state_shape(last_dim=gate.layout.rows)
+        product = f"{mlp.path}/product"
+        self._node("Mul", [f"{activated}/output_0", self._project(up, t)], product, width)
+        if basis is None:
+            output = self._project(down, product)
+        else:
+            reduced = self._multiply(down, linear_node(mlp.path, _GATED[-1]), product)
+            output = self._multiply(basis, mlp.output_node, reduced, trans_b=False, bias=self._bias(down))
+        self.mlp_attrs["output_0"] = self.layernorm_attrs["skip_input"] = output
+
+    def _project(self: Any, projection: PackedProjection, root_input: str) -> str:
+        path, child = self.paths[id(projection)].rsplit(".", 1)
+        return self._multiply(projection, linear_node(path, child), root_input, bias=self._bias(projection))
+
+    def _bias(self: Any, projection: PackedProjection) -> str | None:
+        if projection.bias is None:
+            return None
+        name = f"{self.paths[id(projection)]}.bias"
+        self._initialize(name, projection.bias)
+        return name
+
+    def _multiply(
+        self: Any, matrix: PackedMatrix, node: str, root_input: str, *, trans_b: bool = True, bias: str | None = None
+    ) -> str:
+        """A QMatMul or SparseQMatMul. Returns the name of its output."""
+        path = self.paths[id(matrix)]
+        streams = {"codes": matrix.codes, "pattern": matrix.pattern, "scales": matrix.scales}
+        inputs = [root_input]
+        for part, stream in streams.items():
+            if stream is not None:
+                self._initialize(f"{path}.{part}", stream)
+                inputs.append(f"{path}.{part}")
+        if bias is not None:
+            inputs.append(bias)
+        attributes = node_attributes(matrix.layout, trans_b, matrix.accuracy_level)
+        shape = self.make_hidden_state_shape(last_dim=attributes["N"])
+        output = f"{node}/output"
+        self._node(op_type(matrix.layout), inputs, output, shape, name=node, domain=DOMAIN, **attributes)
+        return output
+
+    # --- rotary embeddings -------------------------------------------------------------------------------------
+
+    def make_rotary_embedding_caches_from_scratch(self: Any) -> tuple[Tensor, Tensor]:
+        """Placeholders: the builder hands them to :meth:`make_initializer`, which drops them."""
+        empty = torch.zeros(2, self.head_size)
+        return empty, empty
+
+    def _make_rotary_tables(self: Any) -> None:
+        """Tables of cosines and sines [tokens, head size / 2], computed from the model's own frequencies.
+
+        Stored, they would take 17 MB for Gemma 3 and 8,192 tokens. ONNX Runtime computes them once, when it loads
+        the model.
+        """
+        length = self.rope_attrs["cache_length"]
+        for suffix, layer_type in (("", ""), ("_global", "full_attention_"), ("_local", "sliding_attention_")):
+            names = {kind: f"{kind.lower()}_cache{suffix}" for kind in ("Cos", "Sin")}
+            if names["Cos"] not in self.values:
+                continue
+            frequencies = getattr(self.rotary, f"{layer_type}inv_freq")
+            rope_type = self.rotary.rope_type
+            kind = rope_type[layer_type.removesuffix("_")] if isinstance(rope_type, dict) else rope_type
+            if kind not in _STATIC_ROPE:
+                raise ValueError(f"cannot export rotary embeddings of type {kind!r}, only {', '.join(_STATIC_ROPE)}")
+            limits = [f"/model/constants/FLOAT/{number}" for number in (0.0, float(length), 1.0)]
+            self._node("Range", limits, "rotary/positions", [length])
+            self._node("Unsqueeze", ["rotary/positions", "/model/constants/INT64/[1]"], "rotary/column", [length, 1])
+            stored = f"model.rotary_emb.{layer_type}inv_freq"
+            self._initialize(stored, frequencies.float())
+            shape = [length, len(frequencies)]
+            self._node("Mul", ["rotary/column", stored], f"rotary/angles{suffix}", shape)
+            scaling = float(getattr(self.rotary, f"{layer_type}attention_scaling"))
+            for op, name in names.items():
+                if scaling == 1.0:
+                    self._node(op, [f"rotary/angles{suffix}"], name, shape)
+                else:
+                    self._node(op, [f"rotary/angles{suffix}"], f"{name}/unscaled", shape)
+                    self._node("Mul", [f"{name}/unscaled", f"/model/constants/FLOAT/{scaling}"], name, shape)
+
+
+def _projection(mlp: PackedMLPModule, name: str) -> PackedProjection:
+    projection = mlp.get_submodule(name)
+    assert isinstance(projection, PackedProjection)
+    return projection
+
+
+def _module_name(name: str) -> str:
+    """The parameter of the model behind an initializer of the builder."""
+    name = re.sub(r"^model\.layers\.\d+\.final_norm_layernorm\.", "model.norm.", name.removesuffix("/stored"))
+    return name.replace(".attn.", ".self_attn.").replace("_norm.layernorm.", "_norm.").replace(".Add.bias", ".bias")

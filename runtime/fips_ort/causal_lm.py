@@ -1,0 +1,73 @@
+"""Language models in plain ONNX Runtime: inputs of a graph with a key-value cache, and greedy decoding.
+
+Such a graph reads ``input_ids`` int64 [batch, tokens], ``attention_mask`` int64 [batch, past and new tokens] and the
+cache ``past_key_values.N.key`` and ``.value`` float32 [batch, heads, past tokens, head size], and returns ``logits``
+float32 [batch, tokens, vocabulary] and the grown cache as ``present.N.key`` and ``.value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_PREFILL_TOKENS = 128
+"""Tokens of a prompt that are run together in decoding: logits take 4 bytes per token and vocabulary entry."""
+
+
+def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """``inputs`` and what else the graph of ``session`` wants for a text without a past: an attention mask of ones
+    and an empty cache. Inputs of graphs without a cache are returned as they are."""
+    result = dict(inputs)
+    for value in session.get_inputs():
+        if value.name in result:
+            continue
+        if value.name == "attention_mask":
+            result[value.name] = np.ones(inputs["input_ids"].shape, np.int64)
+        elif value.name.startswith(_PAST):
+            _, heads, _, size = value.shape
+            result[value.name] = np.zeros((len(inputs["input_ids"]), heads, 0, size), np.float32)
+    return result
+
+
+def prefill_inputs(session: onnxruntime.InferenceSession, input_ids: NDArray[np.int64]) -> dict[str, Any]:
+    """All inputs for ``input_ids`` int64 [batch, tokens] from the start of a text."""
+    return complete_inputs(session, {"input_ids": input_ids})
+
+
+def greedy_tokens(
+    session: onnxruntime.InferenceSession, prompt: Sequence[int], count: int, stop: Collection[int] = ()
+) -> list[int]:
+    """The ``count`` most likely tokens after ``prompt``, one by one, fewer if one is in ``stop`` (it comes last).
+
+    Raises ValueError for an empty prompt.
+    """
+    if not prompt:
+        raise ValueError("the prompt has no tokens")
+    outputs = [value.name for value in session.get_outputs()]
+    feeds = prefill_inputs(session, np.zeros((1, 0), np.int64))
+    waiting, seen = list(prompt), 0
+    generated: list[int] = []
+    while len(generated) < count:
+        tokens, waiting = waiting[:_PREFILL_TOKENS], waiting[_PREFILL_TOKENS:]
+        seen += len(tokens)
+        feeds["input_ids"] = np.array([tokens], np.int64)
+        feeds["attention_mask"] = np.ones((1, seen), np.int64)
+        results = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        for name, cache in results.items():
+            if name.startswith(_PRESENT):
+                feeds[_PAST + name.removeprefix(_PRESENT)] = cache
+        if waiting:
+            continue
+        token = int(results["logits"][0, -1].argmax())
+        generated.append(token)
+        if token in stop:
+            break
+        waiting = [token]
+    return generated
