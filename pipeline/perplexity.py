@@ -340,9 +340,9 @@ class _Comparison:
         self._kl[start:stop] = (mean - (dense_normalizer - normalizer)).clamp(min=0.0)
 
     def result(self) -> Divergence:
-        levels = torch.tensor([0.5, 0.9, 0.99, 0.999, 1.0], dtype=torch.float64).numpy()
-        percentiles = [float(value) for value in np.quantile(self._kl.numpy(), levels)]
-        return Divergence(float(self._kl.mean()), *percentiles, float(self._same.double().mean()))
+        median, p90, p99, p999 = (float(value) for value in np.quantile(self._kl.numpy(), [0.5, 0.9, 0.99, 0.999]))
+        same = float(self._same.double().mean())
+        return Divergence(float(self._kl.mean()), median, p90, p99, p999, float(self._kl.max()), same)
 
 
 def _create(path: Path, shape: tuple[int, int]) -> np.memmap:

@@ -118,6 +118,8 @@ def load_text_data(
     test files in their own. ``train_samples`` and ``test_samples`` keep only that many windows. Raises InputError for
     text that is not found or not readable, a missing field, a split with less text than one window.
     """
+    train: Iterable[str]
+    test: Iterable[str]
     if isinstance(section, PackagedTextData):
         where = f"data: {section.package}/{section.file}"
         train, test = _split(_packaged_documents(section), section.test_fraction, seed, where)
@@ -213,7 +215,12 @@ def _field(record: Any, field: str, where: str) -> str:
         raise InputError(f"{where}: no field {field!r} (data.field); it has {found}")
     if not isinstance(record[field], str):
         raise InputError(f"{where}: field {field!r} (data.field) holds {type(record[field]).__name__}, not text")
-    return str(record[field])
+    text: str = record[field]
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can say half of a pair of surrogates
+        raise InputError(f"{where}: field {field!r} (data.field) holds characters that are not Unicode text") from None
+    return text
 
 
 def _split(documents: Iterable[str], test_fraction: float, seed: int, where: str) -> tuple[list[str], list[str]]:
@@ -278,6 +285,8 @@ def _tokenize(
 
     def tokenize_pending() -> None:
         nonlocal count
+        if not pending:  # which tokenizers do not take
+            return
         for ids in tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]:
             parts.append(np.asarray(ids, dtype=np.int32))
             count += len(ids)
@@ -285,7 +294,7 @@ def _tokenize(
 
     for document in documents:
         text = document.strip()
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(text.encode()).digest()
         if not text or digest in used or digest in excluded:
             continue
         if used:
