@@ -420,9 +420,15 @@ def test_gemma_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     assert loaded.tokenizer("Hello world")["input_ids"] == [2, 9259, 1902]
     assert loaded.tokenizer("日本語を話します")["input_ids"] == [2, 94951, 237051, 238360, 11914]
+    article = (
+        "The Danube is the second-longest river in Europe, after the Volga. It flows through Central and "
+        "Southeastern Europe, from the Black Forest in Germany to the Black Sea."
+    )
+    input_ids = loaded.tokenizer(article, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        output = loaded.model(**loaded.tokenizer("The capital of France is", return_tensors="pt")).logits
-    assert loaded.tokenizer.decode(output[0, -1].argmax()) == " Paris"
+        predicted = loaded.model(input_ids=input_ids).logits[0, :-1]
+    # Wrong norms, attention or rotary embeddings cost several nats a token; knowing nothing is 12.5.
+    assert torch.nn.functional.cross_entropy(predicted, input_ids[0, 1:]) < 3.0
     loaded.model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
     loaded.tokenizer.save_pretrained(tmp_path / "saved")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "saved")) == 262_144
