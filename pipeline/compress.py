@@ -4,7 +4,7 @@ Names of factors: ``group_G.basis`` and ``block_B.LINEAR``. The dense baseline h
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,43 +12,89 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.calibrate import open_activations, second_moment
-from pipeline.factorize import svd_factors
-from pipeline.factorized_mlp import FactorizedMLP, dense_columns
+from pipeline.factorize import finish_factors, first_projection, output_aware_basis, svd_factors
+from pipeline.factorized_mlp import FactorizedMLP, dense_columns, original_mlp
 from pipeline.files import write_aside
 from pipeline.fit import LocalTarget
 from pipeline.models.adapters import MLPSite
+from pipeline.moments import MLPMoments, group_moments
 from pipeline.plan import GroupPlan
 from qat.factor import Factor
 
 
 def factorize_group(
-    model: nn.Module, group: GroupPlan, *, calibration: Path | None, masked: bool, seed: int
+    model: nn.Module,
+    group: GroupPlan,
+    *,
+    calibration: Path | None,
+    masked: bool,
+    seed: int,
+    output_aware: bool = False,
 ) -> tuple[list[FactorizedMLP], Tensor]:
     """The MLPs of a group, factorized, and the singular values [d] of their concatenated matrices W.
 
     A group without a basis keeps its matrices as they are. ``calibration``: folder of recorded activations, which
-    then weight the SVD. ``masked``: give the projections masks (all true) for a sparsifier to work on.
+    then weight the SVD; or, ``output_aware``, say how much the errors of each matrix count in the MLPs' outputs.
+    ``masked``: give the projections masks (all true) for a sparsifier to work on.
     """
     W = torch.cat([dense_columns(model.get_submodule(site.path), site) for site in group.sites], dim=1)
     if not group.has_basis:
-        return _assemble(model, group, None, W, masked), torch.linalg.svdvals(W)
-    moment = None
+        return _originals(model, group), torch.linalg.svdvals(W)
+    activations = {}
     if calibration is not None:
-        moment = second_moment([open_activations(calibration, site) for site in group.sites])
-    U, V = svd_factors(W, group.rank, seed=seed + group.index, second_moment=moment)
+        activations = {site.block: open_activations(calibration, site) for site in group.sites}
+    if output_aware:
+        U, V = _output_aware_factors(model, group, group_moments(model, group, activations), seed + group.index)
+    else:
+        moment = second_moment(list(activations.values())) if activations else None
+        U, V = svd_factors(W, group.rank, seed=seed + group.index, second_moment=moment)
     return _assemble(model, group, U, V, masked), torch.linalg.svdvals(W)
+
+
+def _output_aware_factors(
+    model: nn.Module, group: GroupPlan, moments: Mapping[int, MLPMoments], seed: int
+) -> tuple[Tensor, Tensor]:
+    """U and V of a group by the errors of the MLPs' outputs."""
+    H = torch.stack([moments[site.block].input for site in group.sites]).double().mean(dim=0)
+    G, K = torch.zeros_like(H), torch.zeros_like(H)
+    for site in group.sites:
+        K += moments[site.block].output
+        for name in site.first:
+            W = model.get_submodule(site.path).get_parameter(f"{name}.weight").detach().double()
+            G += W.T @ (moments[site.block].sensitivity[name].double()[:, None] * W)
+    U = output_aware_basis(H, G, K, group.rank)
+    parts = []
+    for site in group.sites:
+        mlp = model.get_submodule(site.path)
+        for name in site.first:
+            W = mlp.get_parameter(f"{name}.weight").detach().T
+            parts.append(first_projection(U, moments[site.block].input, W))
+        parts.append(U.T @ mlp.get_parameter(f"{site.last}.weight").detach().double())
+    return finish_factors(U, torch.cat(parts, dim=1), group.rank, seed=seed)
 
 
 def restore_group(model: nn.Module, group: GroupPlan, path: Path, *, masked: bool) -> list[FactorizedMLP]:
     """The MLPs of a group with the factors saved at ``path``; the rest of them is the dense ``model``'s."""
-    U = torch.zeros(group.width, group.rank) if group.has_basis else None
-    mlps = _assemble(model, group, U, torch.zeros(group.rank, group.columns), masked)
+    mlps = empty_group(model, group, masked=masked)
     load_factors(mlps, path)
     return mlps
 
 
-def _assemble(model: nn.Module, group: GroupPlan, U: Tensor | None, V: Tensor, masked: bool) -> list[FactorizedMLP]:
-    basis = None if U is None else Factor(U.T)
+def empty_group(model: nn.Module, group: GroupPlan, *, masked: bool) -> list[FactorizedMLP]:
+    """The MLPs of a group with factors of the right shapes, whose values are still to be loaded."""
+    if not group.has_basis:
+        return _originals(model, group)
+    return _assemble(
+        model, group, torch.zeros(group.width, group.rank), torch.zeros(group.rank, group.columns), masked
+    )
+
+
+def _originals(model: nn.Module, group: GroupPlan) -> list[FactorizedMLP]:
+    return [original_mlp(model.get_submodule(site.path), site, group.name) for site in group.sites]
+
+
+def _assemble(model: nn.Module, group: GroupPlan, U: Tensor, V: Tensor, masked: bool) -> list[FactorizedMLP]:
+    basis = Factor(U.T)
     mlps, start = [], 0
     for site in group.sites:
         projections = {}

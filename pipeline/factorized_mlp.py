@@ -5,7 +5,7 @@ baseline is the same without U: its factors are the MLP's own matrices.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +43,21 @@ class FactorizedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         basis = None if self.basis is None else self.basis()
-        t = x if basis is None else F.linear(x, basis)
-        first = [F.linear(t, self.projection(name)(), self._bias(name)) for name in self.site.first]
-        hidden = self.activation(first[0])
-        if len(first) == 2:
-            hidden = hidden * first[1]
+        hidden = self.activate(self._first(x if basis is None else F.linear(x, basis)))
         y = F.linear(hidden, self.projection(self.site.last)())
         if basis is not None:
             y = y @ basis
-        bias = self._bias(self.site.last)
+        bias = self.bias(self.site.last)
         return y if bias is None else y + bias
+
+    def pre_activations(self, x: Tensor) -> list[Tensor]:
+        """Outputs of the first linears, [..., n] each."""
+        return self._first(x if self.basis is None else F.linear(x, self.basis()))
+
+    def activate(self, first: Sequence[Tensor]) -> Tensor:
+        """What the last linear reads, [..., n], from the outputs of the first ones."""
+        hidden: Tensor = self.activation(first[0])
+        return hidden * first[1] if len(first) == 2 else hidden
 
     def projection(self, name: str) -> Factor:
         """The factor that replaced the linear ``name``."""
@@ -60,8 +65,19 @@ class FactorizedMLP(nn.Module):
         assert isinstance(factor, Factor)
         return factor
 
-    def _bias(self, name: str) -> Tensor | None:
+    def _first(self, t: Tensor) -> list[Tensor]:
+        return [F.linear(t, self.projection(name)(), self.bias(name)) for name in self.site.first]
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias of the linear ``name``, if it has one."""
         return self.biases.get(name)
+
+
+def original_mlp(dense: nn.Module, site: MLPSite, group: str) -> FactorizedMLP:
+    """An MLP without a basis, whose factors are the ``dense`` one's own matrices."""
+    names = (*site.first, site.last)
+    factors = {name: Factor(dense.get_parameter(f"{name}.weight").detach()) for name in names}
+    return FactorizedMLP(site, group, dense, None, factors)
 
 
 def dense_columns(dense: nn.Module, site: MLPSite) -> Tensor:

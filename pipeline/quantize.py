@@ -2,7 +2,8 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,22 +11,30 @@ from numpy.typing import NDArray
 from torch import nn
 
 from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
-from fips_ort.layout import BIT_WIDTHS
-from pipeline.compress import named_factors
+from fips_ort.layout import BIT_WIDTHS, Layout
+from pipeline.compress import empty_group, load_factors, named_factors
 from pipeline.errors import InputError
 from pipeline.factorized_mlp import FactorizedMLP
+from pipeline.gptq_start import prepare_with_gptq
+from pipeline.moments import MLPMoments, reduced_energy
 from pipeline.plan import GroupPlan, Segments, basis_layout, given_segments, group_size, projection_layout
 from pipeline.recipe import Recipe
 from qat.allocation import allocate_bits, segments_of
 from qat.factor import Factor
 
 
-def choose_segments(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedMLP]) -> tuple[Segments, Segments]:
+def choose_segments(
+    recipe: Recipe,
+    group: GroupPlan,
+    mlps: Sequence[FactorizedMLP],
+    moments: Mapping[int, MLPMoments] | None = None,
+) -> tuple[Segments, Segments]:
     """Segments of the rank axis of (basis, projections): given by the recipe, or allocated.
 
     Allocation spends what ``target_stored_bits`` (per original MLP weight of the group, every stored byte counted)
     leaves after scales, pattern and factors of given bits, on chunks of rank entries in the order of falling
-    energy (:func:`sort_rank_entries`). Raises InputError if that is too little.
+    energy (:func:`sort_rank_entries`). Raises InputError if that is too little. ``moments``: of the dense MLPs by
+    block, which then say how much each rank entry contributes to their outputs.
     """
     quantization = recipe.quantization
     chunk = quantization.projections.block_size
@@ -47,7 +56,7 @@ def choose_segments(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedM
             f"recipe {recipe.name}: quantization.target_stored_bits: {quantization.target_stored_bits} is below what "
             f"group {group.index} takes with 2 bits everywhere, {enough:.3f}; raise it, or lower compression.budget"
         )
-    energy = _chunk_energy(group, mlps, chunk)
+    energy = _chunk_energy(group, mlps, chunk, moments)
     order = np.argsort(-energy, kind="stable")
     values = _open_values(group, mlps, chunk, basis=given[0] is None, projections=given[1] is None)[order]
 
@@ -62,12 +71,17 @@ def choose_segments(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedM
 
 
 @torch.no_grad()
-def sort_rank_entries(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) -> None:
+def sort_rank_entries(
+    group: GroupPlan,
+    mlps: Sequence[FactorizedMLP],
+    chunk: int,
+    moments: Mapping[int, MLPMoments] | None = None,
+) -> None:
     """Permute the rank axis of all factors of a group so that the energy of its chunks falls; products stay the same.
 
     Whole chunks of ``chunk`` entries move, so that n:m patterns along the rank axis survive.
     """
-    order = np.argsort(-_chunk_energy(group, mlps, chunk), kind="stable")
+    order = np.argsort(-_chunk_energy(group, mlps, chunk, moments), kind="stable")
     entries = torch.from_numpy((order[:, None] * chunk + np.arange(chunk)).reshape(-1))
     _basis(mlps).permute(entries, axis=0)
     for mlp in mlps:
@@ -76,23 +90,58 @@ def sort_rank_entries(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: in
             projection.permute(entries, axis=0 if name == mlp.site.last else 1)
 
 
-def prepare_factors(recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedMLP]) -> tuple[Segments, Segments]:
-    """Start fake quantization of every factor of a group; returns the segments of (basis, projections).
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether quantization starts from moments of the activations."""
+    return recipe.quantization.start == "gptq"
+
+
+def prepare_factors(
+    recipe: Recipe,
+    group: GroupPlan,
+    mlps: Sequence[FactorizedMLP],
+    segments: tuple[Segments, Segments],
+    moments: Mapping[int, MLPMoments] | None = None,
+) -> None:
+    """Start fake quantization of every factor of a group, with ``segments`` of (basis, projections).
 
     Where bits are graded, the rank entries are sorted first: segments take them in the order of falling bits.
+    ``moments``: of the dense MLPs by block; required by ``quantization.start: gptq`` (:func:`needs_moments`).
     """
-    basis_segments, projection_segments = choose_segments(recipe, group, mlps)
-    if group.has_basis and any(max(segments) < group.rank for segments in (basis_segments, projection_segments)):
-        sort_rank_entries(group, mlps, recipe.quantization.projections.block_size)
+    if group.has_basis and any(max(sizes) < group.rank for sizes in segments):
+        sort_rank_entries(group, mlps, recipe.quantization.projections.block_size, moments)
+    layouts = _layouts(recipe, group, mlps, segments)
     learned = recipe.quantization.learned_scales
-    if group.has_basis:
-        _basis(mlps).prepare(basis_layout(recipe, group, basis_segments), learned_scales=learned)
+    if needs_moments(recipe):
+        if moments is None:
+            raise ValueError("quantization.start gptq needs the moments of the dense MLPs")
+        prepare_with_gptq(mlps, moments, layouts, learned_scales=learned)
+    else:
+        for name, factor in named_factors(mlps).items():
+            factor.prepare(layouts[name], learned_scales=learned)
+
+
+def restore_prepared(
+    recipe: Recipe, model: nn.Module, group: GroupPlan, segments: tuple[Segments, Segments], path: Path
+) -> list[FactorizedMLP]:
+    """The MLPs of a group with the fake-quantized factors saved at ``path``, which were prepared with ``segments``."""
+    mlps = empty_group(model, group, masked=recipe.compression.pattern != "dense")
+    layouts = _layouts(recipe, group, mlps, segments)
+    for name, factor in named_factors(mlps).items():
+        factor.prepare_to_load(layouts[name], learned_scales=recipe.quantization.learned_scales)
+    load_factors(mlps, path)
+    return mlps
+
+
+def _layouts(
+    recipe: Recipe, group: GroupPlan, mlps: Sequence[FactorizedMLP], segments: tuple[Segments, Segments]
+) -> dict[str, Layout]:
+    """Layout of every factor of a group, by the names of :func:`pipeline.compress.named_factors`."""
+    layouts = {f"{group.name}.basis": basis_layout(recipe, group, segments[0])} if group.has_basis else {}
     for mlp in mlps:
-        for name, projection in mlp.projections.items():
-            assert isinstance(projection, Factor)
-            layout = projection_layout(recipe, group, mlp.site, name, projection_segments)
-            projection.prepare(layout, learned_scales=learned)
-    return basis_segments, projection_segments
+        for name in mlp.projections:
+            layout = projection_layout(recipe, group, mlp.site, name, segments[1])
+            layouts[f"block_{mlp.site.block}.{name}"] = layout
+    return layouts
 
 
 def assert_coverage(model: nn.Module, mlps: Sequence[FactorizedMLP]) -> None:
@@ -159,11 +208,25 @@ def _open_values(
 
 
 @torch.no_grad()
-def _chunk_energy(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) -> NDArray[np.float64]:
-    """Mean energy ``|u_j|² · Σ |v_j|²`` of each chunk of rank entries: float64 [rank / chunk]."""
-    energy = torch.zeros(group.rank)
+def _chunk_energy(
+    group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int, moments: Mapping[int, MLPMoments] | None
+) -> NDArray[np.float64]:
+    """Mean energy of each chunk of rank entries: float64 [rank / chunk].
+
+    Of entry j it is ``|u_j|² · Σ |v_j|²`` over all projections; given moments, the share of the MLPs' outputs that goes
+    through it: ``E[(x·u_j)²] · Σ_k sensitivity_k v_jk²`` of a first projection, ``|u_j|² E[(V a)_j²]`` of a last.
+    """
+    basis = _basis(mlps)().double()
+    length = basis.square().sum(dim=1)
+    energy = torch.zeros(group.rank, dtype=torch.float64)
     for mlp in mlps:
-        for name, projection in mlp.projections.items():
-            energy += projection().square().sum(dim=1 if name == mlp.site.last else 0)
-    energy *= _basis(mlps)().square().sum(dim=1)
-    return energy.reshape(-1, chunk).mean(dim=1).double().numpy()
+        if moments is None:
+            for name, projection in mlp.projections.items():
+                energy += length * projection().double().square().sum(dim=1 if name == mlp.site.last else 0)
+            continue
+        part = moments[mlp.site.block]
+        read = ((basis @ part.input.double()) * basis).sum(dim=1)
+        for name in mlp.site.first:
+            energy += read * (part.sensitivity[name].double() @ mlp.projection(name)().double().square())
+        energy += length * reduced_energy(mlp, part.activations) / part.output_energy
+    return energy.reshape(-1, chunk).mean(dim=1).numpy()

@@ -214,7 +214,7 @@ class Compression(Section):
     budget: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     pattern: PatternName = "bitmap"
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    initialization: Literal["svd", "activation_svd"] = "activation_svd"
+    initialization: Literal["svd", "activation_svd", "output_aware"] = "activation_svd"
     sparsifier: Sparsifier = Sparsifier()
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ def projection_importances(mlps: Sequence[FactorizedMLP], moments: Mapping[int, 
         basis = mlp.basis()
         moment = moments[mlp.site.block]
         components = ((basis @ moment.input) * basis).sum(dim=1).clamp(min=0.0).sqrt()
-        lengths, hidden = basis.square().sum(dim=1).sqrt(), moment.hidden.diagonal().clamp(min=0.0).sqrt()
+        lengths, hidden = basis.square().sum(dim=1).sqrt(), moment.hidden_energy.sqrt()
         for name in (*mlp.site.first, mlp.site.last):
             last = name == mlp.site.last
             importance = lengths[:, None] * hidden[None, :] if last else components[None, :]

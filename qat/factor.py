@@ -61,11 +61,15 @@ class Factor(nn.Module):
             if self.mask is not None:
                 self.mask.copy_(self.mask.index_select(axis, entries))
 
-    def prepare(self, layout: Layout, *, learned_scales: bool, moment: Tensor | None = None) -> None:
+    def prepare(
+        self, layout: Layout, *, learned_scales: bool, moment: Tensor | None = None, target: Tensor | None = None
+    ) -> None:
         """Start fake quantization in ``layout``, with scales searched for the current values.
 
         Given the second ``moment`` [columns, columns] of what the matrix is multiplied with (over its columns), the
-        values themselves start from the levels that :func:`qat.gptq.gptq` finds, else from where they are.
+        values themselves start from the levels that :func:`qat.gptq.gptq` finds, else from where they are. ``target``
+        [rows, columns]: what these levels shall stand for, if not the current values; masked entries stay zero, but
+        the others make up for what it has there.
         """
         if (layout.pattern == DENSE) != (self.mask is None):
             raise ValueError(f"pattern {layout.pattern} does not go with {'no' if self.mask is None else 'a'} mask")
@@ -74,7 +78,7 @@ class Factor(nn.Module):
             if moment is None:
                 scales = search_scales(matrix, self.mask, layout)
             else:
-                values, scales = gptq(matrix if self.mask is None else matrix * self.mask, moment, layout, self.mask)
+                values, scales = gptq(self() if target is None else target, moment, layout, self.mask)
                 self.weight.copy_(values / self.gain)
         self.quantizer = FakeQuantizer(layout, scales, learned_scales=learned_scales)
         if moment is not None and not torch.equal(self(), values):

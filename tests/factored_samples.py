@@ -14,7 +14,8 @@ from pipeline.compress import factorize_group
 from pipeline.factorized_mlp import FactorizedMLP
 from pipeline.fit import LocalTarget
 from pipeline.models.adapters import MLPSite, find_mlps
-from pipeline.plan import GroupPlan, make_plan
+from pipeline.plan import GroupPlan, Segments, make_plan
+from pipeline.quantize import choose_segments, prepare_factors
 from pipeline.recipe import Recipe, parse_recipe
 
 CONTENT: dict[str, Any] = {
@@ -109,6 +110,13 @@ def planned(wanted: Recipe, kind: str = "vit", seed: int = 0) -> tuple[nn.Module
     masked = wanted.compression.pattern != "dense"
     mlps, _ = factorize_group(model, group, calibration=None, masked=masked, seed=seed)
     return model, group, mlps
+
+
+def start_quantization(wanted: Recipe, group: GroupPlan, mlps: list[FactorizedMLP]) -> tuple[Segments, Segments]:
+    """Choose the segments of a group and prepare its factors with them, without moments."""
+    segments = choose_segments(wanted, group, mlps)
+    prepare_factors(wanted, group, mlps, segments)
+    return segments
 
 
 def targets(model: nn.Module, mlps: list[FactorizedMLP], seed: int = 0, tokens: int = 256) -> list[LocalTarget]:

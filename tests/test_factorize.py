@@ -19,7 +19,7 @@ from pipeline.compress import (
     restore_group,
     save_factors,
 )
-from pipeline.factorize import svd_factors
+from pipeline.factorize import output_aware_basis, svd_factors
 from pipeline.factorized_mlp import dense_columns
 from pipeline.fit import GroupModule
 from pipeline.models.adapters import find_mlps
@@ -139,6 +139,101 @@ def test_added_columns_carry_weight_and_depend_on_the_seed_only() -> None:
     assert float(U[:, 12:].square().mean(dim=0).min()) > 1e-4
 
 
+# --- output-aware ----------------------------------------------------------------------------------------------
+
+
+def statistics(seed: int, d: int = 12, n: int = 30) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(H, S, A, first W, last W, unit): a first matrix with sensitivities S, a last one that reads moment A."""
+    generator = torch.Generator().manual_seed(seed)
+    first, last = (torch.randn(d, n, generator=generator).double() for _ in range(2))
+    S = torch.rand(n, generator=generator).double() ** 2
+    return moment(seed).double(), S, moment(seed + 50, n).double(), first, last, torch.eye(d).double()
+
+
+def output_error(U: Tensor, seed: int) -> float:
+    """What is left of both matrices' errors with the best V for U."""
+    H, S, A, first, last, unit = statistics(seed)
+    H = H + 1e-4 * H.diagonal().mean() * unit
+    E = first - U @ torch.linalg.solve(U.T @ H @ U, U.T @ H @ first)
+    F = last - U @ torch.linalg.solve(U.T @ U, U.T @ last)
+    return float(torch.trace(E.T @ H @ E * S) + torch.trace(F @ A @ F.T))
+
+
+def grams(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    H, S, A, first, last, _ = statistics(seed)
+    return H, (first * S) @ first.T, last @ A @ last.T
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rank", [3, 6, 9])
+def test_no_descent_finds_a_better_basis(seed: int, rank: int) -> None:
+    U = output_aware_basis(*grams(seed), rank, rounds=300)
+    torch.testing.assert_close(U.T @ U, torch.eye(rank).double(), rtol=0, atol=1e-10)
+    ours = output_error(U, seed)
+    H, S, A, first, last, unit = statistics(seed)
+    H = H + 1e-4 * H.diagonal().mean() * unit
+    Y = U.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([Y], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        E = first - Y @ torch.linalg.solve(Y.T @ H @ Y, Y.T @ H @ first)
+        F = last - Y @ torch.linalg.solve(Y.T @ Y, Y.T @ last)
+        loss = torch.trace(E.T @ H @ E * S) + torch.trace(F @ A @ F.T)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert ours <= output_error(Y.detach(), seed) * 1.02
+    W = torch.cat([first, last], dim=1).float()
+    for metric in (None, H.float()):
+        other, _ = svd_factors(W, rank, seed=0, second_moment=metric)
+        assert ours < 0.95 * output_error(other.double(), seed)
+
+
+def test_rounds_lower_the_error_and_rows_of_v_are_uncorrelated() -> None:
+    errors = [output_error(output_aware_basis(*grams(0), 6, rounds=rounds), 0) for rounds in (0, 1, 3, 30)]
+    assert errors == sorted(errors, reverse=True)
+    H, G, K = grams(0)
+    U = output_aware_basis(H, G, K, 6)
+    H = H + 1e-4 * H.diagonal().mean() * torch.eye(12)
+    P = torch.linalg.solve(U.T @ H @ U, U.T @ H)
+    energy = P @ G @ P.T * H.trace() / 12 + U.T @ K @ U
+    diagonal = energy.diagonal()
+    torch.testing.assert_close(energy, torch.diag(diagonal), rtol=0, atol=1e-8 * float(diagonal[0]))
+    assert torch.all(diagonal[1:] <= diagonal[:-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_aware_start_has_the_smallest_output_error(tmp_path: Path, kind: str) -> None:
+    model = tiny(kind)
+    group = make_group(model, 16)
+    x = torch.randn(600, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(0.5, -1, 32)
+    save_inputs(tmp_path, model, group, x)
+    errors = []
+    for calibration, output_aware in ((tmp_path, True), (tmp_path, False), (None, False)):
+        mlps, _ = factorize_group(
+            model, group, calibration=calibration, masked=False, seed=0, output_aware=output_aware
+        )
+        with torch.no_grad():
+            pairs = [(mlp(x), model.get_submodule(mlp.site.path)(x)) for mlp in mlps]
+        errors.append(sum(float((a - b).square().mean() / b.var()) for a, b in pairs))
+    assert errors[0] < 0.8 * min(errors[1:])
+
+
+@pytest.mark.parametrize("rank", [32, 48])
+def test_output_aware_start_is_exact_at_full_rank(tmp_path: Path, rank: int) -> None:
+    model = tiny("dinov2_swiglu")
+    group = make_group(model, rank)
+    x = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    save_inputs(tmp_path, model, group, x)
+    mlps, _ = factorize_group(model, group, calibration=tmp_path, masked=True, seed=0, output_aware=True)
+    with torch.no_grad():
+        for mlp in mlps:
+            expected = model.get_submodule(mlp.site.path)(x)
+            torch.testing.assert_close(mlp(x), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 # --- modules ---------------------------------------------------------------------------------------------------
 
 
@@ -222,16 +317,23 @@ def test_the_basis_is_one_parameter() -> None:
     assert twin.get_submodule(mlps[0].site.path).basis is not mlps[0].basis
 
 
-def test_install_leaves_the_dense_model_alone() -> None:
+def test_install_shares_all_but_the_mlps() -> None:
     model = tiny("vit")
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = model(pixel_values=pixels).logits
     mlps, _ = factorize_group(model, make_group(model, 16), calibration=None, masked=True, seed=0)
     compressed = install(model, mlps)
+    own = {id(parameter) for mlp in mlps for parameter in mlp.parameters()}
+    dense = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in compressed.parameters()} - own < dense
     with torch.no_grad():
-        for parameter in compressed.parameters():
-            parameter.add_(1.0)
+        for mlp in mlps:
+            for parameter in mlp.parameters():
+                parameter.add_(1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(pixel_values=pixels).logits, expected)
+    assert not torch.equal(compressed(pixel_values=pixels).logits, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
 """GPTQ: its levels, its error against nearest levels, and its equality with the textbook form."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,7 +132,7 @@ def test_sweeps_end_where_no_single_change_helps(name: str) -> None:
     weight = weight if mask is None else weight * mask
     layout = Layout.uniform(8, 64, 2, 16, midrise=True, pattern=Pattern.parse(name))
     errors = [error(gptq(weight, H, layout, mask, sweeps=count)[0], weight, damped(H)) for count in (0, 1, 2, 50)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert torch.all(after <= before * (1 + 1e-5))
     assert float(errors[-1].sum()) < float(errors[0].sum())
     values, scales = gptq(weight, H, layout, mask, sweeps=50)

@@ -1,25 +1,35 @@
 """The QAT stage: segments from a target of stored bits, order of rank entries, coverage, the packed model."""
 
 import copy
+import dataclasses
 import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factored_samples import dense_recipe, n_of_m, planned, recipe, tiny
+from factored_samples import dense_recipe, make_group, n_of_m, planned, recipe, start_quantization, tiny
 from torch import nn
 
 from exporters.modules import install_packed
 from fips_ort.layout import Pattern
 from fips_ort.packed import dequantize
-from pipeline.compress import factorize_group, install, load_factors, named_factors, save_factors
+from pipeline.calibrate import Activations
+from pipeline.compress import factorize_group, install, named_factors, save_factors
 from pipeline.errors import InputError
 from pipeline.factorized_mlp import FactorizedMLP
 from pipeline.fit import GroupModule
 from pipeline.models.adapters import find_mlps
+from pipeline.moments import MLPMoments, group_moments
 from pipeline.plan import GroupPlan, group_size, make_plan
-from pipeline.quantize import assert_coverage, choose_segments, freeze, prepare_factors, sort_rank_entries
+from pipeline.quantize import (
+    assert_coverage,
+    choose_segments,
+    freeze,
+    prepare_factors,
+    restore_prepared,
+    sort_rank_entries,
+)
 from pipeline.recipe import Recipe, Sparsifier
 from pipeline.sparsify import MaskSchedule
 
@@ -28,7 +38,7 @@ PATTERNS = ["bitmap", "dense", "1:4", "2:4", "2:8"]
 
 def recipe_for(pattern: str, **changes: Any) -> Recipe:
     if pattern == "bitmap":
-        return recipe(compression__budget=0.9, **changes)
+        return recipe(**{"compression__budget": 0.9, **changes})
     return n_of_m(pattern, **{"compression__budget": 0.9, **changes})
 
 
@@ -127,7 +137,7 @@ def test_target_is_reached_from_below(pattern: str, basis: Any, projections: Any
         target = target_at(share, pattern, group, basis, projections)
         wanted = allocated(pattern, target, basis, projections)
         twins = list(copy.deepcopy(nn.ModuleList(mlps)))
-        prepare_factors(wanted, group, twins)
+        start_quantization(wanted, group, twins)
         actual = stored_bits(group, twins)
         assert actual <= target
         # One chunk of rank entries by its largest step, 4 bits to 8; bitmaps hold unequal numbers of values.
@@ -156,7 +166,7 @@ def test_bitmaps_are_counted_as_they_are(ranking: str, seed: int) -> None:
                 shape = [-1, 1] if axis == 0 else [1, -1]
                 projection.mask.copy_(keep.reshape(shape).expand_as(projection.mask))
     reverse_chunks(group, mlps, 16)
-    segments = prepare_factors(wanted, group, mlps)
+    segments = start_quantization(wanted, group, mlps)
     assert segments[0] == segments[1]
     assert group.rank - segments[0][3] > 0
     assert stored_bits(group, mlps) <= target
@@ -184,7 +194,7 @@ def test_more_bits_for_the_target_give_a_smaller_error() -> None:
         _, group, mlps = sparse_group(recipe_for("1:4"))
         wanted = allocated("1:4", target_at(share, "1:4", group))
         before = outputs(mlps)
-        prepare_factors(wanted, group, mlps)
+        start_quantization(wanted, group, mlps)
         errors.append(sum(float((a - b).square().mean()) for a, b in zip(outputs(mlps), before, strict=True)))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.3 * errors[0]
@@ -231,7 +241,7 @@ def test_most_bits_go_to_the_most_energy() -> None:
     assert group.rank == 64
     assert np.argmax(energies) != 0
     strongest = mlps[0].basis()[32 * np.argmax(energies) :][:32].detach()
-    segments = prepare_factors(wanted, group, mlps)
+    segments = start_quantization(wanted, group, mlps)
     assert segments[0][0] == 32
     for factor in named_factors(mlps).values():
         assert factor.quantizer is not None
@@ -247,26 +257,135 @@ def test_one_bit_width_needs_no_sorting() -> None:
     wanted = recipe_for("1:4")
     _, group, mlps = sparse_group(wanted)
     weight = mlps[0].basis.weight.detach().clone()
-    prepare_factors(wanted, group, mlps)
+    start_quantization(wanted, group, mlps)
     assert torch.equal(mlps[0].basis.weight, weight)
 
 
 def test_trained_factors_are_restored_in_the_sorted_order(tmp_path: Any) -> None:
-    """A run prepares the factors anew from the unquantized ones, then loads what was trained."""
-    _, group, mlps = sparse_group(recipe_for("1:4"))
+    model, group, mlps = sparse_group(recipe_for("1:4"))
     reverse_chunks(group, mlps, 32)
     wanted = allocated("1:4", target_at(0.3, "1:4", group))
-    twins = list(copy.deepcopy(nn.ModuleList(mlps)))
-    prepare_factors(wanted, group, mlps)
+    segments = start_quantization(wanted, group, mlps)
     with torch.no_grad():
         for parameter in GroupModule(mlps).parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     save_factors(mlps, tmp_path / "f.safetensors")
-    prepare_factors(wanted, group, twins)
-    load_factors(twins, tmp_path / "f.safetensors")
-    for one, other in zip(outputs(mlps), outputs(twins), strict=True):
+    restored = restore_prepared(wanted, model, group, segments, tmp_path / "f.safetensors")
+    for one, other in zip(outputs(mlps), outputs(restored), strict=True):
         assert torch.equal(one, other)
+    assert stored_bits(group, restored) == stored_bits(group, mlps)
+
+
+# --- start from moments ----------------------------------------------------------------------------------------
+
+
+def calibrated(model: nn.Module, group: GroupPlan, seed: int = 0) -> tuple[torch.Tensor, dict[int, MLPMoments]]:
+    """Correlated inputs [tokens, 32] and the moments of a group's dense MLPs on them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1500, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
+    x = (x + 0.5 * torch.randn(1500, 32, generator=generator)) * torch.logspace(-1, 0.3, 32)
+    activations = {}
+    for site in group.sites:
+        with torch.no_grad():
+            y = model.get_submodule(site.path)(x)
+        activations[site.block] = Activations(x.numpy(), y.numpy())
+    return x, group_moments(model, group, activations)
+
+
+def output_errors(model: nn.Module, mlps: list[FactorizedMLP], x: torch.Tensor) -> float:
+    total = 0.0
+    with torch.no_grad():
+        for mlp in mlps:
+            y = model.get_submodule(mlp.site.path)(x)
+            total += float((mlp(x) - y).square().mean() / y.square().mean())
+    return total
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kind", ["vit", "dinov2_swiglu"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_starts_nearer_to_the_dense_outputs(pattern: str, kind: str, bits: int) -> None:
+    changes = {"quantization__projections__bits": bits, "compression__budget": 1.0}
+    wanted = recipe_for(pattern, **changes, quantization__start="gptq")
+    model, group, mlps = sparse_group(wanted, kind)
+    x, moments = calibrated(model, group)
+    plain = list(copy.deepcopy(nn.ModuleList(mlps)))
+    masks = {name: factor.mask.clone() for name, factor in named_factors(mlps).items() if factor.mask is not None}
+    start_quantization(recipe_for(pattern, **changes), group, plain)
+    with pytest.raises(ValueError, match="needs the moments"):
+        prepare_factors(wanted, group, mlps, choose_segments(wanted, group, mlps))
+    prepare_factors(wanted, group, mlps, choose_segments(wanted, group, mlps, moments), moments)
+    assert output_errors(model, mlps, x) < 0.8 * output_errors(model, plain, x)
+    for name, factor in named_factors(mlps).items():
+        if factor.mask is not None:
+            assert torch.equal(factor.mask, masks[name])
+    assert_coverage(install(model, mlps), mlps)
+    assert stored_bits(group, mlps) == stored_bits(group, plain)
+
+
+@pytest.mark.parametrize("rank", [16, 48])
+def test_gptq_makes_up_for_any_rank(rank: int) -> None:
+    """Below the width, and overcomplete, where least squares for V has no unique solution."""
+    wanted = n_of_m("dense", quantization__start="gptq", quantization__projections__bits=3)
+    model = tiny("dinov2_swiglu")
+    group = make_group(model, rank)
+    x, moments = calibrated(model, group)
+    errors = []
+    for chosen in (wanted, n_of_m("dense", quantization__projections__bits=3)):
+        mlps, _ = factorize_group(model, group, calibration=None, masked=False, seed=0)
+        unquantized = output_errors(model, mlps, x)
+        prepare_factors(chosen, group, mlps, choose_segments(chosen, group, mlps), moments)
+        errors.append(output_errors(model, mlps, x) - unquantized)
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_start_of_the_dense_baseline(bits: int) -> None:
+    model = tiny("dinov2_swiglu")
+    errors = []
+    for start in ("gptq", "nearest"):
+        wanted = dense_recipe(
+            quantization__projections={"bits": bits, "block_size": 32}, quantization__start=start
+        )
+        total = 0.0
+        for group in make_plan(wanted, find_mlps(model)).groups:
+            x, moments = calibrated(model, group)
+            mlps, _ = factorize_group(model, group, calibration=None, masked=False, seed=0)
+            prepare_factors(wanted, group, mlps, choose_segments(wanted, group, mlps), moments)
+            total += output_errors(model, mlps, x)
+        errors.append(total)
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_energies_follow_what_goes_through() -> None:
+    """A rank entry whose inputs are never there takes no bits, however large its vectors are."""
+    wanted = recipe_for("dense", compression__budget=1.0)
+    model, group, mlps = sparse_group(wanted)
+    _, moments = calibrated(model, group)
+    with torch.no_grad():
+        for mlp in mlps:
+            mlp.projection("fc2").weight[16:] = 0.0
+        mlps[0].basis.weight[16:] *= 10.0
+        silent = {block: dataclasses.replace(part, input=projected_out(part.input, mlps[0].basis()[16:]))
+                  for block, part in moments.items()}
+    segments = [
+        choose_segments(allocated("dense", target_at(0.4, "dense", group)), group, mlps, known)
+        for known in (None, silent)
+    ]
+    assert segments[0] == segments[1]  # one chunk of the two gets more bits; which, the order says
+    first = mlps[0].basis().detach().clone()
+    sort_rank_entries(group, mlps, 16, silent)
+    assert torch.equal(mlps[0].basis(), first)
+    sort_rank_entries(group, mlps, 16)
+    assert torch.equal(mlps[0].basis(), first.roll(16, dims=0))
+
+
+def projected_out(H: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """The second moment of inputs from which all ``directions`` [count, d] are removed."""
+    inside = torch.linalg.qr(directions.T)[0]
+    outside = torch.eye(H.shape[0]) - inside @ inside.T
+    return outside @ H @ outside
 
 
 # --- coverage --------------------------------------------------------------------------------------------------
@@ -275,7 +394,7 @@ def test_trained_factors_are_restored_in_the_sorted_order(tmp_path: Any) -> None
 def test_every_factor_is_covered() -> None:
     wanted = recipe_for("1:4")
     model, group, mlps = sparse_group(wanted)
-    prepare_factors(wanted, group, mlps)
+    start_quantization(wanted, group, mlps)
     assert_coverage(install(model, mlps), mlps)
 
 
@@ -283,7 +402,7 @@ def test_every_factor_is_covered() -> None:
 def test_an_unprepared_factor_is_found(name: str) -> None:
     wanted = recipe_for("1:4")
     model, group, mlps = sparse_group(wanted)
-    prepare_factors(wanted, group, mlps)
+    start_quantization(wanted, group, mlps)
     named_factors(mlps)[name].quantizer = None
     with pytest.raises(AssertionError, match=rf"\({name}\): factor is not fake-quantized"):
         assert_coverage(install(model, mlps), mlps)
@@ -292,7 +411,7 @@ def test_an_unprepared_factor_is_found(name: str) -> None:
 def test_a_factor_that_would_not_be_packed_is_found() -> None:
     wanted = recipe_for("1:4")
     model, group, mlps = sparse_group(wanted)
-    prepare_factors(wanted, group, mlps)
+    start_quantization(wanted, group, mlps)
     with pytest.raises(AssertionError, match=r"vit\.layers\.1\.mlp\..*not part of the compressed MLPs"):
         assert_coverage(install(model, mlps), mlps[:1])
     with pytest.raises(AssertionError, match="not part of the compressed MLPs"):
@@ -302,7 +421,7 @@ def test_a_factor_that_would_not_be_packed_is_found() -> None:
 def test_a_factor_that_the_model_does_not_use_is_found() -> None:
     wanted = recipe_for("1:4")
     model, group, mlps = sparse_group(wanted)
-    prepare_factors(wanted, group, mlps)
+    start_quantization(wanted, group, mlps)
     with pytest.raises(AssertionError, match=r"does not use: block_1\.fc1, block_1\.fc2"):
         assert_coverage(install(model, mlps[:1]), mlps)
     with pytest.raises(AssertionError, match=r"does not use: group_0\.basis"):
@@ -330,7 +449,7 @@ def test_packed_model_is_the_fake_quantized_one(pattern: str, kind: str) -> None
         quantization__projections__bits=2,
     )
     model, group, mlps = sparse_group(wanted, kind)
-    prepare_factors(wanted, group, mlps)
+    start_quantization(wanted, group, mlps)
     packed = freeze(mlps)
     assert list(packed.bases) == ["group_0"]
     U = dequantize(packed.bases["group_0"]).astype(np.float64)
@@ -356,7 +475,7 @@ def test_packed_model_is_the_fake_quantized_one(pattern: str, kind: str) -> None
 def test_promised_bytes_are_the_packed_bytes(pattern: str) -> None:
     wanted = recipe_for(pattern, quantization__basis__bits=3)
     _, group, mlps = sparse_group(wanted)
-    segments = prepare_factors(wanted, group, mlps)
+    segments = start_quantization(wanted, group, mlps)
     promised = 8 * group_size(wanted, group, *segments).stored / group.dense_parameters
     assert stored_bits(group, mlps) == pytest.approx(promised, rel=1e-12)
 
@@ -370,7 +489,7 @@ def test_the_dense_baseline_is_quantized_and_packed(kind: str, bits: int) -> Non
     mlps = []
     for group in plan.groups:
         members, _ = factorize_group(model, group, calibration=None, masked=False, seed=0)
-        segments = prepare_factors(wanted, group, members)
+        segments = start_quantization(wanted, group, members)
         assert segments == choose_segments(wanted, group, members)
         promised = 8 * group_size(wanted, group, *segments).stored / group.dense_parameters
         assert promised == bits + 16 / 32

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from factored_samples import n_of_m, planned, recipe, targets
+from factored_samples import n_of_m, planned, recipe, start_quantization, targets
 from torch import Tensor, nn
 
 from fips_ort.layout import Pattern
 from pipeline import training
 from pipeline.fit import GroupModule, local_loss
 from pipeline.progress import Progress
-from pipeline.quantize import prepare_factors
 from pipeline.recipe import Recipe
 from pipeline.sparsify import MaskSchedule
 from pipeline.training import learning_rate_factor, train
@@ -136,7 +135,7 @@ def run(
         pattern = Pattern.parse(wanted.compression.pattern)
         if pattern.keep:
             MaskSchedule(projections, start, pattern, wanted.compression.target_sparsity, 1).before_step(0)
-        prepare_factors(wanted, group, mlps)
+        start_quantization(wanted, group, mlps)
         schedule = None
     else:
         compression = wanted.compression
