@@ -3,6 +3,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from causal_lm_samples import tiny_language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -10,11 +11,14 @@ from packed_samples import PIXEL_SHAPE, images, random_packed, tiny_model
 from torch import nn
 
 from exporters.modules import install_packed
+from exporters.passes import as_float16
 from exporters.rest import (
+    NBitsEmbedding,
     NBitsLinear,
     fix_position_embeddings,
     pack_nbits,
     quantize_blocks,
+    quantize_embedding,
     quantize_linears,
     quantize_table,
     round_to_float16,
@@ -145,3 +149,98 @@ def test_position_embeddings_interpolated_on_request_only_are_left_alone(kind: s
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     fix_position_embeddings(model, 16, 16)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnxruntime_looks_up_the_stored_bytes_as_we_do(bits: int) -> None:
+    torch.manual_seed(0)
+    stored = NBitsEmbedding(quantize_table(torch.randn(40, 64), bits, 16), torch.tensor(8.0))
+    node = helper.make_node("GatherBlockQuantized", ["codes", "ids", "scales"], ["y"], domain="com.microsoft",
+                            bits=bits, block_size=16, gather_axis=0, quantize_axis=1)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, [2, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3, 64])],
+        [numpy_helper.from_array(getattr(stored, name).numpy(), name) for name in ("codes", "scales")],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    ids = np.array([[0, 39, 7], [7, 21, 1]])
+    (rows,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"ids": ids})
+    np.testing.assert_array_equal(8 * rows, stored(torch.from_numpy(ids)).numpy())
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral"])
+def test_token_table_and_output_layer_are_quantized_together(kind: str) -> None:
+    dense = tiny_language_model(kind)
+    tied = dense.config.tie_word_embeddings
+    assert tied == (kind == "gemma3")
+    # Copies of the copy keep what it shares.
+    model = round_to_float16(quantize_embedding(dense, 4, 16, accuracy_level=4))
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert type(dense.get_input_embeddings()).__name__.endswith("Embedding")
+    assert isinstance(table, NBitsEmbedding)
+    assert isinstance(head, NBitsLinear)
+    assert (head.name, head.accuracy_level) == ("lm_head", 4)
+    for part in ("codes", "scales", "values"):
+        assert (getattr(table, part).data_ptr() == getattr(head, part).data_ptr()) == tied, part
+    weight = dense.get_input_embeddings().weight
+    scale = 32**0.5 if kind == "gemma3" else 1.0
+    ids = torch.arange(265)[None]
+    torch.testing.assert_close(table(ids)[0], scale * table.values, rtol=1e-6, atol=0)
+    levels, scales = quantize_blocks(weight.detach().numpy(), 4, 16)
+    expected = levels * np.repeat(scales.astype(np.float32), 16, axis=1)
+    np.testing.assert_array_equal(table.values.numpy(), expected)
+    with torch.inference_mode():
+        logits, before = model(ids[:, :20]).logits, dense(ids[:, :20]).logits
+    assert not torch.equal(logits, before)
+    assert torch.nn.functional.cosine_similarity(logits.flatten(), before.flatten(), dim=0) > 0.9
+
+
+def test_linear_layers_leave_the_output_layer_alone() -> None:
+    model = quantize_linears(tiny_language_model("mistral"), 4, 32)
+    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.model.layers[1].mlp.down_proj, NBitsLinear)
+
+
+def test_token_tables_that_cannot_be_quantized_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"block_size 64 .*model\.embed_tokens \(32\), lm_head \(32\)"):
+        quantize_embedding(tiny_language_model("llama"), 4, 64)
+    with pytest.raises(ValueError, match="ViTForImageClassification has no token table"):
+        quantize_embedding(tiny_model("vit"), 4, 16)
+
+    class Doubled(nn.Embedding):
+        pass
+
+    model = tiny_language_model("llama")
+    model.model.embed_tokens.__class__ = Doubled
+    with pytest.raises(ValueError, match="token table is a Doubled"):
+        quantize_embedding(model, 4, 16)
+
+
+def test_tables_are_quantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(50, 32)
+    whole = quantize_table(weight, 4, 16)
+    monkeypatch.setattr("exporters.rest._ROWS_AT_ONCE", 7)
+    parts = quantize_table(weight, 4, 16)
+    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in ("codes", "scales", "values"))
+
+
+def test_numbers_computed_from_the_configuration_are_not_rounded() -> None:
+    model = tiny_language_model("gemma3")
+    rounded = round_to_float16(model)
+    assert not torch.equal(model.model.norm.weight, rounded.model.norm.weight)
+    assert torch.equal(model.model.embed_tokens.embed_scale, rounded.model.embed_tokens.embed_scale)
+    frequencies = [module.model.rotary_emb.sliding_attention_inv_freq for module in (model, rounded)]
+    assert torch.equal(*frequencies)
+
+
+def test_float16_is_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporters.passes._NUMBERS_AT_ONCE", 8)
+    array = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float16).astype(np.float32)
+    half = as_float16(array)
+    assert half is not None
+    np.testing.assert_array_equal(half, array.astype(np.float16))
+    array[8, 3] = 1e6
+    assert as_float16(array) is None
