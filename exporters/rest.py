@@ -8,7 +8,7 @@ same weights. Order of use: :func:`fix_position_embeddings`, :func:`quantize_lin
 
 import copy
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,19 @@ def round_to_float16(model: nn.Module) -> nn.Module:
 
 
 def quantize_linears(
-    model: nn.Module, bits: int, block_size: int, skip: Collection[str] = (), accuracy_level: int = 0
+    model: nn.Module,
+    bits: int,
+    block_size: int,
+    skip: Collection[str] = (),
+    accuracy_level: int = 0,
+    tables: "Mapping[str, NBitsTable] | None" = None,
 ) -> nn.Module:
     """A copy of ``model`` whose linear layers outside the packed MLPs are :class:`NBitsLinear`.
 
     ``skip``: module paths left alone (the classifier). A language model's output layer is always left alone: it
-    goes with the token table (:func:`quantize_embedding`). Raises ValueError naming all layers whose input
-    features ``block_size`` does not divide, and any path in ``skip`` that is no linear layer.
+    goes with the token table (:func:`quantize_embedding`). ``tables``: what to store for the layers named there, the
+    others are rounded to nearest. Raises ValueError naming all layers whose input features ``block_size`` does not
+    divide, and any path in ``skip`` that is no linear layer.
     """
     linears = {name: module for name, module in _modules_outside(model) if isinstance(module, nn.Linear)}
     unknown = sorted(set(skip) - linears.keys())
@@ -86,16 +92,26 @@ def quantize_linears(
     _check_divisible({name: linear.in_features for name, linear in chosen.items()}, block_size)
     replaced: dict[int, object] = {
         id(linear): NBitsLinear(
-            quantize_table(linear.weight, bits, block_size), linear.bias, name, accuracy_level
+            (tables or {}).get(name) or quantize_table(linear.weight, bits, block_size),
+            linear.bias,
+            name,
+            accuracy_level,
         ).train(linear.training)
         for name, linear in chosen.items()
     }
     return copy.deepcopy(model, replaced)
 
 
-def quantize_embedding(model: Any, bits: int, block_size: int, accuracy_level: int = 0) -> nn.Module:
+def quantize_embedding(
+    model: Any,
+    bits: int,
+    block_size: int,
+    accuracy_level: int = 0,
+    tables: "Mapping[str, NBitsTable] | None" = None,
+) -> nn.Module:
     """A copy of the language ``model`` whose token table is an :class:`NBitsEmbedding` and whose output layer is an
-    :class:`NBitsLinear`. Where the model ties them, both hold the same tensors.
+    :class:`NBitsLinear`. Where the model ties them, both hold the same tensors. ``tables``: may name what to store
+    for the output layer, which is rounded to nearest otherwise.
 
     Raises ValueError if ``block_size`` does not divide the hidden size, or if the token table is of a kind that
     does more than look up rows and scale them by a number.
@@ -109,8 +125,9 @@ def quantize_embedding(model: Any, bits: int, block_size: int, accuracy_level: i
     names = {id(module): name for name, module in model.named_modules()}
     embedding_name, head_name = names[id(embedding)], names[id(head)]
     _check_divisible({embedding_name: embedding.embedding_dim, head_name: head.in_features}, block_size)
-    table = quantize_table(embedding.weight, bits, block_size)
-    head_table = table if head.weight is embedding.weight else quantize_table(head.weight, bits, block_size)
+    head_table = (tables or {}).get(head_name) or quantize_table(head.weight, bits, block_size)
+    tied = head.weight is embedding.weight
+    table = head_table if tied else quantize_table(embedding.weight, bits, block_size)
     replaced: dict[int, object] = {
         id(embedding): NBitsEmbedding(table, scale).train(embedding.training),
         id(head): NBitsLinear(head_table, head.bias, head_name, accuracy_level).train(head.training),
@@ -151,6 +168,31 @@ def quantize_table(weight: Tensor, bits: int, block_size: int) -> NBitsTable:
         codes[rows] = torch.from_numpy(pack_nbits(levels, bits, block_size))
         scales[rows] = torch.from_numpy(widened)
         values[rows] = torch.from_numpy(levels * np.repeat(widened, block_size, axis=1))
+    return NBitsTable(bits, block_size, codes, scales, values)
+
+
+def table_of_values(values: Tensor, scales: Tensor, bits: int, block_size: int) -> NBitsTable:
+    """The table of ``values`` [N, K] that are levels ``-2**(bits-1) … 2**(bits-1)-1`` times ``scales``
+    [N, K / block_size], float16 numbers. Raises ValueError if they are not."""
+    codes = torch.empty(len(values), scales.shape[1], block_size * bits // 8, dtype=torch.uint8)
+    lowest = -(1 << (bits - 1))
+    for start in range(0, len(values), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        widened = scales[rows].repeat_interleave(block_size, dim=1)
+        levels = torch.round(values[rows] / torch.where(widened == 0, 1.0, widened)).clamp(lowest, -lowest - 1)
+        if not torch.equal(levels * widened, values[rows]):
+            raise ValueError("values are not levels of their scales")
+        codes[rows] = torch.from_numpy(pack_nbits(levels.numpy().astype(np.int8), bits, block_size))
+    return NBitsTable(bits, block_size, codes, scales, values)
+
+
+def table_of_codes(codes: Tensor, scales: Tensor, bits: int, block_size: int) -> NBitsTable:
+    """The table of stored ``codes`` and ``scales``."""
+    values = torch.empty(len(codes), scales.shape[1] * block_size)
+    for start in range(0, len(codes), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        levels = torch.from_numpy(unpack_nbits(codes[rows].numpy(), bits))
+        values[rows] = levels * scales[rows].repeat_interleave(block_size, dim=1)
     return NBitsTable(bits, block_size, codes, scales, values)
 
 

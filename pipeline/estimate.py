@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.console import table_console
@@ -54,13 +56,15 @@ def estimate(recipe: Recipe) -> Estimate:
         config, kind = load_language_config(recipe.model), language_model_class()  # type: ignore[arg-type]
     else:
         config, kind = load_config(recipe.model, labels=10), model_class()  # type: ignore[arg-type]
-    with torch.device("meta"):
+    # Masks of language models depend on data where tensors are on the meta device, not where they are fake.
+    shapes_only = FakeTensorMode() if recipe.is_language_model else torch.device("meta")
+    with shapes_only:
         model = kind.from_config(config)
     plan = make_plan(recipe, find_mlps(model))
     sizes = {group.name: _group_size(recipe, group) for group in plan.groups}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     compressed = sum(group.dense_parameters for group in plan.groups)
-    activation_bytes, forward_flops = _dry_run(recipe, plan, model, config)
+    activation_bytes, forward_flops = _dry_run(recipe, plan, model, config, shapes_only)
     return Estimate(
         plan,
         parameters,
@@ -170,8 +174,10 @@ def _rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
     return total
 
 
-def _dry_run(recipe: Recipe, plan: Plan, model: nn.Module, config: Any) -> tuple[int, int]:
-    """Bytes of recorded activations, and operations of the dense model, per sample: counted on the meta device.
+def _dry_run(
+    recipe: Recipe, plan: Plan, model: nn.Module, config: Any, shapes_only: AbstractContextManager[Any]
+) -> tuple[int, int]:
+    """Bytes of recorded activations, and operations of the dense model, per sample: counted without computing.
 
     Of a language model without its output layer, which distillation computes for a part of the vocabulary only.
     """
@@ -185,14 +191,14 @@ def _dry_run(recipe: Recipe, plan: Plan, model: nn.Module, config: Any) -> tuple
         for site in group.sites:
             model.get_submodule(site.path).register_forward_hook(count)
     model.eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with shapes_only, torch.inference_mode(), FlopCounterMode(display=False) as counter:
         if isinstance(recipe.data, TextSection):
-            input_ids = torch.zeros(1, recipe.data.context, dtype=torch.int64, device="meta")
+            input_ids = torch.zeros(1, recipe.data.context, dtype=torch.int64)
             model.base_model(input_ids=input_ids, use_cache=False)  # type: ignore[operator]
         else:
             size = config.image_size
             height, width = (size, size) if isinstance(size, int) else size
-            model(pixel_values=torch.empty(1, 3, height, width, device="meta"))
+            model(pixel_values=torch.empty(1, 3, height, width))
     return counted, counter.get_total_flops()
 
 

@@ -118,13 +118,19 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
         errors["finetuned"] = stages.load_errors(work / "finetune")
 
     # Quantization-aware training, in a model whose other weights are as they will be stored.
-    base = task.store_rest()
-    models = stages.QuantizationInputs(task, base, plan, unquantized, calibration)
     schemes = {name: value for name, value in settings["quantization"].items() if name != "training"}
+    rest_key = folder.stage(
+        "qat/rest",
+        [settings["calibration"], schemes["rest"], schemes["start"], recipe.seed],
+        json.dumps([task.source_hash, task.data_hash]),
+        partial(task.store_rest, progress=progress),
+    )
+    base = task.open_rest(work / "qat" / "rest")
+    models = stages.QuantizationInputs(task, base, plan, unquantized, calibration)
     rounded = last = work / "qat" / "0-start"
     key = folder.stage(
         "qat/0-start",
-        [schemes, settings["export"]["accuracy_level"]],
+        [schemes, settings["export"]["accuracy_level"], rest_key],
         key,
         partial(stages.quantize, inputs=models, progress=progress),
     )
@@ -168,6 +174,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
         if (work / "validate" / backend).is_dir():
             evaluated[backend] = work / "validate" / backend
     folder.stage("bench", [], key, lambda out: deliver.bench(out, task, artifact))
-    report = assemble_report(task, plan, folder, artifact, packed, stages.load_segments(rounded), mlps, evaluated, errors)
+    segments = stages.load_segments(rounded)
+    report = assemble_report(task, plan, folder, artifact, packed, segments, mlps, evaluated, errors)
     write_report(report, folder.folder)
     return report

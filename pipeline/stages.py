@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from fips_ort.layout import Pattern
+from pipeline.calibrate import open_activations
 from pipeline.compress import (
     factorize_group,
     install,
@@ -20,7 +21,6 @@ from pipeline.compress import (
 )
 from pipeline.factorized_mlp import FactorizedMLP
 from pipeline.files import read_json, write_json
-from pipeline.calibrate import open_activations
 from pipeline.fit import GroupModule, local_loss, reconstruction_errors
 from pipeline.moments import MLPMoments, group_moments
 from pipeline.plan import GroupPlan, Plan, Segments
@@ -55,9 +55,14 @@ def is_masked(recipe: Recipe) -> bool:
 
 def factorize(folder: Path, recipe: Recipe, dense: nn.Module, group: GroupPlan, calibration: Path) -> None:
     """Initial factors of a group, before any sparsity."""
-    weighted = calibration if recipe.compression.initialization == "activation_svd" else None
+    initialization = recipe.compression.initialization
     mlps, singular_values = factorize_group(
-        dense, group, calibration=weighted, masked=is_masked(recipe), seed=recipe.seed
+        dense,
+        group,
+        calibration=None if initialization == "svd" else calibration,
+        masked=is_masked(recipe),
+        seed=recipe.seed,
+        output_aware=initialization == "output_aware",
     )
     save_factors(mlps, folder / FACTORS)
     write_json(folder / "singular_values.json", [float(value) for value in singular_values])

@@ -26,8 +26,8 @@ class Task(ABC):
     """A recipe's model and data. Samples are images (pixel values) or windows of text (token ids).
 
     ``model`` (dense, float32, evaluation mode), ``sites`` (its MLPs) and ``source_hash`` are there after
-    :meth:`open_dense`. ``data_hash``: of everything the samples can contain. ``evaluated_backends``: those of the artefact whose quality is
-    measured; parity is checked on all.
+    :meth:`open_dense`. ``data_hash``: of everything the samples can contain. ``evaluated_backends``:
+    those of the artefact whose quality is measured; parity is checked on all.
     """
 
     recipe: Recipe
@@ -88,11 +88,13 @@ class Task(ABC):
     # --- delivery ---
 
     @abstractmethod
-    def store_rest(self) -> nn.Module:
-        """A copy of the dense model whose weights outside the MLPs are as they will be stored.
+    def store_rest(self, folder: Path, progress: Progress) -> None:
+        """Find codes for the weights outside the MLPs and keep them in ``folder``, where that takes long."""
 
-        The MLPs' own weights may be shared with the dense model.
-        """
+    @abstractmethod
+    def open_rest(self, folder: Path) -> nn.Module:
+        """A copy of the dense model whose weights outside the MLPs are as they will be stored, with the codes in
+        ``folder``. The MLPs' own weights may be shared with the dense model."""
 
     @abstractmethod
     def parity_batches(self) -> list[Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -36,9 +37,11 @@ from pipeline.perplexity import (
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.recipe import CausalLanguageModel, EndToEnd, Recipe, TextSection
+from pipeline.rest_start import load_tables, rest_tables, save_tables
 from pipeline.tasks.base import Form, Predict, Task
 from pipeline.text_data import load_text_data
 
+REST_TABLES = "tables.safetensors"
 GOLDEN_TOKENS = 2
 """Logits of one token take a megabyte at a vocabulary of 262,144; the artefact carries them."""
 PARITY_TOKENS = 32
@@ -188,17 +191,48 @@ class CausalLMTask(Task):
 
     # --- delivery ---
 
-    def store_rest(self) -> nn.Module:
+    def store_rest(self, folder: Path, progress: Progress) -> None:
+        if self.recipe.quantization.start == "nearest":
+            return
+        rest = self.recipe.quantization.rest
+        generator = np.random.default_rng(self.recipe.seed)
+        count = min(self.recipe.calibration.samples or self.train_samples, self.train_samples)
+        samples = sorted(generator.permutation(self.train_samples)[:count].tolist())
+        size = self.recipe.calibration.batch_size
+        body = _body(self.model)
+
+        def run(input_ids: Tensor) -> Tensor:
+            states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
+            return states.reshape(-1, states.shape[-1])
+
+        tables = rest_tables(
+            self.model,
+            self._mlp_linears,
+            run,
+            (self.training_batch(samples[first : first + size]) for first in range(0, count, size)),
+            rest.linear_bits,
+            rest.embedding_bits,
+            rest.block_size,
+            progress,
+        )
+        save_tables(tables, folder / REST_TABLES)
+
+    def open_rest(self, folder: Path) -> nn.Module:
         rest, level = self.recipe.quantization.rest, self.recipe.export.accuracy_level
         # The MLPs are about to be replaced: their weights are shared with the dense model, not copied.
         mlps = [self.model.get_submodule(site.path) for site in self.sites]
         base = copy.deepcopy(self.model, {id(mlp): mlp for mlp in mlps})
+        path = folder / REST_TABLES
+        tables = load_tables(path) if path.exists() else {}
         if rest.linear_bits is not None:
-            skip = [f"{site.path}.{name}" for site in self.sites for name in (*site.first, site.last)]
-            base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, level)
+            base = quantize_linears(base, rest.linear_bits, rest.block_size, self._mlp_linears, level, tables)
         if rest.embedding_bits is not None:
-            base = quantize_embedding(base, rest.embedding_bits, rest.block_size, level)
+            base = quantize_embedding(base, rest.embedding_bits, rest.block_size, level, tables)
         return round_to_float16(base) if rest.weights == "float16" else base
+
+    @property
+    def _mlp_linears(self) -> list[str]:
+        return [f"{site.path}.{name}" for site in self.sites for name in (*site.first, site.last)]
 
     def parity_batches(self) -> list[Tensor]:
         """A short text and one past the sliding window, if the model has one."""
