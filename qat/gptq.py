@@ -129,11 +129,15 @@ def _round_in_order(
         targets = weight[:, part] + errors[:, :start] @ unit[:start, part]
         scales[:, block] = scale = levels.search(targets, importance[part], kept[:, part], block)
         half = levels.half[:, block]
-        for column in range(start, start + size):
-            # Errors within the block, of the columns before this one; those behind are still zero.
-            target = targets[:, column - start] + errors[:, part] @ unit[part, column]
-            values[:, column] = levels.nearest(target, scale, half) * kept[:, column]
-            errors[:, column] = weight[:, column] - values[:, column]
+        # Columns as rows, each together in memory.
+        original, allowed, target = (part.T.contiguous() for part in (weight[:, part], kept[:, part], targets))
+        rounded, lost = torch.empty_like(original), torch.zeros_like(original)
+        inner = unit[part, part]
+        for column in range(size):
+            value = target[column] + inner[:column, column] @ lost[:column]
+            rounded[column] = levels.nearest(value, scale, half) * allowed[column]
+            lost[column] = original[column] - rounded[column]
+        values[:, part], errors[:, part] = rounded.T, lost.T
     return values, scales
 
 
@@ -147,13 +151,15 @@ def _descend(
     for _ in range(sweeps):
         for block in range(scales.shape[1]):
             part = slice(block * size, (block + 1) * size)
-            before = values[:, part].clone()
-            inner, inner_H = gradient[:, part].clone(), H[part, part]
+            # Columns as rows, each together in memory.
+            current, allowed, slope = (whole[:, part].T.contiguous() for whole in (values, kept, gradient))
+            scale, half, inner = scales[:, block], levels.half[:, block], H[part, part]
+            change = torch.zeros_like(current)
             for column in range(size):
-                current = values[:, part.start + column]
-                best = current - inner[:, column] / inner_H[column, column]
-                best = levels.nearest(best, scales[:, block], levels.half[:, block]) * kept[:, part.start + column]
-                inner += (best - current)[:, None] * inner_H[column]
-                values[:, part.start + column] = best
-            gradient += (values[:, part] - before) @ H[part]
+                best = current[column] - (slope[column] + inner[column] @ change) / inner[column, column]
+                best = levels.nearest(best, scale, half) * allowed[column]
+                change[column] = best - current[column]
+                current[column] = best
+            values[:, part] = current.T
+            gradient.addmm_(change.T, H[part])
     return values
