@@ -203,7 +203,8 @@ class Compression(Section):
     """FiPS: groups of blocks, parameter budget, sparsity of the projections.
 
     ``groups``: lists of block indices, or the size of groups of consecutive blocks. ``budget``: kept fraction
-    of the group's MLP parameters. ``pattern`` of the projections; an n:m pattern fixes ``sparsity``.
+    of the group's MLP parameters; above 1 for a basis of full rank, which pays by fewer bits alone. ``pattern`` of the
+    projections; an n:m pattern fixes ``sparsity``.
 
     ``method: dense`` is the baseline without factorization: the MLPs' own matrices are quantized (as
     ``quantization.projections`` says) and trained; groups and budget do not apply.
@@ -211,7 +212,7 @@ class Compression(Section):
 
     method: Literal["fips", "dense"] = "fips"
     groups: Annotated[list[list[int]], Field(min_length=1)] | Positive = 1
-    budget: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    budget: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
     pattern: PatternName = "bitmap"
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     initialization: Literal["svd", "activation_svd", "output_aware"] = "activation_svd"
@@ -420,8 +421,8 @@ class Recipe(Section):
         is_fips = self.compression.method == "fips"
         if is_fips != (self.quantization.basis is not None):
             raise ValueError("quantization.basis goes with compression.method fips, and only with it")
-        if is_fips and self.fit is None:
-            raise ValueError("fit: method fips needs it; fit.steps may be small, not left out")
+        if is_fips and self.fit is None and self.compression.pattern != "dense":
+            raise ValueError(f"fit: pattern {self.compression.pattern} needs it, the projections become sparse in it")
         if not is_fips and (self.fit is not None or self.finetune is not None):
             raise ValueError("fit and finetune train unquantized factors; method dense has none, leave them out")
         return self

@@ -135,8 +135,9 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
         partial(stages.quantize, inputs=models, progress=progress),
     )
     restore_quantized = partial(stages.restore_quantized, models, rounded)
-    evaluate("rounded", key, lambda: install(base, restore_quantized(rounded)))
-    errors["rounded"] = stages.load_errors(rounded)
+    if recipe.quantization.training:
+        evaluate("rounded", key, lambda: install(base, restore_quantized(rounded)))
+        errors["rounded"] = stages.load_errors(rounded)
     for position, entry in enumerate(recipe.quantization.training):
         name = f"qat/{position + 1}-{entry.objective}"
         compute = partial(stages.train_quantized, inputs=models, position=position, started=rounded, before=last)
