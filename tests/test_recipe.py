@@ -171,7 +171,11 @@ def test_missing_keys(path: str) -> None:
         ("compression.groups", 0, "got 0; input should be a valid list; or input should be greater than or equal to 1"),
         ("compression.groups", "all", "got 'all'; input should be a valid list; or input should be a valid integer"),
         ("compression.groups.0", 1, None),
-        ("compression.initialization", "random", "got 'random'; input should be 'svd' or 'activation_svd'"),
+        (
+            "compression.initialization",
+            "random",
+            "got 'random'; input should be 'svd', 'activation_svd' or 'output_aware'",
+        ),
         ("compression.sparsifier.algorithm", "snip", "got 'snip'; input should be 'gmp', 'rigl' or 'static'"),
         ("compression.sparsifier.end", 1.0, "got 1.0; input should be less than 1"),
         ("quantization.projections.bits", 5, "got 5; input should be 2, 3 or 4"),
