@@ -8,6 +8,9 @@ from fips_ort.packed import PackedWeight, dequantize, pack
 from qat.fake_quantize import FakeQuantizer, search_scales
 from qat.gptq import gptq
 
+WITHIN_CELL = 0.98
+"""Part of the way from a level to the border of its cell at which an entry still surely rounds to it."""
+
 
 class Factor(nn.Module):
     """A [rows, columns] matrix in the orientation in which it will be stored.
@@ -78,8 +81,12 @@ class Factor(nn.Module):
             if moment is None:
                 scales = search_scales(matrix, self.mask, layout)
             else:
-                values, scales = gptq(self() if target is None else target, moment, layout, self.mask)
-                self.weight.copy_(values / self.gain)
+                wanted = self() if target is None else target
+                values, scales = gptq(wanted, moment, layout, self.mask)
+                # As near to what is wanted as the chosen levels' cells reach: from a cell's middle, no short training
+                # would ever move an entry to another level.
+                reach = WITHIN_CELL * 0.5 * scales.repeat_interleave(layout.block_size, dim=1)
+                self.weight.copy_(torch.clamp(wanted, values - reach, values + reach) / self.gain)
         self.quantizer = FakeQuantizer(layout, scales, learned_scales=learned_scales)
         if moment is not None and not torch.equal(self(), values):
             raise AssertionError("fake quantization does not reproduce the levels it starts from")
