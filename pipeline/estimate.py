@@ -151,15 +151,15 @@ def _group_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
 def _rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
     """Bytes of the weights outside the compressed MLPs; a tied token table is stored once."""
     rest = recipe.quantization.rest
-    compressed = tuple(f"{site.path}." for group in plan.groups for site in group.sites)
+    compressed = {
+        f"{site.path}.{name}" for group in plan.groups for site in group.sites for name in (*site.first, site.last)
+    }
     tables = (model.get_input_embeddings(), model.get_output_embeddings()) if recipe.is_language_model else ()
     total = 0
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if name.startswith(compressed):
-            continue
         for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
+            if id(parameter) in seen or (name in compressed and parameter.dim() == 2):
                 continue
             seen.add(id(parameter))
             bits: float = 16 if rest.weights == "float16" else 32

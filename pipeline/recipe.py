@@ -21,6 +21,14 @@ Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
+class _AtKey(ValueError):
+    """A problem found by a validator of a whole section, at one of the ``key``s in it (dotted)."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, unknown keys refused."""
 
@@ -220,15 +228,17 @@ class Compression(Section):
 
     @model_validator(mode="after")
     def _method_has_its_keys(self) -> "Compression":
-        wanted = {"groups", "budget"}
-        if self.method == "fips" and wanted - self.model_fields_set:
-            raise ValueError(f"method fips needs {' and '.join(sorted(wanted - self.model_fields_set))}")
-        if self.method == "dense":
-            foreign = self.model_fields_set & (wanted | {"sparsity", "initialization", "sparsifier"})
-            if foreign:
-                raise ValueError(f"method dense has no {', '.join(sorted(foreign))}; leave out what it does not know")
+        wanted = ("groups", "budget")
+        if self.method == "fips":
+            for key in wanted:
+                if key not in self.model_fields_set:
+                    raise _AtKey(key, "required key is missing")
+        else:
+            for key in (*wanted, "sparsity", "initialization", "sparsifier"):
+                if key in self.model_fields_set:
+                    raise _AtKey(key, "method dense does not factorize and has no such key; leave it out")
             if self.pattern != "dense":
-                raise ValueError("method dense keeps every weight: pattern must be dense")
+                raise _AtKey("pattern", f"got {self.pattern!r}; method dense keeps every weight: take dense")
         return self
 
     @model_validator(mode="after")
@@ -406,25 +416,29 @@ class Recipe(Section):
     def _model_reads_data(self) -> "Recipe":
         is_text = isinstance(self.data, TextSection)
         if is_text != self.is_language_model:
-            raise ValueError(
-                f"data.source: {self.data.source} is {'text' if is_text else 'images'}; model.source: "
-                f"{self.model.source} is {'a language model' if self.is_language_model else 'an image classifier'}"
+            raise _AtKey(
+                "data.source",
+                f"{self.data.source} is {'text' if is_text else 'images'}; model.source: {self.model.source} is "
+                f"{'a language model' if self.is_language_model else 'an image classifier'}",
             )
         rest = self.quantization.rest
         if not is_text and (rest.embedding_bits is not None or self.evaluation.stride is not None):
             key = "evaluation.stride" if rest.embedding_bits is None else "quantization.rest.embedding_bits"
-            raise ValueError(f"{key} is for language models; leave it out")
+            raise _AtKey(key, "is for language models; leave it out")
         return self
 
     @model_validator(mode="after")
     def _method_has_its_parts(self) -> "Recipe":
         is_fips = self.compression.method == "fips"
         if is_fips != (self.quantization.basis is not None):
-            raise ValueError("quantization.basis goes with compression.method fips, and only with it")
+            said = "required key is missing" if is_fips else "compression.method dense has no basis; leave it out"
+            raise _AtKey("quantization.basis", said)
         if is_fips and self.fit is None and self.compression.pattern != "dense":
-            raise ValueError(f"fit: pattern {self.compression.pattern} needs it, the projections become sparse in it")
-        if not is_fips and (self.fit is not None or self.finetune is not None):
-            raise ValueError("fit and finetune train unquantized factors; method dense has none, leave them out")
+            said = f"required key is missing: with pattern {self.compression.pattern}, projections become sparse in the fit"
+            raise _AtKey("fit", said)
+        for key in ("fit", "finetune"):
+            if not is_fips and getattr(self, key) is not None:
+                raise _AtKey(key, "trains unquantized factors; compression.method dense has none, leave it out")
         return self
 
     @model_validator(mode="after")
@@ -432,7 +446,7 @@ class Recipe(Section):
         try:
             check_block_size(self.quantization.projections.block_size, Pattern.parse(self.compression.pattern))
         except ValueError as error:
-            raise ValueError(f"quantization.projections.{error}") from None
+            raise _AtKey("quantization.projections", str(error)) from None
         return self
 
 
@@ -548,6 +562,8 @@ def _location(problem: Any) -> tuple[str, ...]:
     kind = problem["type"]
     if kind.startswith("union_tag"):
         path.append(problem["ctx"]["discriminator"].strip("'"))
+    if kind == "value_error" and isinstance(problem["ctx"]["error"], _AtKey):
+        path += problem["ctx"]["error"].key.split(".")
     named_last = kind in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found")
     inner, outer = (path[:-1], path[-1:]) if named_last else (path, [])
     return (*(part for part in inner if part not in _TAGS and "[" not in part and "constrained" not in part), *outer)

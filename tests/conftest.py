@@ -37,7 +37,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     recipe = write_recipe(folder)
     program = (
         "from pipeline.environment import prepare_process; prepare_process()\n"
-        f"import pipeline.deliver; pipeline.deliver.BENCH_SECONDS = {SHORT_BENCH_SECONDS}\n"
+        "from pipeline.tasks import image_classification\n"
+        f"image_classification.BENCH_SECONDS = {SHORT_BENCH_SECONDS}\n"
         "from pipeline.cli import main; main()"
     )
     child = subprocess.run(

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTImagePr
 
 from fips_ort.manifest import read_manifest
 from fips_ort.validate import validate
-from pipeline import deliver
 from pipeline.models.adapters import find_mlps
 from pipeline.progress import Progress
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
-from pipeline.stages import store_rest
+from pipeline.tasks import image_classification
+from pipeline.tasks.image_classification import ImageClassificationTask
 
 LABELS = ["left", "right"]
 COMMON = {"image_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -56,7 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_chain(name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deliver, "BENCH_SECONDS", SHORT_BENCH_SECONDS)
+    monkeypatch.setattr(image_classification, "BENCH_SECONDS", SHORT_BENCH_SECONDS)
     model_type, config, groups = MODELS[name]
     torch.manual_seed(0)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
@@ -101,12 +101,14 @@ def test_whole_chain(name: str, images: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("weights", ["float16", "float32"])
-def test_stored_rest_is_a_copy_with_fixed_positions(weights: str) -> None:
+def test_stored_rest_is_a_copy_with_fixed_positions(weights: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model("dinov2", **{**COMMON, "image_size": 32}, patch_size=8, hidden_size=32, mlp_ratio=2)
     dense = AutoModelForImageClassification.from_config(config).eval()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    recipe = tiny_recipe(quantization=TINY["quantization"] | {"rest": {"weights": weights}})
-    base = store_rest(recipe, dense, find_mlps(dense), 16)
+    task = ImageClassificationTask.__new__(ImageClassificationTask)  # without data, which this does not need
+    task.recipe = tiny_recipe(quantization=TINY["quantization"] | {"rest": {"weights": weights}})
+    task.model, task.sites, task.image_size = dense, find_mlps(dense), 16
+    base = task.open_rest(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     positions = base.get_parameter("dinov2.embeddings.position_embeddings")
     assert positions.shape == (1, 1 + 2 * 2, 32)

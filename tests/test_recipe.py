@@ -88,7 +88,7 @@ def test_defaults() -> None:
     assert recipe.compression.target_sparsity == 0.75
     assert recipe.compression.sparsifier.model_dump() == {
         "algorithm": "gmp", "ranking": "layer", "update_every": 50, "end": 0.75, "initial_sparsity": 0.05,
-        "drop_fraction": 0.1,
+        "drop_fraction": 0.1, "saliency": "magnitude",
     }
     assert recipe.quantization.training == []
     assert recipe.export.accuracy_level == 0
@@ -131,7 +131,7 @@ def test_there_are_sections_at_every_level() -> None:
 
 
 @pytest.mark.parametrize("path", [
-    "name", "model", "data", "compression", "fit", "quantization", "model.config", "model.training.steps",
+    "name", "model", "data", "compression", "quantization", "quantization.basis", "compression.groups", "model.config", "model.training.steps",
     "compression.budget", "fit.steps", "quantization.projections.block_size", "quantization.training.0.steps",
     "quantization.basis.bits.1.fraction", "data.image_size", "model.source", "quantization.training.1.objective",
     "finetune.objective",
@@ -161,8 +161,9 @@ def test_missing_keys(path: str) -> None:
         ("fit.learning_rate", float("inf"), "got inf; input should be a finite number"),
         ("fit.weight_decay", float("nan"), "got nan; input should be a finite number"),
         ("fit.learning_rate", "1e-3", "got '1e-3'; input should be a valid number"),
-        ("fit", None, "input should be a valid dictionary"),
-        ("compression.budget", 1.5, "got 1.5; input should be less than or equal to 1"),
+        ("fit", 1, "got 1; input should be a valid dictionary"),
+        ("fit", None, "required key is missing: with pattern bitmap, projections become sparse in the fit"),
+        ("compression.budget", 2.5, "got 2.5; input should be less than or equal to 2"),
         ("compression.budget", 0.0, "got 0.0; input should be greater than 0"),
         ("compression.sparsity", 1.0, "got 1.0; input should be less than 1"),
         ("compression.pattern", "3:4", "got '3:4'; input should be 'dense', 'bitmap', '1:4', '2:4', '1:8' or '2:8'"),
@@ -259,9 +260,68 @@ def test_blocks_must_hold_whole_bytes(pattern: str, block: int, least: int) -> N
     base = content(compression__pattern=pattern)
     base["compression"].pop("sparsity")
     assert setting("quantization.projections.block_size", block, base) == [
-        f"the recipe: quantization.projections.block_size {block} is not a multiple of {least}, "
-        f"as pattern {pattern} needs"
+        f"quantization.projections: block_size {block} is not a multiple of {least}, as pattern {pattern} needs"
     ]
+
+
+def test_fit_may_be_left_out_where_nothing_becomes_sparse() -> None:
+    made = content(compression__pattern="dense")
+    made["compression"].pop("sparsity")
+    del made["fit"]
+    assert parse_recipe(made, "r.yaml").fit is None
+
+
+def dense_method() -> dict[str, Any]:
+    made = content()
+    made["compression"] = {"method": "dense", "pattern": "dense"}
+    del made["fit"], made["quantization"]["basis"]
+    made.pop("finetune", None)
+    return made
+
+
+def test_dense_method_needs_neither_groups_nor_basis() -> None:
+    recipe = parse_recipe(dense_method(), "r.yaml")
+    assert recipe.quantization.basis is None
+    assert recipe.compression.target_sparsity == 0.0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("compression.groups", 2, "method dense does not factorize and has no such key; leave it out"),
+        ("compression.budget", 0.5, "method dense does not factorize and has no such key; leave it out"),
+        ("compression.sparsifier", {}, "method dense does not factorize and has no such key; leave it out"),
+        ("compression.pattern", "1:4", "got '1:4'; method dense keeps every weight: take dense"),
+        ("quantization.basis", {"bits": 4, "block_size": 16}, "compression.method dense has no basis; leave it out"),
+        ("fit", {"steps": 1}, "trains unquantized factors; compression.method dense has none, leave it out"),
+        (
+            "finetune",
+            {"objective": "task", "steps": 1},
+            "trains unquantized factors; compression.method dense has none, leave it out",
+        ),
+    ],
+)
+def test_dense_method_refuses_what_it_does_not_know(path: str, value: Any, complaint: str) -> None:
+    assert setting(path, value, dense_method()) == [f"{path}: {complaint}"]
+
+
+def test_models_read_their_own_kind_of_data() -> None:
+    text = {"source": "text", "train": "a.txt"}
+    assert setting("data", text) == [
+        "data.source: text is text; model.source: scratch is an image classifier"
+    ]
+    language = {"source": "causal_lm", "path": "there"}
+    assert setting("model", language) == [
+        "data.source: digits is images; model.source: causal_lm is a language model"
+    ]
+
+
+@pytest.mark.parametrize(("path", "value"), [("quantization.rest.embedding_bits", 4), ("evaluation.stride", 8)])
+def test_keys_of_language_models(path: str, value: int) -> None:
+    base = content()
+    base["quantization"]["rest"] = {}
+    base["evaluation"] = {}
+    assert setting(path, value, base) == [f"{path}: is for language models; leave it out"]
 
 
 def test_target_goes_with_allocation() -> None:
@@ -275,11 +335,11 @@ def test_target_goes_with_allocation() -> None:
 def test_all_problems_are_listed() -> None:
     def change(node: dict[str, Any]) -> None:
         node["fit"]["steps"] = 0
-        node["compression"]["budget"] = 2
+        node["compression"]["budget"] = 3
         node["mistake"] = 1
 
     assert refusal(change) == [
-        "compression.budget: got 2; input should be less than or equal to 1",
+        "compression.budget: got 3; input should be less than or equal to 2",
         "fit.steps: got 0; input should be greater than or equal to 1",
         "mistake: got 1; unknown key; remove or correct it",
     ]
