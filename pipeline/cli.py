@@ -158,7 +158,8 @@ def _bench_tokens(artifact: Path, threads: int) -> None:
             f"{memory[row['backend']] / 1e6:.1f}",
         )
     console = table_console()
-    console.print(f"prompt of {speed['prompt_tokens']} tokens, {speed['generated_tokens']} generated, {threads} threads")
+    prompt, generated = speed["prompt_tokens"], speed["generated_tokens"]
+    console.print(f"prompt of {prompt} tokens, {generated} generated, {threads} threads")
     console.print(table)
 
 

@@ -128,7 +128,7 @@ def rest_tables(
 
 def save_tables(tables: Mapping[str, NBitsTable], path: Path) -> None:
     """Levels and scales of tables, by name (safetensors)."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, table in tables.items():
         tensors |= {f"{name}/codes": table.codes, f"{name}/scales": table.scales}
     metadata = {name: json.dumps([table.bits, table.block_size]) for name, table in tables.items()}

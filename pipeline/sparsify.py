@@ -115,7 +115,8 @@ class MaskSchedule:
                 source = projection.dense_gradient_source
                 assert source is not None
                 assert source.grad is not None
-                new = swap_masks(_magnitude(projection) * importance, source.grad, projection.mask, fraction, self.pattern)
+                magnitude = _magnitude(projection) * importance
+                new = swap_masks(magnitude, source.grad, projection.mask, fraction, self.pattern)
                 # Grown entries start at zero, as in RigL.
                 projection.weight.mul_(projection.mask & new)
                 projection.mask.copy_(new)

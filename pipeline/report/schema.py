@@ -213,8 +213,8 @@ class Difference(TypedDict):
 
 
 class Parity(TypedDict):
-    """With float32 activations; ``tolerance`` is for ``relative``. ``rounding``: what int8 activations change, where the
-    artefact permits them."""
+    """With float32 activations; ``tolerance`` is for ``relative``. ``rounding``: what int8 activations change, where
+    the artefact permits them."""
 
     native_vs_torch: Difference
     portable_vs_torch: Difference

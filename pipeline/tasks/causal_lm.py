@@ -36,7 +36,7 @@ from pipeline.perplexity import (
 )
 from pipeline.plan import Plan
 from pipeline.progress import Progress
-from pipeline.recipe import CausalLanguageModel, EndToEnd, Recipe, TextSection
+from pipeline.recipe import CausalLanguageModel, EndToEnd, LanguageModel, Recipe, TextData
 from pipeline.rest_start import load_tables, rest_tables, save_tables
 from pipeline.tasks.base import Form, Predict, Task
 from pipeline.text_data import load_text_data
@@ -57,14 +57,12 @@ class CausalLMTask(Task):
     def __init__(self, recipe: Recipe, artifact: Path | None = None) -> None:
         self.recipe = recipe
         section, data = recipe.model, recipe.data
-        if artifact is not None:
-            section = CausalLanguageModel(source="causal_lm", path=str(artifact))
-        assert recipe.is_language_model
-        assert isinstance(data, TextSection)
-        self.section: Any = section
+        assert isinstance(section, LanguageModel)
+        assert isinstance(data, TextData)
+        self.section = section if artifact is None else CausalLanguageModel(source="causal_lm", path=str(artifact))
         self.tokenizer = load_tokenizer(self.section)
         train = 1 if artifact is not None else None
-        self.data = load_text_data(data, self.tokenizer, recipe.seed, train, recipe.evaluation.samples)  # type: ignore[arg-type]
+        self.data = load_text_data(data, self.tokenizer, recipe.seed, train, recipe.evaluation.samples)
         self.data_hash = self.data.hash
         self.train_samples = len(self.data.train)
 
@@ -74,7 +72,7 @@ class CausalLMTask(Task):
         """Nothing to make: a language model is loaded from where it is."""
 
     def open_dense(self, folder: Path) -> None:
-        loaded = load_language_model(self.section)
+        loaded = load_language_model(self.section, self.tokenizer)
         self.model = loaded.model
         self.source_hash = loaded.source_hash
         self.sites = find_mlps(loaded.model)
@@ -262,7 +260,8 @@ class CausalLMTask(Task):
 
     @property
     def _max_length(self) -> int:
-        return int(min(MAX_LENGTH, self.model.config.max_position_embeddings))
+        config: Any = self.model.config
+        return int(min(MAX_LENGTH, config.max_position_embeddings))
 
 
 def _body(model: nn.Module) -> nn.Module:

@@ -174,7 +174,8 @@ class ImageClassificationTask(Task):
         """Batches of 1, 2, 4, … images, 64 in all if there are as many."""
         count = min(PARITY_IMAGES, len(self.data.test))
         images = self.data.test.batch(range(count))[0]
-        sizes, left = [], count
+        sizes: list[int] = []
+        left = count
         while left:
             sizes.append(min(1 << len(sizes), left))
             left -= sizes[-1]
