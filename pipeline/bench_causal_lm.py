@@ -109,8 +109,9 @@ def time_generation(
     for _ in range(rounds + 1):
         for name, model in models.items():
             parameters = onnxruntime_genai.GeneratorParams(model)
-            # Not shorter than a sliding window, which GroupQueryAttention refuses.
-            parameters.set_search_options(max_length=MAX_LENGTH, do_sample=False)
+            # Not shorter than a sliding window, which GroupQueryAttention refuses, nor longer than the model permits.
+            limit = int(parameters.get_search_options()["max_length"])
+            parameters.set_search_options(max_length=min(MAX_LENGTH, limit), do_sample=False)
             generator = onnxruntime_genai.Generator(model, parameters)
             begin = time.perf_counter()
             generator.append_tokens([list(prompt)])

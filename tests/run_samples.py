@@ -58,10 +58,58 @@ TINY: dict[str, Any] = {
 }
 SHORT_BENCH_SECONDS = 0.2
 
+TINY_LANGUAGE: dict[str, Any] = {
+    "name": "tiny-language",
+    "calibration": {"samples": 24, "batch_size": 8},
+    "compression": {
+        "groups": 2,
+        "budget": 0.5,
+        "pattern": "bitmap",
+        "sparsity": 0.5,
+        "sparsifier": {"algorithm": "static", "ranking": "group", "saliency": "activation"},
+    },
+    "fit": {"steps": 20, "batch_tokens": 128, "learning_rate": 3e-3},
+    "quantization": {
+        "start": "gptq",
+        "basis": {"bits": 4, "block_size": 16},
+        "projections": {"bits": 2, "block_size": 16, "levels": "midrise"},
+        "training": [
+            {"objective": "local", "steps": 10, "batch_tokens": 256, "learning_rate": 3e-3},
+            {"objective": "distill", "steps": 20, "batch_size": 8, "learning_rate": 3e-3, "precision": "bfloat16"},
+        ],
+        "rest": {"linear_bits": 4, "embedding_bits": 4, "block_size": 16},
+    },
+    "evaluation": {"samples": 10, "batch_size": 4},
+}
+"""Needs ``model`` and ``data``: :func:`language_recipe`."""
+
 
 def tiny_recipe(**changes: Any) -> Recipe:
     """The tiny recipe with some top-level keys replaced."""
     return parse_recipe({**TINY, **changes}, "tiny.yaml")
+
+
+def language_recipe(model: Path, text: Path, **changes: Any) -> Recipe:
+    """The tiny recipe of language models with some top-level keys replaced, or left out (None); its windows are
+    twice as long as the models' sliding windows."""
+    content = {
+        **TINY_LANGUAGE,
+        "model": {"source": "causal_lm", "path": str(model)},
+        "data": {
+            "source": "text",
+            "train": str(text / "train.txt"),
+            "test": str(text / "test.jsonl"),
+            "context": 32,
+        },
+        **changes,
+    }
+    return parse_recipe({key: value for key, value in content.items() if value is not None}, "tiny-language.yaml")
+
+
+def quantization_of_language(**changes: Any) -> dict[str, Any]:
+    """Section ``quantization`` of the tiny recipe of language models with some keys replaced, or left out (None)."""
+    changed = {**TINY_LANGUAGE["quantization"], **changes}
+    return {key: value for key, value in changed.items() if value is not None}
 
 
 def write_recipe(folder: Path, content: Any = TINY) -> Path:
@@ -121,6 +169,8 @@ _PROCESSES.set_forkserver_preload(
         "sklearn.model_selection",
         "transformers.models.vit.modeling_vit",
         "transformers.models.vit.image_processing_pil_vit",
+        "pipeline.tasks.causal_lm",
+        "transformers.models.gemma3.modeling_gemma3",
     ]
 )
 

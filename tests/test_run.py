@@ -50,7 +50,7 @@ STAGES = (
     "export",
     "validate",
 )
-MEASURED = ("seconds", "speed", "memory", "reused_stages")
+MEASURED = ("seconds", "speed", "memory", "reused_stages", "disk_bytes")
 
 
 def report_of(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,424 @@
+"""Whole runs of tiny language models: what the report says is what the artefact does, in every way to run it."""
+
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from causal_lm_samples import WINDOW, tiny_language_model
+from language_samples import SPECIAL, byte_level_tokenizer
+from run_samples import (
+    KillAt,
+    artifact_hashes,
+    language_recipe,
+    quantization_of_language,
+    run_in_process,
+    stages_run_for,
+)
+from torch import nn
+
+from exporters.packed_model import load_packed_model
+from fips_ort.manifest import read_manifest
+from fips_ort.packed import dequantize
+from fips_ort.validate import validate
+from pipeline import bench_causal_lm, cli
+from pipeline.compress import install, named_factors
+from pipeline.evaluate_artifact import evaluate_artifact
+from pipeline.files import read_json
+from pipeline.generate import greedy_tokens
+from pipeline.plan import make_plan
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe
+from pipeline.report.schema import check_report
+from pipeline.run import run
+from pipeline.stages import QuantizationInputs, restore_quantized
+from pipeline.tasks import make_task
+
+STAGES = (
+    "model",
+    "evaluate/dense",
+    "calibrate",
+    "factorize/group_0",
+    "factorize/group_1",
+    "evaluate/factorized",
+    "fit/group_0",
+    "fit/group_1",
+    "evaluate/fitted",
+    "qat/rest",
+    "qat/0-start",
+    "evaluate/rounded",
+    "qat/1-local",
+    "qat/2-distill",
+    "evaluate/qat",
+    "pack",
+    "export",
+    "validate",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_bench() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_causal_lm, "GENERATED_TOKENS", 3)
+        patch.setattr(bench_causal_lm, "ROUNDS", 1)
+        patch.setattr("pipeline.tasks.causal_lm.PROMPT_TOKENS", 8)
+        yield
+
+
+# --- a model that has learned something, and its text ----------------------------------------------------------
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Plain sentences of few words, in which what follows is mostly given."""
+    draw = random.Random(seed)
+    animals, places, doings = ["the cat", "a dog", "the owl"], ["hill", "river", "barn"], ["sleeps", "hunts", "waits"]
+    return [
+        f"{draw.choice(animals)} {draw.choice(doings)} near the {draw.choice(places)} in the {draw.choice(places)}."
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train.txt`` and ``test.jsonl``."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text("\n".join(sentences(120, 0)), encoding="utf-8")
+    lines = (json.dumps({"text": sentence}) for sentence in sentences(30, 1))
+    (folder / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def save(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 3 of four layers, three of which look back 16 tokens only, trained on sentences for a few seconds."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    model = tiny_language_model(
+        "gemma3", num_hidden_layers=4, layer_types=kinds, initializer_range=0.1, hidden_size=32, intermediate_size=64
+    )
+    tokenizer = byte_level_tokenizer()
+    stream = torch.tensor(tokenizer("\n".join(sentences(120, 0)))["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(80):
+        starts = torch.randint(len(stream) - 48, (8, 1), generator=generator)
+        batch = stream[starts + torch.arange(48)]
+        batch[:, 0] = tokenizer.bos_token_id
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+    return save(model.eval(), tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture
+def no_load_rss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of loading is measured in new processes, seconds each: once, in the first run, is enough."""
+    monkeypatch.setattr(bench_causal_lm, "load_rss", lambda _: 1)
+    monkeypatch.setattr("pipeline.tasks.causal_lm.measure_memory", lambda _: {"load_rss_bytes": 1, "peak_rss_bytes": 1})
+
+
+# --- FiPS ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LanguageRun:
+    """A finished run; not to be changed (copy it)."""
+
+    recipe: Recipe
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "artifact"
+
+
+def finish(recipe: Recipe, folder: Path) -> LanguageRun:
+    run(recipe, folder, Progress())
+    report = read_json(folder / "report.json")
+    check_report(report)
+    return LanguageRun(recipe, folder, report)
+
+
+@pytest.fixture(scope="module")
+def finished(gemma: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageRun:
+    """Bitmap, GPTQ, local training and distillation in bfloat16."""
+    return finish(language_recipe(gemma, text), tmp_path_factory.mktemp("finished"))
+
+
+def fake_quantized(done: LanguageRun) -> tuple[nn.Module, list[Any]]:
+    """The fake-quantized model that the artefact was made from, and its MLPs."""
+    task = make_task(done.recipe)
+    work = done.folder / "work"
+    task.open_dense(work / "model")
+    plan = make_plan(done.recipe, task.sites)
+    base = task.open_rest(work / "qat" / "rest")
+    inputs = QuantizationInputs(task, base, plan, [], work / "calibrate")
+    last = max((work / "qat").glob("[0-9]-*"))
+    mlps = restore_quantized(inputs, work / "qat" / "0-start", last)
+    return install(base, mlps).eval(), mlps
+
+
+def test_report_agrees_with_artefact(finished: LanguageRun) -> None:
+    report = finished.report
+    manifest = read_manifest(finished.artifact)
+    size = sum(path.stat().st_size for path in finished.artifact.rglob("*") if path.is_file())
+    assert report["bytes"]["artifact"] == size == sum(report["bytes"]["by_part"].values())
+    assert report["bytes"]["mlp_stored"] == sum(weight.bytes for weight in manifest.weights)
+    assert [group["blocks"] for group in report["groups"]] == [[0, 1], [2, 3]]
+    mlp = 3 * 32 * 64
+    assert report["bytes"]["mlp_dense_float16"] == 2 * 4 * mlp
+    assert report["bits_per_weight"]["stored"] == 8 * report["bytes"]["mlp_stored"] / (4 * mlp)
+    assert [check.passed for check in validate(finished.artifact)] == [True] * 4
+    rows = read_json(finished.folder / "work" / "export" / "audit.json")
+    assert rows
+    assert all(row["bytes"] == row["promised"] for row in rows)
+    assert sorted(report["seconds"]) == sorted((*STAGES, "bench"))
+
+
+def test_perplexity_of_the_artefact_is_that_of_the_fake_quantized_model(finished: LanguageRun) -> None:
+    quality, parity = finished.report["quality"], finished.report["parity"]
+    assert quality["dense"] < 20  # of 265 tokens: it has learned something
+    assert quality["qat"] < 2 * quality["dense"]
+    assert quality["onnx_native"] == pytest.approx(quality["qat"], rel=1e-4)
+    assert (quality["windows"], quality["context"], quality["tokens"]) == (10, 32, 10 * 31)
+    assert parity["same_predictions"] is True
+    for pair in ("native_vs_torch", "portable_vs_torch", "native_vs_portable"):
+        assert parity[pair]["relative"] <= parity["tolerance"] == 1e-3
+    divergence = finished.report["divergence"]
+    assert 0 < divergence["kl_mean"] <= divergence["kl_p99"]
+    assert divergence["same_top1"] > 0.5
+
+
+def test_training_brings_back_what_rounding_cost(finished: LanguageRun) -> None:
+    quality, errors = finished.report["quality"], finished.report["reconstruction_error"]
+    assert quality["qat"] < quality["rounded"]
+    for stage in ("factorized", "fitted", "rounded", "qat"):
+        assert sorted(errors[stage]) == ["0", "1", "2", "3"]
+    for block in ("0", "1", "2", "3"):
+        assert errors["rounded"][block] > errors["fitted"][block]
+
+
+def test_codes_are_the_fake_quantized_numbers(finished: LanguageRun) -> None:
+    _, mlps = fake_quantized(finished)
+    packed = load_packed_model(finished.folder / "work" / "pack" / "packed.safetensors")
+    stored = {f"{group}.basis": weight for group, weight in packed.bases.items()}
+    for mlp in packed.mlps:
+        stored |= {f"block_{mlp.block}.{name}": linear.weight for name, linear in mlp.linears.items()}
+    factors = named_factors(mlps)
+    assert stored.keys() == factors.keys()
+    for name, factor in factors.items():
+        with torch.no_grad():
+            assert torch.equal(torch.from_numpy(dequantize(stored[name])), factor()), name
+
+
+@pytest.mark.parametrize("length", [1, 7, WINDOW, WINDOW + 5, 3 * WINDOW])
+def test_greedy_tokens_are_those_of_pytorch(finished: LanguageRun, length: int) -> None:
+    """Prompts within and past the sliding window; most go past it while tokens are generated."""
+    model, _ = fake_quantized(finished)
+    tokenizer = byte_level_tokenizer()
+    for seed in (2, 3, 4):
+        prompt = tokenizer(" ".join(sentences(6, seed)))["input_ids"][:length]
+        tokens = list(prompt)
+        with torch.inference_mode():
+            for _ in range(2 * WINDOW):
+                tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        assert SPECIAL.index("<eos>") not in tokens
+        assert greedy_tokens(finished.artifact, prompt, 2 * WINDOW) == tokens[length:]
+
+
+def test_artefact_evaluates_to_the_same_number(finished: LanguageRun) -> None:
+    quality = finished.report["quality"]
+    value, error = quality["onnx_native"], quality["standard_error"]["onnx_native"]
+    line = evaluate_artifact(finished.artifact, Progress())
+    assert line.startswith(f"perplexity {value:.3f} ± {error:.3f} (310 tokens, context 32, ")
+
+
+def test_generate_prints_text(
+    finished: LanguageRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(finished.artifact), "--prompt", "the cat sl", "--max-new-tokens", "20"]
+    monkeypatch.setattr(sys, "argv", ["fips", *arguments])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    out, err = capfd.readouterr()
+    assert err == ""
+    tokenizer = byte_level_tokenizer()
+    expected = greedy_tokens(finished.artifact, tokenizer("the cat sl")["input_ids"], 20)
+    assert out == tokenizer.decode(expected) + "\n"
+    assert re.search("[a-z]{3}", out)
+
+
+def test_killed_and_resumed_gives_the_same(finished: LanguageRun, tmp_path: Path) -> None:
+    points = [
+        KillAt(line="qat/rest"),
+        KillAt(task="starting codes", step=1),
+        KillAt(line="evaluate/rounded"),
+        KillAt(task="fit group_1", step=9),
+        KillAt(task="QAT 1, local, group_0", step=3),
+        KillAt(task="QAT 2, distill", step=4),
+        KillAt(line="export"),
+    ]
+    for point in sorted(points, key=lambda point: point.line != "qat/rest"):
+        run_in_process(finished.recipe, tmp_path, point)
+    assert run_in_process(finished.recipe, tmp_path, KillAt()) == 0
+    assert artifact_hashes(tmp_path) == artifact_hashes(finished.folder)
+
+
+def test_finished_run_is_reused(finished: LanguageRun) -> None:
+    assert stages_run_for(finished.recipe, finished.folder) == []
+
+
+# --- other patterns, bits and methods --------------------------------------------------------------------------
+
+
+def assert_sound(done: LanguageRun) -> None:
+    """The artefact is whole and does what the fake-quantized model does."""
+    quality, parity = done.report["quality"], done.report["parity"]
+    assert [check.passed for check in validate(done.artifact)] == [True] * 4
+    assert quality["onnx_native"] == pytest.approx(quality["qat"], rel=1e-3)
+    assert parity["same_predictions"] is True
+    assert parity["native_vs_torch"]["relative"] <= 1e-3
+    line = evaluate_artifact(done.artifact, Progress())
+    assert line.startswith(f"perplexity {quality['onnx_native']:.3f} ± ")
+
+
+def distillation(precision: str, steps: int = 10) -> dict[str, Any]:
+    return {"objective": "distill", "steps": steps, "batch_size": 8, "learning_rate": 3e-3, "precision": precision}
+
+
+@pytest.mark.usefixtures("no_load_rss")
+def test_full_basis_with_allocated_bits(gemma: Path, text: Path, tmp_path: Path) -> None:
+    """No fit, bits graded along the rank axis, distillation in float32, float16 linears, int8 activations."""
+    quantization = quantization_of_language(
+        basis={"bits": 4, "block_size": 32},
+        projections={"bits": "allocate", "block_size": 16, "levels": "midrise"},
+        target_stored_bits=5.0,
+        training=[distillation("float32")],
+        rest={"embedding_bits": 8, "block_size": 16},
+    )
+    compression = {"groups": 4, "budget": 1.05, "pattern": "dense"}
+    recipe = language_recipe(
+        gemma, text, compression=compression, fit=None, quantization=quantization, export={"accuracy_level": 4}
+    )
+    done = finish(recipe, tmp_path)
+    quality, errors = done.report["quality"], done.report["reconstruction_error"]
+    assert [check.passed for check in validate(done.artifact)] == [True] * 4
+    # Int8 activations move the logits, by far less than the training of ten steps did.
+    assert quality["onnx_native"] == pytest.approx(quality["qat"], rel=0.02)
+    assert quality["factorized"] == pytest.approx(quality["dense"], rel=1e-4)
+    assert max(errors["factorized"].values()) < 1e-6
+    assert quality["qat"] < 1.05 * quality["dense"]
+    assert done.report["bits_per_weight"]["stored"] <= 5.0
+    widths = [weight.segments for weight in read_manifest(done.artifact).weights if "shared_bases" not in weight.name]
+    assert len(set(widths)) == 1
+    assert sum(size > 0 for size in widths[0]) > 1
+    assert sum(widths[0]) == 32
+
+
+@pytest.mark.usefixtures("no_load_rss")
+@pytest.mark.parametrize(("pattern", "algorithm"), [("1:4", "gmp"), ("2:4", "rigl")])
+def test_n_of_m(gemma: Path, text: Path, tmp_path: Path, pattern: str, algorithm: str) -> None:
+    block = 32 if pattern == "1:4" else 16
+    compression = {
+        "groups": [[0, 1], [2, 3]],
+        "budget": 0.6 if pattern == "1:4" else 0.8,
+        "pattern": pattern,
+        "initialization": "output_aware",
+        "sparsifier": {"algorithm": algorithm, "saliency": "activation", "update_every": 4},
+    }
+    quantization = quantization_of_language(
+        basis={"bits": 4, "block_size": 16},
+        projections={"bits": 3, "block_size": block, "levels": "midrise"},
+        training=[distillation("bfloat16", 4)],
+        rest={"linear_bits": 8, "block_size": 16},
+    )
+    done = finish(language_recipe(gemma, text, compression=compression, quantization=quantization), tmp_path)
+    assert_sound(done)
+    patterns = {weight.name: weight.pattern for weight in read_manifest(done.artifact).weights}
+    assert set(patterns.values()) == {"dense", pattern}
+    assert sum(kind == "dense" for kind in patterns.values()) == 2
+    assert max(done.report["reconstruction_error"]["qat"].values()) < 0.6
+
+
+@pytest.mark.usefixtures("no_load_rss")
+def test_dense_method_starts_better_from_gptq(gemma: Path, text: Path, tmp_path: Path) -> None:
+    runs = {}
+    for start in ("nearest", "gptq"):
+        recipe = language_recipe(
+            gemma,
+            text,
+            name=start,
+            compression={"method": "dense", "pattern": "dense"},
+            fit=None,
+            quantization=quantization_of_language(
+                start=start,
+                basis=None,
+                projections={"bits": 2, "block_size": 16, "levels": "midrise"},
+                training=[distillation("bfloat16")] if start == "gptq" else [],
+            ),
+        )
+        runs[start] = finish(recipe, tmp_path / start)
+        assert_sound(runs[start])
+        assert not {"factorized", "fitted"} & runs[start].report["quality"].keys()
+        # Every matrix by itself: 2 bits and a scale of 16 bits for 16 values.
+        assert runs[start].report["bits_per_weight"] == {"paper": 2.0, "stored": 3.0}
+    nearest, gptq = (runs[start].report for start in ("nearest", "gptq"))
+    assert nearest["quality"]["dense"] == gptq["quality"]["dense"]
+    for block, error in gptq["reconstruction_error"]["rounded"].items():
+        assert error < nearest["reconstruction_error"]["qat"][block]
+    assert gptq["quality"]["qat"] < gptq["quality"]["rounded"] < nearest["quality"]["qat"]
+
+
+# --- other architectures ---------------------------------------------------------------------------------------
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gemma2": {"compression": {"groups": 2, "budget": 1.1, "pattern": "dense"}, "fit": None},
+    "llama": {
+        "compression": {"groups": 1, "budget": 0.8, "pattern": "1:4", "sparsifier": {"algorithm": "static"}},
+        "quantization": {"projections": {"bits": 4, "block_size": 32}},
+    },
+    "qwen2": {"compression": {"groups": 2, "budget": 0.8, "pattern": "2:4", "sparsifier": {"algorithm": "static"}}},
+    "qwen3": {
+        "compression": {"method": "dense", "pattern": "dense"},
+        "fit": None,
+        "quantization": {"basis": None, "start": "nearest"},
+    },
+    "mistral": {},
+}
+
+
+@pytest.mark.usefixtures("no_load_rss")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture(kind: str, text: Path, tmp_path: Path) -> None:
+    """From random weights, with soft caps, biases, tied and untied tables, each its own kind of attention."""
+    changes = dict(KINDS[kind])
+    changes["quantization"] = quantization_of_language(
+        **{
+            "projections": {"bits": 4, "block_size": 16},
+            "training": [distillation("bfloat16", 3)],
+            **changes.get("quantization", {}),
+        }
+    )
+    model = save(tiny_language_model(kind, initializer_range=0.2), tmp_path / "model")
+    done = finish(language_recipe(model, text, **changes), tmp_path / "run")
+    assert_sound(done)
+    assert max(done.report["reconstruction_error"]["qat"].values()) < 0.9
+    torch_model, _ = fake_quantized(done)
+    prompt = byte_level_tokenizer()("the owl waits near the barn")["input_ids"]
+    with torch.inference_mode():
+        expected = int(torch_model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    assert greedy_tokens(done.artifact, prompt, 1) == [expected]
