@@ -235,7 +235,8 @@ class Compression(Section):
                     raise _AtKey(key, "required key is missing")
         else:
             for key in (*wanted, "sparsity", "initialization", "sparsifier"):
-                if key in self.model_fields_set:
+                # A recipe written out in full, as in an artefact, has them all: with what stands for nothing given.
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise _AtKey(key, "method dense does not factorize and has no such key; leave it out")
             if self.pattern != "dense":
                 raise _AtKey("pattern", f"got {self.pattern!r}; method dense keeps every weight: take dense")

@@ -323,7 +323,7 @@ def test_full_basis_with_allocated_bits(gemma: Path, text: Path, tmp_path: Path)
     assert max(errors["factorized"].values()) < 1e-6
     assert quality["qat"] < 1.05 * quality["dense"]
     assert done.report["bits_per_weight"]["stored"] <= 5.0
-    widths = [weight.segments for weight in read_manifest(done.artifact).weights if "shared_bases" not in weight.name]
+    widths = [tuple(weight.segments) for weight in read_manifest(done.artifact).weights if "shared_bases" not in weight.name]
     assert len(set(widths)) == 1
     assert sum(size > 0 for size in widths[0]) > 1
     assert sum(widths[0]) == 32
@@ -368,7 +368,7 @@ def test_dense_method_starts_better_from_gptq(gemma: Path, text: Path, tmp_path:
                 start=start,
                 basis=None,
                 projections={"bits": 2, "block_size": 16, "levels": "midrise"},
-                training=[distillation("bfloat16")] if start == "gptq" else [],
+                training=[distillation("bfloat16")] if start == "nearest" else [],
             ),
         )
         runs[start] = finish(recipe, tmp_path / start)
@@ -378,9 +378,9 @@ def test_dense_method_starts_better_from_gptq(gemma: Path, text: Path, tmp_path:
         assert runs[start].report["bits_per_weight"] == {"paper": 2.0, "stored": 3.0}
     nearest, gptq = (runs[start].report for start in ("nearest", "gptq"))
     assert nearest["quality"]["dense"] == gptq["quality"]["dense"]
-    for block, error in gptq["reconstruction_error"]["rounded"].items():
-        assert error < nearest["reconstruction_error"]["qat"][block]
-    assert gptq["quality"]["qat"] < gptq["quality"]["rounded"] < nearest["quality"]["qat"]
+    for block, error in gptq["reconstruction_error"]["qat"].items():
+        assert error < 0.5 * nearest["reconstruction_error"]["rounded"][block]
+    assert gptq["quality"]["qat"] < nearest["quality"]["qat"] < nearest["quality"]["rounded"]
 
 
 # --- other architectures ---------------------------------------------------------------------------------------

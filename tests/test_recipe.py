@@ -283,6 +283,7 @@ def test_dense_method_needs_neither_groups_nor_basis() -> None:
     recipe = parse_recipe(dense_method(), "r.yaml")
     assert recipe.quantization.basis is None
     assert recipe.compression.target_sparsity == 0.0
+    assert parse_recipe(recipe.model_dump(mode="json"), "r.yaml") == recipe  # as an artefact's manifest holds it
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_dense_method_needs_neither_groups_nor_basis() -> None:
     [
         ("compression.groups", 2, "method dense does not factorize and has no such key; leave it out"),
         ("compression.budget", 0.5, "method dense does not factorize and has no such key; leave it out"),
-        ("compression.sparsifier", {}, "method dense does not factorize and has no such key; leave it out"),
+        ("compression.sparsifier", {"algorithm": "rigl"}, "method dense does not factorize and has no such key; leave it out"),
         ("compression.pattern", "1:4", "got '1:4'; method dense keeps every weight: take dense"),
         ("quantization.basis", {"bits": 4, "block_size": 16}, "compression.method dense has no basis; leave it out"),
         ("fit", {"steps": 1}, "trains unquantized factors; compression.method dense has none, leave it out"),
