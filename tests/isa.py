@@ -5,8 +5,9 @@ from pathlib import Path
 
 NEEDS = {
     "generic": set(),
-    "avx2": {"avx2", "fma", "bmi2"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi", "fma", "bmi2"},
+    "avx2": {"avx2", "fma", "bmi2", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi", "avx512_vbmi2",
+               "fma", "bmi2", "f16c"},
 }
 
 

@@ -1,3 +1,7 @@
+#if defined(FIPS_X86)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -21,6 +25,14 @@ extern const Kernels kKernels;
 
 namespace {
 
+#if defined(FIPS_X86)
+// Not every compiler's __builtin_cpu_supports knows "f16c".
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 struct Choice {
   const Kernels* kernels;
   bool (*supported)();
@@ -34,11 +46,13 @@ const Choice kChoices[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-              __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+              __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2") &&
+              __builtin_cpu_supports("fma") && has_f16c();
      }},
     {&avx2::kKernels,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+              has_f16c();
      }},
 #endif
     {&generic::kKernels, [] { return true; }},

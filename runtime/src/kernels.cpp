@@ -4,7 +4,6 @@
 
 #include "kernels.h"
 
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -25,18 +24,25 @@ constexpr size_t kVectorBytes = 64;
 constexpr size_t kOuterRows = 8;   // rows of A held in registers by the outer-product kernel
 constexpr size_t kDotRows = 4;     // by the dot-product kernel
 constexpr size_t kIntegerRows = 2; // by the integer kernel
+constexpr size_t kDirectDotRows = 2;   // by the kernels for few rows
+constexpr size_t kDirectOuterRows = 4;
 #elif defined(__AVX2__)
 constexpr size_t kVectorBytes = 32;
 constexpr size_t kOuterRows = 6;
 constexpr size_t kDotRows = 2;
 constexpr size_t kIntegerRows = 1;
+constexpr size_t kDirectDotRows = 1;
+constexpr size_t kDirectOuterRows = 2;
 #else
 constexpr size_t kVectorBytes = 16;
 constexpr size_t kOuterRows = 4;
 constexpr size_t kDotRows = 2;
+constexpr size_t kDirectDotRows = 1;
+constexpr size_t kDirectOuterRows = 2;
 #endif
 constexpr size_t kLanes = kVectorBytes / sizeof(float);
 constexpr size_t kDotOutputs = 4;                // outputs per step of the dot-product and integer kernels
+constexpr size_t kDirectRows = 4;                // rows of A up to which weights are not decoded to a buffer of floats
 constexpr size_t kOuterOutputs = 2 * kLanes;     // of the outer-product kernel
 constexpr size_t kDepth = 1024;                  // wanted length of sums over columns between additions to Y
 constexpr size_t kOuterDepth = 64;               // same over rows
@@ -68,46 +74,126 @@ inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 inline size_t larger(size_t a, size_t b) { return a < b ? b : a; }
 inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// --- decoding: 8 entries at a time in one 64-bit word, one byte each -----------------------------------------------
+// --- decoding to one byte per entry ------------------------------------------------------------------------------
 
 constexpr uint64_t kEveryByte = 0x0101010101010101u;
+constexpr uint64_t kEveryNibble = 0x1111111111111111u;
 
-constexpr uint64_t low_bits(int bits) { return bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1; }
+constexpr uint64_t low_bits(size_t bits) { return bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1; }
 
-// 8 fields of `bits` bits → 8 bytes. Higher bits of `word` must be zero.
+// 8 fields of `bits` bits → 8 bytes. Higher bits of `word` are ignored.
 template <int bits>
 inline uint64_t spread(uint64_t word) {
+#if defined(__BMI2__)
+  return _pdep_u64(word, low_bits(bits) * kEveryByte);
+#else
   if constexpr (bits < 8) {
-    word = (word | word << (32 - 4 * bits)) & (low_bits(4 * bits) * 0x0000000100000001u);
-    word = (word | word << (16 - 2 * bits)) & (low_bits(2 * bits) * 0x0001000100010001u);
-    word = (word | word << (8 - bits)) & (low_bits(bits) * kEveryByte);
+    constexpr uint64_t halves = low_bits(4 * bits);
+    constexpr uint64_t quarters = low_bits(2 * bits) * 0x0000000100000001u;
+    constexpr uint64_t eighths = low_bits(bits) * 0x0001000100010001u;
+    word = (word & halves) | ((word >> (4 * bits)) & halves) << 32;
+    word = (word & quarters) | ((word >> (2 * bits)) & quarters) << 16;
+    word = (word & eighths) | ((word >> bits) & eighths) << 8;
+  }
+  return word;
+#endif
+}
+
+// Up to 8 bytes; those from `end` on read as zero.
+inline uint64_t read_word(const uint8_t* p, const uint8_t* end) {
+  uint64_t word = 0;
+  if (end - p >= 8) {
+    std::memcpy(&word, p, 8);
+  } else {
+    for (int i = 0; p + i < end; ++i) word |= uint64_t{p[i]} << (8 * i);
   }
   return word;
 }
 
-// 8 codes from whole bytes.
-template <int bits>
-inline uint64_t read_codes(const uint8_t* stream) {
-  if constexpr (bits == 3) {
-    return spread<3>(stream[0] | uint64_t{stream[1]} << 8 | uint64_t{stream[2]} << 16);
+// How the entries of 64 columns are stored: `keep` of every `of`, 0 of 0 if dense, 1 of 1 by a bitmap.
+template <int keep, int of>
+struct Pattern {
+  static constexpr int kIndexBits = of == 8 ? 3 : of == 4 ? 2 : 1;
+  static constexpr size_t kBytes = keep == 0 ? 0 : of == 1 ? 8 : 64 / of * keep * kIndexBits / 8;
+};
+
+// Fields of 4 or 8 bits with one bit set each: number `index` of the field. first: bit 0 of every field.
+template <int width>
+inline uint64_t one_hot(uint64_t index) {
+  constexpr uint64_t first = width == 8 ? kEveryByte : kEveryNibble;
+  uint64_t result = first;
+  for (int bit = 0; (1 << bit) < width; ++bit) {
+    const uint64_t moved = ((index >> bit) & first) * low_bits(width);
+    result = (result & ~moved) | ((result << (1 << bit)) & moved);
+  }
+  return result;
+}
+
+// The pattern's bytes of 64 entries → a bit per entry, 1 = kept.
+template <int keep, int of>
+inline uint64_t kept_bits(uint64_t stored) {
+  if constexpr (of == 1) {
+    return stored;
+  } else if constexpr (of == 8) {
+    const uint64_t index = spread<3 * keep>(stored);
+    return keep == 2 ? one_hot<8>(index) | one_hot<8>(index >> 3) : one_hot<8>(index);
+  } else if constexpr (keep == 2) {
+    return one_hot<4>(stored) | one_hot<4>(stored >> 2);
   } else {
-    uint64_t word = 0;
-    std::memcpy(&word, stream, bits);
-    return spread<bits>(word);
+    const uint64_t bytes = spread<4>(stored);
+    return one_hot<4>((bytes | bytes << 2) & (3 * kEveryNibble));
   }
 }
 
-// Up to 8 codes from bit position `bit`; what lies beyond `end` reads as zero.
+#if defined(__AVX512VBMI2__)
+
+// Spreads 64 codes at a time: each 64-bit lane gets the bytes of its 8 codes, then each byte its own shift.
 template <int bits>
-inline uint64_t read_codes_at(const uint8_t* stream, uint64_t bit, const uint8_t* end) {
-  const uint8_t* first = stream + bit / 8;
-  uint64_t word = 0;
-  if (end - first >= 8) {
-    std::memcpy(&word, first, 8);
-  } else if (first < end) {
-    std::memcpy(&word, first, static_cast<size_t>(end - first));
+struct Spread64 {
+  struct Table {
+    constexpr Table() : source(), shift() {
+      for (size_t j = 0; j < 64; ++j) {
+        source[j] = static_cast<uint8_t>((j / 8 * bits + j % 8) & 63);
+        shift[j] = static_cast<uint8_t>(j % 8 * bits);
+      }
+    }
+    alignas(64) uint8_t source[64];
+    alignas(64) uint8_t shift[64];
+  };
+  static constexpr Table kTable{};
+
+  const __m512i sources = _mm512_load_si512(kTable.source);
+  const __m512i shifts = _mm512_load_si512(kTable.shift);
+
+  // `count` codes from bit position `bit`, in bits `place` and up of the bytes; other bits are undefined.
+  __m512i operator()(const uint8_t* stream, uint64_t bit, size_t count, int place) const {
+    const size_t offset = bit % 8;
+    const __m512i bytes = _mm512_maskz_loadu_epi8(low_bits((offset + count * bits + 7) / 8), stream + bit / 8);
+    const __m512i shift = _mm512_add_epi8(shifts, _mm512_set1_epi8(static_cast<char>(static_cast<int>(offset) - place)));
+    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(sources, bytes));
   }
-  return spread<bits>((word >> (bit % 8)) & low_bits(8 * bits));
+};
+
+template <int bits>
+void decode_dense(const uint8_t* codes, size_t count, uint8_t* out) {
+  const Spread64<bits> spread64;
+  const __m512i lowest = _mm512_set1_epi8(static_cast<char>(low_bits(bits)));
+  for (size_t i = 0; i < count; i += 64) {
+    const size_t size = smaller(64, count - i);
+    const __m512i spread_codes = spread64(codes + i / 8 * bits, 0, size, 0);
+    _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_and_si512(spread_codes, lowest));
+  }
+}
+
+#else
+
+template <int bits>
+void decode_dense(const uint8_t* codes, size_t count, uint8_t* out) {
+  const uint8_t* end = codes + count / 8 * bits;
+  for (size_t i = 0; i < count / 8; ++i) {
+    const uint64_t word = spread<bits>(read_word(codes + i * bits, end));
+    std::memcpy(out + i * 8, &word, 8);
+  }
 }
 
 // Bit i → byte i, 0x00 or 0xff.
@@ -116,160 +202,147 @@ inline uint64_t byte_mask(uint8_t bits) {
   return (((single + 0x7f * kEveryByte) >> 7) & kEveryByte) * 0xff;
 }
 
-// The lowest bytes of `bytes`, in order, to the places where `mask` (of kept: its 8 bits) has bytes.
-inline uint64_t deposit(uint64_t bytes, uint64_t mask, uint8_t kept) {
+// The lowest codes of `word`, in order, to the bytes that are kept.
+template <int bits>
+inline uint64_t deposit(uint64_t word, uint8_t kept, uint64_t mask) {
 #if defined(__BMI2__)
   (void)kept;
-  return _pdep_u64(bytes, mask);
+  return _pdep_u64(word, mask & (low_bits(bits) * kEveryByte));
 #else
   (void)mask;
   uint64_t result = 0;
   for (unsigned rest = kept; rest; rest &= rest - 1) {
-    result |= (bytes & 0xff) << (8 * __builtin_ctz(rest));
-    bytes >>= 8;
+    result |= (word & low_bits(bits)) << (8 * __builtin_ctz(rest));
+    word >>= bits;
   }
   return result;
 #endif
 }
 
-inline void put(uint64_t codes, uint64_t mask, const Encoding& e, uint8_t* out, uint8_t* kept) {
-  const uint64_t word = (((codes << e.shift) | e.ones) & mask) | (e.absent & ~mask);
-  std::memcpy(out, &word, 8);
-  if (kept) {
-    const uint64_t ones = mask & kEveryByte;
-    std::memcpy(kept, &ones, 8);
-  }
-}
-
-template <int bits>
-void decode_dense(const uint8_t* codes, size_t count, uint8_t* out) {
-  size_t i = 0;
-#if defined(__AVX512VBMI__)
-  if constexpr (bits < 8) {
-    // 64 codes at a time: each 64-bit lane gets the bytes of its 8 codes, then each byte its own shift.
-    alignas(64) uint8_t source[64], shift[64];
-    for (size_t j = 0; j < 64; ++j) {
-      source[j] = static_cast<uint8_t>((j / 8 * bits + j % 8) & 63);
-      shift[j] = static_cast<uint8_t>(j % 8 * bits);
-    }
-    const __m512i sources = _mm512_load_si512(source), shifts = _mm512_load_si512(shift);
-    const __m512i lowest = _mm512_set1_epi8(static_cast<char>(low_bits(bits)));
-    for (; i + 8 <= count / 8; i += 8) {
-      const __m512i bytes = _mm512_maskz_loadu_epi8(low_bits(8 * bits), codes + i * bits);
-      const __m512i lanes = _mm512_permutexvar_epi8(sources, bytes);
-      _mm512_storeu_si512(out + i * 8, _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), lowest));
-    }
-  }
 #endif
-  for (; i < count / 8; ++i) {
-    const uint64_t word = read_codes<bits>(codes + i * bits);
-    std::memcpy(out + i * 8, &word, 8);
-  }
-}
 
-// `count` entries of n:m. 8 kept entries at a time fill 8 * of / keep entries.
+// `count` entries, the first code of which is number `first_code` of the stream. `kept` (0 or 1) unless null.
 template <int bits, int keep, int of>
-void decode_n_of_m(const uint8_t* codes, const uint8_t* pattern, size_t count, const Encoding& e, uint8_t* out,
-                   uint8_t* kept) {
-  constexpr int kIndexBits = of == 8 ? 3 : 2;
-  constexpr int kGroups = 8 / of;          // groups in a word of 8 entries
-  constexpr int kWords = of / keep;        // words filled by 8 kept entries
-  const size_t steps = count * keep / of / 8;
-  for (size_t i = 0; i < steps; ++i) {
-    uint64_t code = read_codes<bits>(codes + i * bits);
-    uint64_t index = read_codes<kIndexBits>(pattern + i * kIndexBits);
-    for (int word = 0; word < kWords; ++word) {
-      uint64_t values = 0, mask = 0;
-      for (int group = 0; group < kGroups; ++group) {
-        for (int j = 0; j < keep; ++j) {
-          const unsigned place = 8 * (static_cast<unsigned>(group * of) + static_cast<unsigned>(index & 7));
-          values |= (code & 0xff) << place;
-          mask |= uint64_t{0xff} << place;
-          code >>= 8;
-          index >>= 8;
-        }
-      }
-      put(values, mask, e, out, kept);
-      out += 8;
-      if (kept) kept += 8;
-    }
-  }
-}
-
-// `count` entries of a bitmap whose first code is number `first_code` of the segment.
-template <int bits>
-void decode_bitmap(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
+void decode_sparse(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
                    size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {
+  constexpr size_t kPatternBytes = Pattern<keep, of>::kBytes;
   uint64_t bit = first_code * bits;
-  for (size_t i = 0; i < count / 8; ++i) {
-    const uint8_t present = pattern[i];
-    const uint64_t mask = byte_mask(present);
-    const uint64_t values = deposit(read_codes_at<bits>(codes, bit, codes_end), mask, present);
-    put(values, mask, e, out + i * 8, kept ? kept + i * 8 : nullptr);
-    bit += static_cast<uint64_t>(__builtin_popcount(present)) * bits;
+#if defined(__AVX512VBMI2__)
+  (void)codes_end;
+  const Spread64<bits> spread64;
+  const __m512i absent = _mm512_set1_epi64(static_cast<long long>(e.absent));
+  const __m512i ones = _mm512_set1_epi64(static_cast<long long>(e.ones));
+  const __m512i code_bits = _mm512_set1_epi8(static_cast<char>(low_bits(bits) << e.shift));
+#endif
+  for (size_t i = 0; i < count; i += 64) {
+    const size_t size = smaller(64, count - i);
+    uint64_t stored = 0;
+    if (size == 64) {
+      std::memcpy(&stored, pattern, kPatternBytes);
+    } else {
+      stored = read_word(pattern, pattern + size * kPatternBytes / 64);
+    }
+    pattern += kPatternBytes;
+    const uint64_t present = kept_bits<keep, of>(stored) & low_bits(size);
+#if defined(__AVX512VBMI2__)
+    const size_t codes_here = static_cast<size_t>(__builtin_popcountll(present));
+    const __m512i values = _mm512_or_si512(_mm512_and_si512(spread64(codes, bit, codes_here, e.shift), code_bits), ones);
+    _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_mask_expand_epi8(absent, present, values));
+    if (kept) _mm512_mask_storeu_epi8(kept + i, low_bits(size), _mm512_maskz_set1_epi8(present, 1));
+    bit += codes_here * bits;
+#else
+    for (size_t j = 0; j < size; j += 8) {
+      const uint8_t byte = static_cast<uint8_t>(present >> j);
+      const uint64_t mask = byte_mask(byte);
+      const uint64_t values = deposit<bits>(read_word(codes + bit / 8, codes_end) >> (bit % 8), byte, mask);
+      const uint64_t word = (((values << e.shift) | e.ones) & mask) | (e.absent & ~mask);
+      std::memcpy(out + i + j, &word, 8);
+      if (kept) {
+        const uint64_t single = mask & kEveryByte;
+        std::memcpy(kept + i + j, &single, 8);
+      }
+      bit += static_cast<uint64_t>(__builtin_popcount(byte)) * bits;
+    }
+#endif
   }
 }
 
 inline uint64_t count_bits(const uint8_t* bytes, size_t size) {
   uint64_t count = 0;
-  size_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    count += static_cast<uint64_t>(__builtin_popcountll(word));
+  for (size_t i = 0; i < size; i += 8) {
+    count += static_cast<uint64_t>(__builtin_popcountll(read_word(bytes + i, bytes + size)));
   }
-  for (; i < size; ++i) count += static_cast<uint64_t>(__builtin_popcount(bytes[i]));
   return count;
 }
 
-// Columns [begin, end) of a row, whole blocks within one segment → bytes (Encoding); `kept` (0 or 1) unless null.
-template <int bits>
-void decode_run(const Weight& w, const Segment& segment, const StreamIndex::SegmentStart& start, size_t row,
-                size_t begin, size_t end, uint8_t* out, uint8_t* kept) {
-  const Layout& layout = *w.layout;
-  const size_t row_start = (row - segment.row_begin) * segment.columns();
-  const size_t entry = row_start + (begin - segment.column_begin);
-  const uint8_t* codes = w.codes + start.codes;
-  const size_t count = end - begin;
-  if (!layout.sparse()) {
-    decode_dense<bits>(codes + entry / 8 * bits, count, out);
-    return;
-  }
-  const uint8_t* pattern = w.pattern + start.pattern;
-  if (layout.bitmap()) {
-    const uint64_t first = start.codes_before[row - segment.row_begin] +
-                           count_bits(pattern + row_start / 8, (entry - row_start) / 8);
-    decode_bitmap<bits>(codes, w.codes + w.codes_size, first, pattern + entry / 8, count, segment.encoding, out, kept);
-    return;
-  }
-  const size_t stored = entry / layout.of * layout.keep;
-  const uint8_t* run_codes = codes + stored / 8 * bits;
-  const uint8_t* run_pattern = pattern + stored / 8 * static_cast<size_t>(layout.index_bits());
-  if (layout.of == 4) {
-    if (layout.keep == 1) {
-      decode_n_of_m<bits, 1, 4>(run_codes, run_pattern, count, segment.encoding, out, kept);
-    } else {
-      decode_n_of_m<bits, 2, 4>(run_codes, run_pattern, count, segment.encoding, out, kept);
-    }
-  } else if (layout.keep == 1) {
-    decode_n_of_m<bits, 1, 8>(run_codes, run_pattern, count, segment.encoding, out, kept);
-  } else {
-    decode_n_of_m<bits, 2, 8>(run_codes, run_pattern, count, segment.encoding, out, kept);
+// Part of the stored matrix: whole blocks of columns, all within one segment.
+struct Part {
+  size_t segment, row_begin, row_end, begin, end;
+};
+
+// Calls visit(part) for the parts of rows [row_begin, row_end), columns [begin, end), whole blocks.
+template <typename Visit>
+inline void for_each_part(const Layout& layout, size_t row_begin, size_t row_end, size_t begin, size_t end,
+                          Visit visit) {
+  for (size_t i = 0; i < layout.segments.size(); ++i) {
+    const Segment& s = layout.segments[i];
+    const Part part{i, larger(row_begin, s.row_begin), smaller(row_end, s.row_end), larger(begin, s.column_begin),
+                    smaller(end, s.column_end)};
+    if (part.row_begin < part.row_end && part.begin < part.end) visit(part);
   }
 }
 
-void decode_run(const Weight& w, size_t segment, size_t row, size_t begin, size_t end, uint8_t* out, uint8_t* kept) {
-  const Segment& s = w.layout->segments[segment];
-  const StreamIndex::SegmentStart& start = w.index->starts[segment];
-  switch (s.bits) {
-    case 8: return decode_run<8>(w, s, start, row, begin, end, out, kept);
-    case 4: return decode_run<4>(w, s, start, row, begin, end, out, kept);
-    case 3: return decode_run<3>(w, s, start, row, begin, end, out, kept);
-    default: return decode_run<2>(w, s, start, row, begin, end, out, kept);
+template <int bits, int keep, int of>
+void decode_part(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint8_t* kept) {
+  const Segment& segment = w.layout->segments[part.segment];
+  const StreamIndex::SegmentStart& start = w.index->starts[part.segment];
+  const size_t count = part.end - part.begin;
+  for (size_t row = part.row_begin; row < part.row_end; ++row, out += stride) {
+    const size_t row_start = (row - segment.row_begin) * segment.columns();
+    const size_t entry = row_start + (part.begin - segment.column_begin);
+    const uint8_t* codes = w.codes + start.codes;
+    if constexpr (keep == 0) {
+      decode_dense<bits>(codes + entry / 8 * bits, count, out);
+    } else {
+      const uint8_t* pattern = w.pattern + start.pattern;
+      uint64_t first = entry / of * keep;
+      if constexpr (of == 1) {
+        first = start.codes_before[row - segment.row_begin] +
+                count_bits(pattern + row_start / 8, (entry - row_start) / 8);
+      }
+      decode_sparse<bits, keep, of>(codes, w.codes + w.codes_size, first,
+                                    pattern + entry / 8 * Pattern<keep, of>::kBytes / 8, count, segment.encoding, out,
+                                    kept);
+    }
+  }
+}
+
+template <int bits>
+void decode_part(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint8_t* kept) {
+  switch (w.layout->keep * 16 + w.layout->of) {
+    case 0x00: return decode_part<bits, 0, 0>(w, part, out, stride, kept);
+    case 0x11: return decode_part<bits, 1, 1>(w, part, out, stride, kept);
+    case 0x14: return decode_part<bits, 1, 4>(w, part, out, stride, kept);
+    case 0x18: return decode_part<bits, 1, 8>(w, part, out, stride, kept);
+    case 0x24: return decode_part<bits, 2, 4>(w, part, out, stride, kept);
+    default: return decode_part<bits, 2, 8>(w, part, out, stride, kept);
+  }
+}
+
+// Bytes (Encoding) of a part, a row every `stride` bytes; `kept` (0 or 1, of one row) unless null.
+void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint8_t* kept) {
+  switch (w.layout->segments[part.segment].bits) {
+    case 8: return decode_part<8>(w, part, out, stride, kept);
+    case 4: return decode_part<4>(w, part, out, stride, kept);
+    case 3: return decode_part<3>(w, part, out, stride, kept);
+    default: return decode_part<2>(w, part, out, stride, kept);
   }
 }
 
 inline float float_from_half(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
   const uint32_t rest = half & 0x7fff;
   uint32_t bits = rest << 13;
@@ -281,16 +354,22 @@ inline float float_from_half(uint16_t half) {
   bits |= sign;
   std::memcpy(&value, &bits, 4);
   return value;
+#endif
 }
 
-// Calls visit(segment, begin, end) for the parts of columns [begin, end) of a row that lie in one segment each.
-template <typename Visit>
-inline void for_each_run(const Layout& layout, size_t row, size_t begin, size_t end, Visit visit) {
-  for (size_t i = 0; i < layout.segments.size(); ++i) {
-    const Segment& s = layout.segments[i];
-    const size_t from = larger(begin, s.column_begin), to = smaller(end, s.column_end);
-    if (row >= s.row_begin && row < s.row_end && from < to) visit(i, from, to);
+inline void floats_from_halves(const uint16_t* halves, size_t count, float* out) {
+  size_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16) {
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + i))));
   }
+#endif
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
+  }
+#endif
+  for (; i < count; ++i) out[i] = float_from_half(halves[i]);
 }
 
 // Columns [begin, end) of a row, whole blocks, as the floats they stand for. bytes, kept: room for end - begin.
@@ -298,18 +377,18 @@ void decode_floats(const Weight& w, size_t row, size_t begin, size_t end, uint8_
   const Layout& layout = *w.layout;
   uint8_t* mask = layout.needs_mask() ? kept : nullptr;
   const uint16_t* scales = w.scales + row * layout.blocks();
-  for_each_run(layout, row, begin, end, [&](size_t segment, size_t from, size_t to) {
-    const Encoding& e = layout.segments[segment].encoding;
-    decode_run(w, segment, row, from, to, bytes, mask);
-    for (size_t block = from; block < to; block += layout.block_size) {
+  for_each_part(layout, row, row + 1, begin, end, [&](const Part& part) {
+    const Encoding& e = layout.segments[part.segment].encoding;
+    decode(w, part, bytes, 0, mask);
+    for (size_t block = part.begin; block < part.end; block += layout.block_size) {
       const float scale = float_from_half(scales[block / layout.block_size]) * e.unit;
-      const uint8_t* in = bytes + (block - from);
+      const uint8_t* in = bytes + (block - part.begin);
       float* values = out + (block - begin);
       for (size_t i = 0; i < layout.block_size; ++i) {
         values[i] = (static_cast<float>(static_cast<int>(in[i])) - e.bias) * scale;
       }
       if (mask) {
-        const uint8_t* stored = mask + (block - from);
+        const uint8_t* stored = mask + (block - part.begin);
         for (size_t i = 0; i < layout.block_size; ++i) values[i] = stored[i] ? values[i] : 0.0f;
       }
     }
@@ -436,6 +515,182 @@ void outer_tile(const Task& task, size_t tile, float* weights, uint8_t* bytes, u
   }
 }
 
+// --- few rows of activations: decoded bytes are multiplied without a buffer of floats -------------------------------
+
+inline Vector floats_from_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(
+      _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector>(
+      _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  Vector v;
+  for (size_t i = 0; i < kLanes; ++i) v[i] = static_cast<float>(static_cast<int>(p[i]));
+  return v;
+#endif
+}
+
+inline Vector broadcast(float value) { return Vector{} + value; }
+
+bool is_direct(const Task& task) {
+  const Layout& layout = *task.weight->layout;
+  return task.m <= kDirectRows && !layout.needs_mask() && layout.block_size % kLanes == 0;
+}
+
+// kDotOutputs decoded rows: a byte u of block b means (u - biases[b]) * scales[b]. scales and biases end with zeros
+// up to a multiple of kLanes. Outputs past the end repeat the last row: computed, never stored.
+struct DecodedRows {
+  const uint8_t* bytes[kDotOutputs];
+  const float* scales[kDotOutputs];
+  const float* biases[kDotOutputs];
+};
+
+size_t decoded_rows_bytes(const Layout& layout) {
+  return kDotOutputs * (round_up(layout.columns, 64) + 2 * round_up(layout.blocks(), kLanes) * sizeof(float));
+}
+
+DecodedRows decode_rows(const Weight& w, size_t first, size_t outputs, void* scratch) {
+  const Layout& layout = *w.layout;
+  const size_t blocks = layout.blocks();
+  const size_t byte_stride = round_up(layout.columns, 64), float_stride = round_up(blocks, kLanes);
+  uint8_t* bytes = static_cast<uint8_t*>(scratch);
+  float* scales = reinterpret_cast<float*>(bytes + kDotOutputs * byte_stride);
+  float* biases = scales + kDotOutputs * float_stride;
+  for (size_t j = 0; j < outputs; ++j) {
+    floats_from_halves(w.scales + (first + j) * blocks, blocks, scales + j * float_stride);
+    for (size_t block = blocks; block < float_stride; ++block) {
+      scales[j * float_stride + block] = 0.0f;
+      biases[j * float_stride + block] = 0.0f;
+    }
+  }
+  for_each_part(layout, first, first + outputs, 0, layout.columns, [&](const Part& part) {
+    const Encoding& e = layout.segments[part.segment].encoding;
+    const size_t row = part.row_begin - first;
+    decode(w, part, bytes + row * byte_stride + part.begin, byte_stride, nullptr);
+    for (size_t j = row; j < part.row_end - first; ++j) {
+      for (size_t block = part.begin / layout.block_size; block < part.end / layout.block_size; ++block) {
+        scales[j * float_stride + block] *= e.unit;
+        biases[j * float_stride + block] = e.bias;
+      }
+    }
+  });
+  DecodedRows decoded;
+  for (size_t j = 0; j < kDotOutputs; ++j) {
+    const size_t row = smaller(j, outputs - 1);
+    decoded.bytes[j] = bytes + row * byte_stride;
+    decoded.scales[j] = scales + row * float_stride;
+    decoded.biases[j] = biases + row * float_stride;
+  }
+  return decoded;
+}
+
+// Outputs of a tile, with decoded rows: `kernel` takes `rows` rows of A at a time, `single` the rest one by one.
+using DecodedKernel = void (*)(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs);
+
+template <size_t rows>
+void decoded_tile(const Task& task, size_t tile, void* scratch, DecodedKernel kernel, DecodedKernel single) {
+  const size_t tile_end = smaller((tile + 1) * task.tile_outputs, task.weight->layout->rows);
+  for (size_t first = tile * task.tile_outputs; first < tile_end; first += kDotOutputs) {
+    const size_t outputs = smaller(kDotOutputs, tile_end - first);
+    const DecodedRows decoded = decode_rows(*task.weight, first, outputs, scratch);
+    for (size_t i = 0; i < task.m;) {
+      const bool full = task.m - i >= rows;
+      (full ? kernel : single)(task, decoded, i, first, outputs);
+      i += full ? rows : 1;
+    }
+  }
+}
+
+// B = S.T
+template <size_t rows>
+void direct_dot_kernel(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs) {
+  const Layout& layout = *task.weight->layout;
+  Vector acc[rows][kDotOutputs] = {};
+  for (size_t block = 0; block < layout.blocks(); ++block) {
+    Vector sums[rows][kDotOutputs] = {};
+    const size_t end = (block + 1) * layout.block_size;
+    for (size_t k = block * layout.block_size; k < end; k += kLanes) {
+      Vector x[rows];
+      for (size_t r = 0; r < rows; ++r) x[r] = load(task.a + (i + r) * task.a_stride + k);
+      for (size_t j = 0; j < kDotOutputs; ++j) {
+        const Vector weights = floats_from_bytes(decoded.bytes[j] + k) - decoded.biases[j][block];
+        for (size_t r = 0; r < rows; ++r) sums[r][j] += x[r] * weights;
+      }
+    }
+    for (size_t r = 0; r < rows; ++r) {
+      for (size_t j = 0; j < kDotOutputs; ++j) acc[r][j] += sums[r][j] * decoded.scales[j][block];
+    }
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t j = 0; j < outputs; ++j) {
+      const float bias = task.bias ? task.bias[first + j] : 0.0f;
+      task.y[(i + r) * layout.rows + first + j] = sum_lanes(acc[r][j]) + bias;
+    }
+  }
+}
+
+// B = S: y[i][j] += sum over the part's rows k of a[i][k] * scales[k] * (bytes[k][j] - bias), for `vectors` vectors of
+// columns of one block.
+template <size_t rows, size_t vectors>
+void direct_outer_kernel(const float* a, size_t a_stride, const uint8_t* bytes, size_t stride, const float* scales,
+                         float bias, size_t depth, float* y, size_t y_stride) {
+  Vector acc[rows][vectors] = {};
+  for (size_t k = 0; k < depth; ++k) {
+    Vector weights[vectors];
+    for (size_t v = 0; v < vectors; ++v) weights[v] = floats_from_bytes(bytes + k * stride + v * kLanes) - bias;
+    for (size_t i = 0; i < rows; ++i) {
+      const Vector x = broadcast(a[i * a_stride + k] * scales[k]);
+      for (size_t v = 0; v < vectors; ++v) acc[i][v] += x * weights[v];
+    }
+  }
+  for (size_t i = 0; i < rows; ++i) {
+    for (size_t v = 0; v < vectors; ++v) {
+      float* out = y + i * y_stride + v * kLanes;
+      store(out, load(out) + acc[i][v]);
+    }
+  }
+}
+
+void direct_outer_tile(const Task& task, size_t tile, uint8_t* bytes) {
+  constexpr size_t kVectors = 4;
+  const Weight& w = *task.weight;
+  const Layout& layout = *w.layout;
+  const size_t n = layout.columns;
+  const size_t first = tile * task.tile_outputs;
+  const size_t last = smaller(first + task.tile_outputs, n);
+  for (size_t i = 0; i < task.m; ++i) {
+    for (size_t j = first; j < last; ++j) task.y[i * n + j] = task.bias ? task.bias[j] : 0.0f;
+  }
+  for (size_t begin = 0; begin < layout.rows; begin += kOuterDepth) {
+    for_each_part(layout, begin, smaller(begin + kOuterDepth, layout.rows), first, last, [&](const Part& part) {
+      const Encoding& e = layout.segments[part.segment].encoding;
+      const size_t stride = part.end - part.begin, depth = part.row_end - part.row_begin;
+      decode(w, part, bytes, stride, nullptr);
+      for (size_t block = part.begin; block < part.end; block += layout.block_size) {
+        float scales[kOuterDepth];
+        for (size_t k = 0; k < depth; ++k) {
+          scales[k] = e.unit * float_from_half(
+                                   w.scales[(part.row_begin + k) * layout.blocks() + block / layout.block_size]);
+        }
+        for (size_t j = block; j < block + layout.block_size;) {
+          const bool wide = block + layout.block_size - j >= kVectors * kLanes;
+          for (size_t i = 0; i < task.m;) {
+            const bool full = task.m - i >= kDirectOuterRows;
+            const auto kernel = full ? (wide ? direct_outer_kernel<kDirectOuterRows, kVectors>
+                                             : direct_outer_kernel<kDirectOuterRows, 1>)
+                                     : (wide ? direct_outer_kernel<1, kVectors> : direct_outer_kernel<1, 1>);
+            kernel(task.a + i * task.a_stride + part.row_begin, task.a_stride, bytes + (j - part.begin), stride, scales,
+                   e.bias, depth, task.y + i * n + j, n);
+            i += full ? kDirectOuterRows : 1;
+          }
+          j += wide ? kVectors * kLanes : kLanes;
+        }
+      }
+    });
+  }
+}
+
 // --- B = S.T with rounded activations: unsigned bytes times signed bytes ---------------------------------------
 
 #if defined(__AVX2__)
@@ -457,6 +712,7 @@ struct Step32 {
   using Floats = __m256;
   static Integers zero() { return _mm256_setzero_si256(); }
   static Floats zero_floats() { return _mm256_setzero_ps(); }
+  static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   static Integers load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static Integers multiply(Integers acc, Integers bytes, Integers codes) { return multiply_add(acc, bytes, codes); }
   static Floats scale(Floats acc, Integers sums, float scale) {
@@ -476,6 +732,7 @@ struct Step64 {
   using Floats = __m512;
   static Integers zero() { return _mm512_setzero_si512(); }
   static Floats zero_floats() { return _mm512_setzero_ps(); }
+  static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
   static Integers load(const void* p) { return _mm512_loadu_si512(p); }
   static Integers multiply(Integers acc, Integers bytes, Integers codes) {
     return _mm512_dpbusd_epi32(acc, bytes, codes);
@@ -487,40 +744,20 @@ struct Step64 {
 };
 #endif
 
-// A group of kDotOutputs decoded rows: bytes [outputs][columns]; scales and offsets [outputs][blocks], where a
-// block's dot product is scale * dot(bytes, codes) * activation scale + offset * activation sum.
-struct DecodedRows {
-  uint8_t* bytes;
-  float* scales;
-  float* offsets;
-};
-
-void decode_rows(const Weight& w, size_t first, size_t outputs, const DecodedRows& rows) {
-  const Layout& layout = *w.layout;
-  const size_t blocks = layout.blocks();
-  for (size_t j = 0; j < kDotOutputs; ++j) {
-    // Outputs past the end repeat the last row: computed, never stored.
-    const size_t row = first + smaller(j, outputs - 1);
-    uint8_t* bytes = rows.bytes + j * layout.columns;
-    for_each_run(layout, row, 0, layout.columns, [&](size_t segment, size_t from, size_t to) {
-      const Encoding& e = layout.segments[segment].encoding;
-      decode_run(w, segment, row, from, to, bytes + from, nullptr);
-      for (size_t block = from / layout.block_size; block < to / layout.block_size; ++block) {
-        const float scale = float_from_half(w.scales[row * blocks + block]) * e.unit;
-        rows.scales[j * blocks + block] = scale;
-        rows.offsets[j * blocks + block] = -e.bias * scale;
-      }
-    });
-  }
-}
-
 template <typename Step, size_t rows>
 void integer_kernel(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs) {
   const Layout& layout = *task.weight->layout;
   const size_t columns = layout.columns, blocks = layout.blocks();
   typename Step::Floats acc[rows][kDotOutputs];
   for (size_t r = 0; r < rows; ++r) {
-    for (size_t j = 0; j < kDotOutputs; ++j) acc[r][j] = Step::zero_floats();
+    const float* sums = task.sums + (i + r) * task.block_stride;
+    for (size_t j = 0; j < kDotOutputs; ++j) {
+      acc[r][j] = Step::zero_floats();
+      for (size_t block = 0; block < blocks; block += Step::kBytes / 4) {
+        acc[r][j] -= Step::load_floats(sums + block) * Step::load_floats(decoded.scales[j] + block) *
+                     Step::load_floats(decoded.biases[j] + block);
+      }
+    }
   }
   for (size_t block = 0; block < blocks; ++block) {
     typename Step::Integers sums[rows][kDotOutputs];
@@ -532,40 +769,28 @@ void integer_kernel(const Task& task, const DecodedRows& decoded, size_t i, size
       typename Step::Integers codes[rows];
       for (size_t r = 0; r < rows; ++r) codes[r] = Step::load(task.codes + (i + r) * columns + k);
       for (size_t j = 0; j < kDotOutputs; ++j) {
-        const typename Step::Integers bytes = Step::load(decoded.bytes + j * columns + k);
+        const typename Step::Integers bytes = Step::load(decoded.bytes[j] + k);
         for (size_t r = 0; r < rows; ++r) sums[r][j] = Step::multiply(sums[r][j], bytes, codes[r]);
       }
     }
     for (size_t r = 0; r < rows; ++r) {
-      const float scale = task.scales[(i + r) * blocks + block];
+      const float scale = task.scales[(i + r) * task.block_stride + block];
       for (size_t j = 0; j < kDotOutputs; ++j) {
-        acc[r][j] = Step::scale(acc[r][j], sums[r][j], scale * decoded.scales[j * blocks + block]);
+        acc[r][j] = Step::scale(acc[r][j], sums[r][j], scale * decoded.scales[j][block]);
       }
     }
   }
   for (size_t r = 0; r < rows; ++r) {
-    const float* sums = task.sums + (i + r) * blocks;
     for (size_t j = 0; j < outputs; ++j) {
-      float offset = task.bias ? task.bias[first + j] : 0.0f;
-      for (size_t block = 0; block < blocks; ++block) offset += sums[block] * decoded.offsets[j * blocks + block];
-      task.y[(i + r) * layout.rows + first + j] = Step::sum(acc[r][j]) + offset;
+      const float bias = task.bias ? task.bias[first + j] : 0.0f;
+      task.y[(i + r) * layout.rows + first + j] = Step::sum(acc[r][j]) + bias;
     }
   }
 }
 
 template <typename Step>
-void integer_tile(const Task& task, size_t tile, const DecodedRows& decoded) {
-  const size_t n = task.weight->layout->rows;
-  const size_t tile_end = smaller((tile + 1) * task.tile_outputs, n);
-  for (size_t first = tile * task.tile_outputs; first < tile_end; first += kDotOutputs) {
-    const size_t outputs = smaller(kDotOutputs, tile_end - first);
-    decode_rows(*task.weight, first, outputs, decoded);
-    for (size_t i = 0; i < task.m;) {
-      const bool full = task.m - i >= kIntegerRows;
-      (full ? integer_kernel<Step, kIntegerRows> : integer_kernel<Step, 1>)(task, decoded, i, first, outputs);
-      i += full ? kIntegerRows : 1;
-    }
-  }
+void integer_tile(const Task& task, size_t tile, void* scratch) {
+  decoded_tile<kIntegerRows>(task, tile, scratch, integer_kernel<Step, kIntegerRows>, integer_kernel<Step, 1>);
 }
 
 bool integers_supported(const Layout& layout) {
@@ -589,21 +814,34 @@ bool integers_supported(const Layout&) { return false; }
 void quantize_row(const float* a, size_t columns, size_t block_size, int8_t* codes, float* scales, float* sums) {
   for (size_t begin = 0; begin < columns; begin += block_size) {
     const float* block = a + begin;
-    float largest = 0.0f;
-    bool finite = true;
-    for (size_t i = 0; i < block_size; ++i) {
-      const float magnitude = std::fabs(block[i]);
-      finite &= magnitude <= FLT_MAX;
-      largest = magnitude > largest ? magnitude : largest;
+    // 8 partial results, for the sake of the compiler's vectorizer.
+    float largest[8] = {}, zero[8] = {};
+    for (size_t i = 0; i < block_size; i += 8) {
+      for (size_t j = 0; j < 8; ++j) {
+        const float magnitude = std::fabs(block[i + j]);
+        largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+        zero[j] += magnitude * 0.0f;  // NaN if the value is not finite
+      }
     }
-    const float scale = finite ? largest / 127.0f : NAN;
+    float maximum = 0.0f, check = 0.0f;
+    for (size_t j = 0; j < 8; ++j) {
+      maximum = largest[j] > maximum ? largest[j] : maximum;
+      check += zero[j];
+    }
+    int8_t* out = codes + begin;
+    if (check != 0.0f) {
+      std::memset(out, 0, block_size);
+      scales[begin / block_size] = NAN;
+      sums[begin / block_size] = NAN;
+      continue;
+    }
+    const float scale = maximum / 127.0f;
     const float divisor = scale > 0.0f ? scale : 1.0f;
     int sum = 0;
     for (size_t i = 0; i < block_size; ++i) {
       // Adding and taking away 1.5 * 2^23 rounds to an integer, half to even.
-      const float rounded = finite ? (block[i] / divisor + 12582912.0f) - 12582912.0f : 0.0f;
-      const int code = static_cast<int>(rounded);
-      codes[begin + i] = static_cast<int8_t>(code);
+      const int code = static_cast<int>((block[i] / divisor + 12582912.0f) - 12582912.0f);
+      out[i] = static_cast<int8_t>(code);
       sum += code;
     }
     scales[begin / block_size] = scale;
@@ -615,9 +853,8 @@ void quantize_row(const float* a, size_t columns, size_t block_size, int8_t* cod
 
 size_t scratch_bytes(const Task& task) {
   const Layout& layout = *task.weight->layout;
-  if (task.codes) {
-    return round_up(kDotOutputs * layout.columns, 64) + 2 * kDotOutputs * layout.blocks() * sizeof(float);
-  }
+  if (task.codes) return decoded_rows_bytes(layout);
+  if (is_direct(task)) return layout.trans_b ? decoded_rows_bytes(layout) : kOuterDepth * task.tile_outputs;
   if (layout.trans_b) {
     const size_t depth = dot_depth(layout);
     return task.tile_outputs * round_up(depth, kLanes) * sizeof(float) + 2 * depth;
@@ -630,14 +867,16 @@ void run_tile(const Task& task, size_t tile, void* scratch) {
   uint8_t* memory = static_cast<uint8_t*>(scratch);
 #if defined(__AVX2__)
   if (task.codes) {
-    float* floats = reinterpret_cast<float*>(memory + round_up(kDotOutputs * layout.columns, 64));
-    const DecodedRows decoded{memory, floats, floats + kDotOutputs * layout.blocks()};
 #if defined(__AVX512VNNI__)
-    if (layout.block_size % Step64::kBytes == 0) return integer_tile<Step64>(task, tile, decoded);
+    if (layout.block_size % Step64::kBytes == 0) return integer_tile<Step64>(task, tile, scratch);
 #endif
-    return integer_tile<Step32>(task, tile, decoded);
+    return integer_tile<Step32>(task, tile, scratch);
   }
 #endif
+  if (is_direct(task)) {
+    if (!layout.trans_b) return direct_outer_tile(task, tile, memory);
+    return decoded_tile<kDirectDotRows>(task, tile, scratch, direct_dot_kernel<kDirectDotRows>, direct_dot_kernel<1>);
+  }
   float* weights = static_cast<float*>(scratch);
   if (layout.trans_b) {
     const size_t depth = dot_depth(layout);

@@ -72,10 +72,10 @@ void run(Task& task, size_t outputs, const Kernels& kernels, const ParallelFor& 
   if (job.out_of_memory) throw std::bad_alloc();
 }
 
-// Outputs per tile. Rows of the stored matrix are outputs with trans_b; else whole blocks of columns are, and
-// tiles of several blocks are worth it only when enough of them remain for the threads.
-size_t tile_outputs(const Layout& layout) {
-  if (layout.trans_b) return 16;
+// Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored
+// matrix are outputs with trans_b; else whole blocks of columns are.
+size_t tile_outputs(const Layout& layout, size_t m) {
+  if (layout.trans_b) return m > 4 ? 16 : std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
   const size_t wanted = std::min<size_t>(256, std::max<size_t>(64, layout.columns / 8));
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
@@ -108,24 +108,26 @@ void float_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, const 
 // Activations rounded to int8 in blocks. Kernels that cannot multiply integers get the rounded values as floats.
 void rounded_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, const ParallelFor& parallel_for) {
   const Layout& layout = *task.weight->layout;
-  const size_t blocks = layout.blocks();
+  const size_t stride = round_up(layout.blocks(), kernels.vector_floats);
   const AlignedArray<int8_t> codes(task.m * k);
-  const AlignedArray<float> scales(task.m * blocks), sums(task.m * blocks);
+  const AlignedArray<float> scales(task.m * stride), sums(task.m * stride);
+  std::fill_n(sums.get(), task.m * stride, 0.0f);
   for (size_t i = 0; i < task.m; ++i) {
-    kernels.quantize_row(task.a + i * k, k, layout.block_size, codes.get() + i * k, scales.get() + i * blocks,
-                         sums.get() + i * blocks);
+    kernels.quantize_row(task.a + i * k, k, layout.block_size, codes.get() + i * k, scales.get() + i * stride,
+                         sums.get() + i * stride);
   }
   if (kernels.supports_integers(layout)) {
     task.codes = codes.get();
     task.scales = scales.get();
     task.sums = sums.get();
+    task.block_stride = stride;
     run(task, n, kernels, parallel_for);
     return;
   }
   const PaddedRows rounded(task.m, k, kernels.vector_floats);
   for (size_t i = 0; i < task.m; ++i) {
     for (size_t j = 0; j < k; ++j) {
-      rounded.row(i)[j] = static_cast<float>(codes.get()[i * k + j]) * scales.get()[i * blocks + j / layout.block_size];
+      rounded.row(i)[j] = static_cast<float>(codes.get()[i * k + j]) * scales.get()[i * stride + j / layout.block_size];
     }
   }
   task.a = rounded.values.get();
@@ -141,7 +143,7 @@ void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias,
   const Layout& layout = *weight.layout;
   const size_t k = layout.trans_b ? layout.columns : layout.rows;
   const size_t n = layout.trans_b ? layout.rows : layout.columns;
-  Task task{&weight, m, a, k, bias, y, nullptr, nullptr, nullptr, tile_outputs(layout)};
+  Task task{&weight, m, a, k, bias, y, nullptr, nullptr, nullptr, 0, tile_outputs(layout, m)};
   if (layout.accuracy_level == 4 && layout.trans_b) {
     rounded_matmul(task, k, n, kernels, parallel_for);
   } else {
