@@ -81,8 +81,8 @@ def bench_recipe(artifact: Path, recipe: Recipe, threads: int) -> dict[str, Any]
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
     """The dense model as the builder exports it at int4: MatMulNBits (accuracy_level 4) and GatherBlockQuantized with
     blocks of 32, rounded to nearest."""
-    linears = quantize_linears(dense, 4, INT4_BLOCK, [], 4)
-    model = quantize_embedding(linears, 4, INT4_BLOCK, 4).eval()
+    linears = quantize_linears(dense, 4, INT4_BLOCK, [], 4, codes_only=True)
+    model = quantize_embedding(linears, 4, INT4_BLOCK, 4, codes_only=True).eval()
     graph = export_causal_lm(model, MAX_LENGTH)
     ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
     save_causal_lm_config(folder, model, tokenizer, MAX_LENGTH)

@@ -42,7 +42,7 @@ def linear_moments(
             source[name] = seen or name
             if seen is not None:
                 return
-            latest.append((arguments[0], name))
+            latest[:] = [(arguments[0], name)]  # no more: all inputs of a large model together are gigabytes
             x = arguments[0].reshape(-1, arguments[0].shape[-1])
             sums[name] = sums.get(name, 0.0) + (x.T @ x).double()
 

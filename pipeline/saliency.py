@@ -28,6 +28,6 @@ def projection_importances(mlps: Sequence[FactorizedMLP], moments: Mapping[int, 
         for name in (*mlp.site.first, mlp.site.last):
             last = name == mlp.site.last
             importance = lengths[:, None] * hidden[None, :] if last else components[None, :]
-            energy = (mlp.projection(name)() * importance).square().sum()
-            importances.append(importance / energy.sqrt().clamp(min=torch.finfo(torch.float32).tiny))
+            norm = float((mlp.projection(name)() * importance).square().sum().sqrt())
+            importances.append(importance / (norm or 1.0))
     return importances

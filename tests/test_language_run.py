@@ -330,6 +330,20 @@ def test_full_basis_with_allocated_bits(gemma: Path, text: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("no_load_rss")
+def test_blocks_left_dense_are_stored_with_the_rest(gemma: Path, text: Path, tmp_path: Path) -> None:
+    compression = {"groups": [[1, 3]], "budget": 0.5, "pattern": "dense"}
+    done = finish(language_recipe(gemma, text, compression=compression, fit=None), tmp_path)
+    assert_sound(done)
+    assert done.report["dense_blocks"] == [0, 2]
+    model, _ = fake_quantized(done)
+    dense = tiny_language_model("gemma3").__class__.from_pretrained(gemma)
+    for block in (0, 2):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            path = f"model.layers.{block}.mlp.{name}.weight"
+            assert torch.equal(model.get_parameter(path), dense.get_parameter(path).half().float())
+
+
+@pytest.mark.usefixtures("no_load_rss")
 @pytest.mark.parametrize(("pattern", "algorithm"), [("1:4", "gmp"), ("2:4", "rigl")])
 def test_n_of_m(gemma: Path, text: Path, tmp_path: Path, pattern: str, algorithm: str) -> None:
     block = 32 if pattern == "1:4" else 16

@@ -23,7 +23,7 @@ from fips_ort.memory import measure_memory
 from pipeline.bench_causal_lm import PROMPT_TOKENS, bench_causal_lm
 from pipeline.calibrate import record_activations
 from pipeline.distill import Vocabulary, distillation_loss
-from pipeline.models.adapters import find_mlps
+from pipeline.models.adapters import MLPSite, find_mlps
 from pipeline.models.causal_lm import load_language_model, load_tokenizer
 from pipeline.perplexity import (
     DenseReference,
@@ -34,7 +34,7 @@ from pipeline.perplexity import (
     paired_difference,
     save_perplexity,
 )
-from pipeline.plan import Plan
+from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.recipe import CausalLanguageModel, EndToEnd, LanguageModel, Recipe, TextData
 from pipeline.rest_start import load_tables, rest_tables, save_tables
@@ -205,7 +205,7 @@ class CausalLMTask(Task):
 
         tables = rest_tables(
             self.model,
-            self._mlp_linears,
+            _linears(self.sites),
             run,
             (self.training_batch(samples[first : first + size]) for first in range(0, count, size)),
             rest.linear_bits,
@@ -217,20 +217,25 @@ class CausalLMTask(Task):
 
     def open_rest(self, folder: Path) -> nn.Module:
         rest, level = self.recipe.quantization.rest, self.recipe.export.accuracy_level
-        # The MLPs are about to be replaced: their weights are shared with the dense model, not copied.
-        mlps = [self.model.get_submodule(site.path) for site in self.sites]
-        base = copy.deepcopy(self.model, {id(mlp): mlp for mlp in mlps})
+        # Copies of large models are dear. The compressed MLPs are about to be replaced and come in again at the end;
+        # all else is shared with the dense model until something takes its place.
+        groups = make_plan(self.recipe, self.sites).groups
+        compressed = {site.path: self.model.get_submodule(site.path) for group in groups for site in group.sites}
+        memo: dict[int, object] = {id(mlp): nn.Identity() for mlp in compressed.values()}
+        memo |= {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        base = copy.deepcopy(self.model, memo)
+        skip = _linears([site for site in self.sites if site.path not in compressed])
         path = folder / REST_TABLES
         tables = load_tables(path) if path.exists() else {}
         if rest.linear_bits is not None:
-            base = quantize_linears(base, rest.linear_bits, rest.block_size, self._mlp_linears, level, tables)
+            base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, level, tables)
         if rest.embedding_bits is not None:
             base = quantize_embedding(base, rest.embedding_bits, rest.block_size, level, tables)
-        return round_to_float16(base) if rest.weights == "float16" else base
-
-    @property
-    def _mlp_linears(self) -> list[str]:
-        return [f"{site.path}.{name}" for site in self.sites for name in (*site.first, site.last)]
+        if rest.weights == "float16":
+            base = round_to_float16(base)
+        for path, mlp in compressed.items():
+            base.set_submodule(path, mlp)
+        return base
 
     def parity_batches(self) -> list[Tensor]:
         """A short text and one past the sliding window, if the model has one."""
@@ -262,6 +267,11 @@ class CausalLMTask(Task):
     def _max_length(self) -> int:
         config: Any = self.model.config
         return int(min(MAX_LENGTH, config.max_position_embeddings))
+
+
+def _linears(sites: Sequence[MLPSite]) -> list[str]:
+    """Paths of the linear layers of MLPs."""
+    return [f"{site.path}.{name}" for site in sites for name in (*site.first, site.last)]
 
 
 def _body(model: nn.Module) -> nn.Module:
