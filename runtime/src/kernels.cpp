@@ -37,6 +37,7 @@ constexpr size_t kDirectOuterRows = 2;
 constexpr size_t kVectorBytes = 16;
 constexpr size_t kOuterRows = 4;
 constexpr size_t kDotRows = 2;
+constexpr size_t kIntegerRows = 0;
 constexpr size_t kDirectDotRows = 1;
 constexpr size_t kDirectOuterRows = 2;
 #endif
@@ -165,11 +166,9 @@ struct Spread64 {
   const __m512i sources = _mm512_load_si512(kTable.source);
   const __m512i shifts = _mm512_load_si512(kTable.shift);
 
-  // `count` codes from bit position `bit`, in bits `place` and up of the bytes; other bits are undefined.
-  __m512i operator()(const uint8_t* stream, uint64_t bit, size_t count, int place) const {
-    const size_t offset = bit % 8;
-    const __m512i bytes = _mm512_maskz_loadu_epi8(low_bits((offset + count * bits + 7) / 8), stream + bit / 8);
-    const __m512i shift = _mm512_add_epi8(shifts, _mm512_set1_epi8(static_cast<char>(static_cast<int>(offset) - place)));
+  // Codes from bit `offset` of `bytes`, in bits `place` and up of the bytes; other bits are undefined.
+  __m512i operator()(__m512i bytes, int offset, int place) const {
+    const __m512i shift = _mm512_add_epi8(shifts, _mm512_set1_epi8(static_cast<char>(offset - place)));
     return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(sources, bytes));
   }
 };
@@ -178,11 +177,12 @@ template <int bits>
 void decode_dense(const uint8_t* codes, size_t count, uint8_t* out) {
   const Spread64<bits> spread64;
   const __m512i lowest = _mm512_set1_epi8(static_cast<char>(low_bits(bits)));
-  for (size_t i = 0; i < count; i += 64) {
-    const size_t size = smaller(64, count - i);
-    const __m512i spread_codes = spread64(codes + i / 8 * bits, 0, size, 0);
-    _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_and_si512(spread_codes, lowest));
-  }
+  const auto step = [&](size_t size) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(low_bits(size / 8 * bits), codes);
+    _mm512_mask_storeu_epi8(out, low_bits(size), _mm512_and_si512(spread64(bytes, 0, 0), lowest));
+  };
+  for (; count >= 64; count -= 64, codes += 8 * bits, out += 64) step(64);
+  if (count) step(count);
 }
 
 #else
@@ -228,7 +228,6 @@ void decode_sparse(const uint8_t* codes, const uint8_t* codes_end, uint64_t firs
   constexpr size_t kPatternBytes = Pattern<keep, of>::kBytes;
   uint64_t bit = first_code * bits;
 #if defined(__AVX512VBMI2__)
-  (void)codes_end;
   const Spread64<bits> spread64;
   const __m512i absent = _mm512_set1_epi64(static_cast<long long>(e.absent));
   const __m512i ones = _mm512_set1_epi64(static_cast<long long>(e.ones));
@@ -246,7 +245,12 @@ void decode_sparse(const uint8_t* codes, const uint8_t* codes_end, uint64_t firs
     const uint64_t present = kept_bits<keep, of>(stored) & low_bits(size);
 #if defined(__AVX512VBMI2__)
     const size_t codes_here = static_cast<size_t>(__builtin_popcountll(present));
-    const __m512i values = _mm512_or_si512(_mm512_and_si512(spread64(codes, bit, codes_here, e.shift), code_bits), ones);
+    const uint8_t* first = codes + bit / 8;
+    const size_t bytes_left = static_cast<size_t>(codes_end - first);
+    const __m512i bytes =
+        bytes_left >= 64 ? _mm512_loadu_si512(first) : _mm512_maskz_loadu_epi8(low_bits(bytes_left), first);
+    const __m512i values = _mm512_or_si512(
+        _mm512_and_si512(spread64(bytes, static_cast<int>(bit % 8), e.shift), code_bits), ones);
     _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_mask_expand_epi8(absent, present, values));
     if (kept) _mm512_mask_storeu_epi8(kept + i, low_bits(size), _mm512_maskz_set1_epi8(present, 1));
     bit += codes_here * bits;
@@ -357,19 +361,16 @@ inline float float_from_half(uint16_t half) {
 #endif
 }
 
-inline void floats_from_halves(const uint16_t* halves, size_t count, float* out) {
-  size_t i = 0;
+// The first `count` halves as floats, then zeros.
+inline Vector floats_from_halves(const uint16_t* halves, size_t count) {
 #if defined(__AVX512F__)
-  for (; i + 16 <= count; i += 16) {
-    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + i))));
-  }
+  const __mmask16 mask = static_cast<__mmask16>(low_bits(smaller(count, 16)));
+  return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, halves)));
+#else
+  Vector floats = {};
+  for (size_t i = 0; i < smaller(count, kLanes); ++i) floats[i] = float_from_half(halves[i]);
+  return floats;
 #endif
-#if defined(__F16C__)
-  for (; i + 8 <= count; i += 8) {
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
-  }
-#endif
-  for (; i < count; ++i) out[i] = float_from_half(halves[i]);
 }
 
 // Columns [begin, end) of a row, whole blocks, as the floats they stand for. bytes, kept: room for end - begin.
@@ -538,42 +539,44 @@ bool is_direct(const Task& task) {
   return task.m <= kDirectRows && !layout.needs_mask() && layout.block_size % kLanes == 0;
 }
 
-// kDotOutputs decoded rows: a byte u of block b means (u - biases[b]) * scales[b]. scales and biases end with zeros
-// up to a multiple of kLanes. Outputs past the end repeat the last row: computed, never stored.
+// kDotOutputs decoded rows: a byte u of block b means (u - biases[b]) * scales[b]. After the last block scales are zero
+// up to a multiple of kLanes, and biases finite. Outputs past the end repeat the last row: computed, never stored.
 struct DecodedRows {
   const uint8_t* bytes[kDotOutputs];
   const float* scales[kDotOutputs];
   const float* biases[kDotOutputs];
+  float* products;  // room for kIntegerRows * kDotOutputs times block_stride floats
 };
 
-size_t decoded_rows_bytes(const Layout& layout) {
-  return kDotOutputs * (round_up(layout.columns, 64) + 2 * round_up(layout.blocks(), kLanes) * sizeof(float));
+// Scratch memory of decode_rows: bytes, scales and biases of each row, products. Rows of floats have room for one
+// vector that starts at the last block.
+size_t decoded_floats(const Layout& layout) { return round_up(layout.blocks(), kLanes) + kLanes; }
+
+size_t decoded_bytes(const Layout& layout) {
+  return kDotOutputs * (round_up(layout.columns, 64) + (2 + kIntegerRows) * decoded_floats(layout) * sizeof(float));
 }
 
 DecodedRows decode_rows(const Weight& w, size_t first, size_t outputs, void* scratch) {
   const Layout& layout = *w.layout;
-  const size_t blocks = layout.blocks();
-  const size_t byte_stride = round_up(layout.columns, 64), float_stride = round_up(blocks, kLanes);
+  const size_t blocks = layout.blocks(), padded_blocks = round_up(blocks, kLanes);
+  const size_t byte_stride = round_up(layout.columns, 64), float_stride = decoded_floats(layout);
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
   float* scales = reinterpret_cast<float*>(bytes + kDotOutputs * byte_stride);
   float* biases = scales + kDotOutputs * float_stride;
-  for (size_t j = 0; j < outputs; ++j) {
-    floats_from_halves(w.scales + (first + j) * blocks, blocks, scales + j * float_stride);
-    for (size_t block = blocks; block < float_stride; ++block) {
-      scales[j * float_stride + block] = 0.0f;
-      biases[j * float_stride + block] = 0.0f;
-    }
-  }
   for_each_part(layout, first, first + outputs, 0, layout.columns, [&](const Part& part) {
     const Encoding& e = layout.segments[part.segment].encoding;
-    const size_t row = part.row_begin - first;
-    decode(w, part, bytes + row * byte_stride + part.begin, byte_stride, nullptr);
-    for (size_t j = row; j < part.row_end - first; ++j) {
-      for (size_t block = part.begin / layout.block_size; block < part.end / layout.block_size; ++block) {
-        scales[j * float_stride + block] *= e.unit;
-        biases[j * float_stride + block] = e.bias;
+    const size_t begin = part.begin / layout.block_size;
+    const size_t end = part.end == layout.columns ? padded_blocks : part.end / layout.block_size;
+    for (size_t row = part.row_begin; row < part.row_end; ++row) {
+      const size_t place = (row - first) * float_stride;
+      // The last vector may reach into the next part of the row, which is written later.
+      for (size_t block = begin; block < end; block += kLanes) {
+        const size_t count = block < blocks ? blocks - block : 0;
+        store(scales + place + block, floats_from_halves(w.scales + row * blocks + block, count) * e.unit);
+        store(biases + place + block, broadcast(e.bias));
       }
     }
+    decode(w, part, bytes + (part.row_begin - first) * byte_stride + part.begin, byte_stride, nullptr);
   });
   DecodedRows decoded;
   for (size_t j = 0; j < kDotOutputs; ++j) {
@@ -582,6 +585,7 @@ DecodedRows decode_rows(const Weight& w, size_t first, size_t outputs, void* scr
     decoded.scales[j] = scales + row * float_stride;
     decoded.biases[j] = biases + row * float_stride;
   }
+  decoded.products = biases + kDotOutputs * float_stride;
   return decoded;
 }
 
@@ -713,6 +717,7 @@ struct Step32 {
   static Integers zero() { return _mm256_setzero_si256(); }
   static Floats zero_floats() { return _mm256_setzero_ps(); }
   static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static Integers load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static Integers multiply(Integers acc, Integers bytes, Integers codes) { return multiply_add(acc, bytes, codes); }
   static Floats scale(Floats acc, Integers sums, float scale) {
@@ -733,6 +738,7 @@ struct Step64 {
   static Integers zero() { return _mm512_setzero_si512(); }
   static Floats zero_floats() { return _mm512_setzero_ps(); }
   static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static Integers load(const void* p) { return _mm512_loadu_si512(p); }
   static Integers multiply(Integers acc, Integers bytes, Integers codes) {
     return _mm512_dpbusd_epi32(acc, bytes, codes);
@@ -744,28 +750,32 @@ struct Step64 {
 };
 #endif
 
-template <typename Step, size_t rows>
+// steps: of a block, if known at compile time, else 0.
+template <typename Step, size_t rows, size_t steps>
 void integer_kernel(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs) {
   const Layout& layout = *task.weight->layout;
-  const size_t columns = layout.columns, blocks = layout.blocks();
+  const size_t columns = layout.columns, blocks = layout.blocks(), stride = task.block_stride;
+  const size_t block_steps = steps ? steps : layout.block_size / Step::kBytes;
   typename Step::Floats acc[rows][kDotOutputs];
   for (size_t r = 0; r < rows; ++r) {
-    const float* sums = task.sums + (i + r) * task.block_stride;
+    const float* sums = task.sums + (i + r) * stride;
+    const float* a_scales = task.scales + (i + r) * stride;
     for (size_t j = 0; j < kDotOutputs; ++j) {
+      float* products = decoded.products + (r * kDotOutputs + j) * stride;
       acc[r][j] = Step::zero_floats();
       for (size_t block = 0; block < blocks; block += Step::kBytes / 4) {
-        acc[r][j] -= Step::load_floats(sums + block) * Step::load_floats(decoded.scales[j] + block) *
-                     Step::load_floats(decoded.biases[j] + block);
+        const typename Step::Floats scales = Step::load_floats(decoded.scales[j] + block);
+        acc[r][j] -= Step::load_floats(sums + block) * scales * Step::load_floats(decoded.biases[j] + block);
+        Step::store_floats(products + block, Step::load_floats(a_scales + block) * scales);
       }
     }
   }
-  for (size_t block = 0; block < blocks; ++block) {
+  for (size_t block = 0, k = 0; block < blocks; ++block) {
     typename Step::Integers sums[rows][kDotOutputs];
     for (size_t r = 0; r < rows; ++r) {
       for (size_t j = 0; j < kDotOutputs; ++j) sums[r][j] = Step::zero();
     }
-    const size_t end = (block + 1) * layout.block_size;
-    for (size_t k = block * layout.block_size; k < end; k += Step::kBytes) {
+    for (size_t step = 0; step < block_steps; ++step, k += Step::kBytes) {
       typename Step::Integers codes[rows];
       for (size_t r = 0; r < rows; ++r) codes[r] = Step::load(task.codes + (i + r) * columns + k);
       for (size_t j = 0; j < kDotOutputs; ++j) {
@@ -774,9 +784,9 @@ void integer_kernel(const Task& task, const DecodedRows& decoded, size_t i, size
       }
     }
     for (size_t r = 0; r < rows; ++r) {
-      const float scale = task.scales[(i + r) * task.block_stride + block];
       for (size_t j = 0; j < kDotOutputs; ++j) {
-        acc[r][j] = Step::scale(acc[r][j], sums[r][j], scale * decoded.scales[j][block]);
+        const float scale = decoded.products[(r * kDotOutputs + j) * stride + block];
+        acc[r][j] = Step::scale(acc[r][j], sums[r][j], scale);
       }
     }
   }
@@ -788,9 +798,17 @@ void integer_kernel(const Task& task, const DecodedRows& decoded, size_t i, size
   }
 }
 
+template <typename Step, size_t steps>
+void integer_tile(const Task& task, size_t tile, void* scratch) {
+  decoded_tile<kIntegerRows>(task, tile, scratch, integer_kernel<Step, kIntegerRows, steps>,
+                             integer_kernel<Step, 1, steps>);
+}
+
 template <typename Step>
 void integer_tile(const Task& task, size_t tile, void* scratch) {
-  decoded_tile<kIntegerRows>(task, tile, scratch, integer_kernel<Step, kIntegerRows>, integer_kernel<Step, 1>);
+  const size_t steps = task.weight->layout->block_size / Step::kBytes;
+  return (steps == 1 ? integer_tile<Step, 1> : steps == 2 ? integer_tile<Step, 2> : integer_tile<Step, 0>)(
+      task, tile, scratch);
 }
 
 bool integers_supported(const Layout& layout) {
@@ -853,8 +871,8 @@ void quantize_row(const float* a, size_t columns, size_t block_size, int8_t* cod
 
 size_t scratch_bytes(const Task& task) {
   const Layout& layout = *task.weight->layout;
-  if (task.codes) return decoded_rows_bytes(layout);
-  if (is_direct(task)) return layout.trans_b ? decoded_rows_bytes(layout) : kOuterDepth * task.tile_outputs;
+  if (task.codes) return decoded_bytes(layout);
+  if (is_direct(task)) return layout.trans_b ? decoded_bytes(layout) : kOuterDepth * task.tile_outputs;
   if (layout.trans_b) {
     const size_t depth = dot_depth(layout);
     return task.tile_outputs * round_up(depth, kLanes) * sizeof(float) + 2 * depth;

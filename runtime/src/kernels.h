@@ -18,8 +18,8 @@ struct Task {
   float* y;               // [m, N]
   // Rounded activations: with `codes` the tiles multiply integers instead of `a`.
   const int8_t* codes;    // [m, K] or null
-  const float* scales;    // [m, block_stride]: of each block
-  const float* sums;      // [m, block_stride]: scale times the sum of the block's codes; after the last block zeros
+  const float* scales;    // [m, block_stride]: of each block, then zeros
+  const float* sums;      // [m, block_stride]: scale times the sum of the block's codes, then zeros
   size_t block_stride;    // K / block_size, rounded up to a multiple of Kernels::vector_floats
   size_t tile_outputs;    // outputs per tile
 };

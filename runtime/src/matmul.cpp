@@ -111,6 +111,7 @@ void rounded_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, cons
   const size_t stride = round_up(layout.blocks(), kernels.vector_floats);
   const AlignedArray<int8_t> codes(task.m * k);
   const AlignedArray<float> scales(task.m * stride), sums(task.m * stride);
+  std::fill_n(scales.get(), task.m * stride, 0.0f);
   std::fill_n(sums.get(), task.m * stride, 0.0f);
   for (size_t i = 0; i < task.m; ++i) {
     kernels.quantize_row(task.a + i * k, k, layout.block_size, codes.get() + i * k, scales.get() + i * stride,
