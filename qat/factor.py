@@ -8,8 +8,10 @@ from fips_ort.packed import PackedWeight, dequantize, pack
 from qat.fake_quantize import FakeQuantizer, search_scales
 from qat.gptq import gptq
 
-WITHIN_CELL = 0.98
-"""Part of the way from a level to the border of its cell at which an entry still surely rounds to it."""
+WITHIN_CELL = 0.5
+"""Part of the way from a level to the border of its cell at which an entry starts. Learned scales move the borders: of
+entries that start at them (0.98), so many fell into other cells within ten steps that Gemma 3 270M's divergence from
+the dense model rose by 60 %, where it fell by 4 % from here."""
 
 
 class Factor(nn.Module):
@@ -83,8 +85,8 @@ class Factor(nn.Module):
             else:
                 wanted = self() if target is None else target
                 values, scales = gptq(wanted, moment, layout, self.mask)
-                # As near to what is wanted as the chosen levels' cells reach: from a cell's middle, no short training
-                # would ever move an entry to another level.
+                # On the side of its level where what is wanted lies: from the middle of a cell, an entry would be
+                # longer on its way to another level.
                 reach = WITHIN_CELL * 0.5 * scales.repeat_interleave(layout.block_size, dim=1)
                 self.weight.copy_(torch.clamp(wanted, values - reach, values + reach) / self.gain)
         self.quantizer = FakeQuantizer(layout, scales, learned_scales=learned_scales)
