@@ -192,9 +192,9 @@ def test_factors_start_from_the_levels_and_can_be_trained(name: str, midrise: bo
     assert factor.quantizer is not None
     assert torch.equal(factor(), values)
     assert torch.equal(factor.quantizer.scale(), scales)
-    # What is trained stays where it was, as far as the chosen levels' cells reach.
-    inside = (before - values).abs() < 0.4 * scales.repeat_interleave(32, dim=1)
-    assert inside.float().mean() > 0.2
+    # What is trained stays where it was, if that is near enough to its level.
+    inside = (before - values).abs() < 0.24 * scales.repeat_interleave(32, dim=1)
+    assert inside.float().mean() > 0.1
     torch.testing.assert_close((factor.weight * factor.gain)[inside], before[inside], rtol=1e-5, atol=0)
     assert torch.equal(torch.from_numpy(dequantize(factor.freeze())), values)
     error(factor() / factor.gain, matrix(1), H).sum().backward()
