@@ -75,6 +75,12 @@ inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 inline size_t larger(size_t a, size_t b) { return a < b ? b : a; }
 inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Asks for memory that is read soon; it may lie past the end of the stream.
+inline void prefetch(const uint8_t* p) {
+  constexpr uintptr_t kAhead = 2048;
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead));
+}
+
 // --- decoding to one byte per entry ------------------------------------------------------------------------------
 
 constexpr uint64_t kEveryByte = 0x0101010101010101u;
@@ -178,6 +184,7 @@ void decode_dense(const uint8_t* codes, size_t count, uint8_t* out) {
   const Spread64<bits> spread64;
   const __m512i lowest = _mm512_set1_epi8(static_cast<char>(low_bits(bits)));
   const auto step = [&](size_t size) {
+    prefetch(codes);
     const __m512i bytes = _mm512_maskz_loadu_epi8(low_bits(size / 8 * bits), codes);
     _mm512_mask_storeu_epi8(out, low_bits(size), _mm512_and_si512(spread64(bytes, 0, 0), lowest));
   };
@@ -241,11 +248,13 @@ void decode_sparse(const uint8_t* codes, const uint8_t* codes_end, uint64_t firs
     } else {
       stored = read_word(pattern, pattern + size * kPatternBytes / 64);
     }
+    prefetch(pattern);
     pattern += kPatternBytes;
     const uint64_t present = kept_bits<keep, of>(stored) & low_bits(size);
 #if defined(__AVX512VBMI2__)
     const size_t codes_here = static_cast<size_t>(__builtin_popcountll(present));
     const uint8_t* first = codes + bit / 8;
+    prefetch(first);
     const size_t bytes_left = static_cast<size_t>(codes_end - first);
     const __m512i bytes =
         bytes_left >= 64 ? _mm512_loadu_si512(first) : _mm512_maskz_loadu_epi8(low_bits(bytes_left), first);
