@@ -87,6 +87,25 @@ def test_every_batch_size_and_odd_shapes(isa: str, pattern: str, block_size: int
         assert relative_error(actual, expected[:m]) < 5e-6, m
 
 
+@pytest.mark.parametrize(("trans_b", "accuracy_level"), MODES)
+@pytest.mark.parametrize("pattern", ["dense", "bitmap", "2:4"])
+def test_few_rows_and_segments_of_many_blocks(isa: str, pattern: str, trans_b: bool, accuracy_level: int) -> None:
+    """Segments along the columns that start and end amid a vector of scales."""
+    rng = np.random.default_rng(0)
+    segments = (3 * 32, 17 * 32, 32, 19 * 32)
+    for midrise in (False, True):
+        layout = Layout(71, 40 * 32, 32, segments, 1, midrise, Pattern.parse(pattern))
+        weight = random_weight(rng, layout)
+        k, n = sizes(layout, trans_b)
+        bias = rng.standard_normal(n).astype(np.float32)
+        session = native_session(op_model(weight, trans_b, accuracy_level, bias))
+        for m in range(1, 6):
+            a = rng.standard_normal((m, k)).astype(np.float32)
+            expected = q_matmul(a, weight, trans_b=trans_b, bias=bias, accuracy_level=accuracy_level)
+            (actual,) = session.run(None, {"A": a})
+            assert relative_error(actual, expected) < 5e-6, (m, midrise)
+
+
 @pytest.mark.parametrize("shape", [(), (2, 3), (0,), (2, 0), (1, 2, 3)])
 @pytest.mark.parametrize("trans_b", [False, True])
 def test_activations_of_any_rank(shape: tuple[int, ...], trans_b: bool) -> None:
