@@ -24,13 +24,15 @@ constexpr size_t kVectorBytes = 64;
 constexpr size_t kOuterRows = 8;   // rows of A held in registers by the outer-product kernel
 constexpr size_t kDotRows = 4;     // by the dot-product kernel
 constexpr size_t kIntegerRows = 2; // by the integer kernel
-constexpr size_t kDirectDotRows = 2;   // by the kernels for few rows
+constexpr size_t kDirectRows = 4;      // up to which weights are not decoded to a buffer of floats
+constexpr size_t kDirectDotRows = 2;   // of them in registers
 constexpr size_t kDirectOuterRows = 4;
 #elif defined(__AVX2__)
 constexpr size_t kVectorBytes = 32;
 constexpr size_t kOuterRows = 6;
 constexpr size_t kDotRows = 2;
 constexpr size_t kIntegerRows = 1;
+constexpr size_t kDirectRows = 4;
 constexpr size_t kDirectDotRows = 1;
 constexpr size_t kDirectOuterRows = 2;
 #else
@@ -38,12 +40,12 @@ constexpr size_t kVectorBytes = 16;
 constexpr size_t kOuterRows = 4;
 constexpr size_t kDotRows = 2;
 constexpr size_t kIntegerRows = 0;
+constexpr size_t kDirectRows = 0;  // without instructions from bytes to floats the buffer is faster
 constexpr size_t kDirectDotRows = 1;
 constexpr size_t kDirectOuterRows = 2;
 #endif
 constexpr size_t kLanes = kVectorBytes / sizeof(float);
 constexpr size_t kDotOutputs = 4;                // outputs per step of the dot-product and integer kernels
-constexpr size_t kDirectRows = 4;                // rows of A up to which weights are not decoded to a buffer of floats
 constexpr size_t kOuterOutputs = 2 * kLanes;     // of the outer-product kernel
 constexpr size_t kDepth = 1024;                  // wanted length of sums over columns between additions to Y
 constexpr size_t kOuterDepth = 64;               // same over rows
@@ -84,7 +86,6 @@ inline void prefetch(const uint8_t* p) {
 // --- decoding to one byte per entry ------------------------------------------------------------------------------
 
 constexpr uint64_t kEveryByte = 0x0101010101010101u;
-constexpr uint64_t kEveryNibble = 0x1111111111111111u;
 
 constexpr uint64_t low_bits(size_t bits) { return bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1; }
 
@@ -95,12 +96,11 @@ inline uint64_t spread(uint64_t word) {
   return _pdep_u64(word, low_bits(bits) * kEveryByte);
 #else
   if constexpr (bits < 8) {
-    constexpr uint64_t halves = low_bits(4 * bits);
-    constexpr uint64_t quarters = low_bits(2 * bits) * 0x0000000100000001u;
-    constexpr uint64_t eighths = low_bits(bits) * 0x0001000100010001u;
-    word = (word & halves) | ((word >> (4 * bits)) & halves) << 32;
-    word = (word & quarters) | ((word >> (2 * bits)) & quarters) << 16;
-    word = (word & eighths) | ((word >> bits) & eighths) << 8;
+    static_assert(bits <= 4, "fields would overlap");
+    word &= low_bits(8 * bits);
+    word = (word | word << (32 - 4 * bits)) & (low_bits(4 * bits) * 0x0000000100000001u);
+    word = (word | word << (16 - 2 * bits)) & (low_bits(2 * bits) * 0x0001000100010001u);
+    word = (word | word << (8 - bits)) & (low_bits(bits) * kEveryByte);
   }
   return word;
 #endif
@@ -123,6 +123,10 @@ struct Pattern {
   static constexpr int kIndexBits = of == 8 ? 3 : of == 4 ? 2 : 1;
   static constexpr size_t kBytes = keep == 0 ? 0 : of == 1 ? 8 : 64 / of * keep * kIndexBits / 8;
 };
+
+#if defined(__AVX512VBMI2__)
+
+constexpr uint64_t kEveryNibble = 0x1111111111111111u;
 
 // Fields of 4 or 8 bits with one bit set each: number `index` of the field. first: bit 0 of every field.
 template <int width>
@@ -151,8 +155,6 @@ inline uint64_t kept_bits(uint64_t stored) {
     return one_hot<4>((bytes | bytes << 2) & (3 * kEveryNibble));
   }
 }
-
-#if defined(__AVX512VBMI2__)
 
 // Spreads 64 codes at a time: each 64-bit lane gets the bytes of its 8 codes, then each byte its own shift.
 template <int bits>
@@ -192,6 +194,40 @@ void decode_dense(const uint8_t* codes, size_t count, uint8_t* out) {
   if (count) step(count);
 }
 
+// `count` entries, the first code of which is number `first_code` of the stream. `kept` (0 or 1) unless null.
+template <int bits, int keep, int of>
+void decode_sparse(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
+                   size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {
+  constexpr size_t kPatternBytes = Pattern<keep, of>::kBytes;
+  uint64_t bit = first_code * bits;
+  const Spread64<bits> spread64;
+  const __m512i absent = _mm512_set1_epi64(static_cast<long long>(e.absent));
+  const __m512i ones = _mm512_set1_epi64(static_cast<long long>(e.ones));
+  const __m512i code_bits = _mm512_set1_epi8(static_cast<char>(low_bits(bits) << e.shift));
+  for (size_t i = 0; i < count; i += 64) {
+    const size_t size = smaller(64, count - i);
+    uint64_t stored = 0;
+    if (size == 64) {
+      std::memcpy(&stored, pattern, kPatternBytes);
+    } else {
+      stored = read_word(pattern, pattern + size * kPatternBytes / 64);
+    }
+    prefetch(pattern);
+    pattern += kPatternBytes;
+    const uint64_t present = kept_bits<keep, of>(stored) & low_bits(size);
+    const uint8_t* first = codes + bit / 8;
+    prefetch(first);
+    const size_t bytes_left = static_cast<size_t>(codes_end - first);
+    const __m512i bytes =
+        bytes_left >= 64 ? _mm512_loadu_si512(first) : _mm512_maskz_loadu_epi8(low_bits(bytes_left), first);
+    const __m512i values = _mm512_or_si512(
+        _mm512_and_si512(spread64(bytes, static_cast<int>(bit % 8), e.shift), code_bits), ones);
+    _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_mask_expand_epi8(absent, present, values));
+    if (kept) _mm512_mask_storeu_epi8(kept + i, low_bits(size), _mm512_maskz_set1_epi8(present, 1));
+    bit += static_cast<uint64_t>(__builtin_popcountll(present)) * bits;
+  }
+}
+
 #else
 
 template <int bits>
@@ -226,59 +262,54 @@ inline uint64_t deposit(uint64_t word, uint8_t kept, uint64_t mask) {
 #endif
 }
 
-#endif
+inline void put(uint64_t codes, uint64_t mask, const Encoding& e, uint8_t* out, uint8_t* kept) {
+  const uint64_t word = (((codes << e.shift) | e.ones) & mask) | (e.absent & ~mask);
+  std::memcpy(out, &word, 8);
+  if (kept) {
+    const uint64_t ones = mask & kEveryByte;
+    std::memcpy(kept, &ones, 8);
+  }
+}
 
 // `count` entries, the first code of which is number `first_code` of the stream. `kept` (0 or 1) unless null.
 template <int bits, int keep, int of>
 void decode_sparse(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
                    size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {
-  constexpr size_t kPatternBytes = Pattern<keep, of>::kBytes;
   uint64_t bit = first_code * bits;
-#if defined(__AVX512VBMI2__)
-  const Spread64<bits> spread64;
-  const __m512i absent = _mm512_set1_epi64(static_cast<long long>(e.absent));
-  const __m512i ones = _mm512_set1_epi64(static_cast<long long>(e.ones));
-  const __m512i code_bits = _mm512_set1_epi8(static_cast<char>(low_bits(bits) << e.shift));
-#endif
-  for (size_t i = 0; i < count; i += 64) {
-    const size_t size = smaller(64, count - i);
-    uint64_t stored = 0;
-    if (size == 64) {
-      std::memcpy(&stored, pattern, kPatternBytes);
-    } else {
-      stored = read_word(pattern, pattern + size * kPatternBytes / 64);
+  if constexpr (of == 1) {
+    for (size_t i = 0; i < count; i += 8) {
+      const uint8_t present = *pattern++;
+      const uint64_t mask = byte_mask(present);
+      const uint64_t values = deposit<bits>(read_word(codes + bit / 8, codes_end) >> (bit % 8), present, mask);
+      put(values, mask, e, out + i, kept ? kept + i : nullptr);
+      bit += static_cast<uint64_t>(__builtin_popcount(present)) * bits;
     }
-    prefetch(pattern);
-    pattern += kPatternBytes;
-    const uint64_t present = kept_bits<keep, of>(stored) & low_bits(size);
-#if defined(__AVX512VBMI2__)
-    const size_t codes_here = static_cast<size_t>(__builtin_popcountll(present));
-    const uint8_t* first = codes + bit / 8;
-    prefetch(first);
-    const size_t bytes_left = static_cast<size_t>(codes_end - first);
-    const __m512i bytes =
-        bytes_left >= 64 ? _mm512_loadu_si512(first) : _mm512_maskz_loadu_epi8(low_bits(bytes_left), first);
-    const __m512i values = _mm512_or_si512(
-        _mm512_and_si512(spread64(bytes, static_cast<int>(bit % 8), e.shift), code_bits), ones);
-    _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_mask_expand_epi8(absent, present, values));
-    if (kept) _mm512_mask_storeu_epi8(kept + i, low_bits(size), _mm512_maskz_set1_epi8(present, 1));
-    bit += codes_here * bits;
-#else
-    for (size_t j = 0; j < size; j += 8) {
-      const uint8_t byte = static_cast<uint8_t>(present >> j);
-      const uint64_t mask = byte_mask(byte);
-      const uint64_t values = deposit<bits>(read_word(codes + bit / 8, codes_end) >> (bit % 8), byte, mask);
-      const uint64_t word = (((values << e.shift) | e.ones) & mask) | (e.absent & ~mask);
-      std::memcpy(out + i + j, &word, 8);
-      if (kept) {
-        const uint64_t single = mask & kEveryByte;
-        std::memcpy(kept + i + j, &single, 8);
+  } else {
+    constexpr int kIndexBits = Pattern<keep, of>::kIndexBits;
+    constexpr int kGroups = 8 / of;  // groups in a word of 8 entries
+    codes += bit / 8;
+    const uint8_t* pattern_end = pattern + count * Pattern<keep, of>::kBytes / 64;
+    for (size_t i = 0; i < count;) {  // 8 codes at a time
+      uint64_t code = spread<bits>(read_word(codes, codes_end));
+      uint64_t index = spread<kIndexBits>(read_word(pattern, pattern_end));
+      codes += bits;
+      pattern += kIndexBits;
+      for (int word = 0; word < of / keep; ++word, i += 8) {
+        uint64_t values = 0, mask = 0;
+        for (int j = 0; j < kGroups * keep; ++j) {
+          const unsigned place = 8 * (static_cast<unsigned>(j / keep * of) + static_cast<unsigned>(index & 7));
+          values |= (code & 0xff) << place;
+          mask |= uint64_t{0xff} << place;
+          code >>= 8;
+          index >>= 8;
+        }
+        put(values, mask, e, out + i, kept ? kept + i : nullptr);
       }
-      bit += static_cast<uint64_t>(__builtin_popcount(byte)) * bits;
     }
-#endif
   }
 }
+
+#endif
 
 inline uint64_t count_bits(const uint8_t* bytes, size_t size) {
   uint64_t count = 0;
