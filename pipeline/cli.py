@@ -35,7 +35,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides)
     from pipeline.estimate import estimate, print_estimate
 
-    print_estimate(loaded.name, estimate(loaded), loaded.calibration.samples)
+    print_estimate(loaded, estimate(loaded))
 
 
 @app.command()

@@ -1,12 +1,15 @@
 """``fips plan``: what a run will make and need, from the model's configuration alone; no weight is computed."""
 
 import math
+import shutil
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.table import Table
 from torch import nn
@@ -15,11 +18,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.console import table_console
 from pipeline.errors import InputError
-from pipeline.models.adapters import find_mlps
+from pipeline.models.adapters import MLPSite, find_mlps
 from pipeline.models.causal_lm import language_model_class, load_language_config
 from pipeline.models.loading import load_config, model_class
 from pipeline.plan import GroupPlan, GroupSize, Plan, given_segments, group_size, make_plan
-from pipeline.recipe import EndToEnd, ImageFolderData, LocalTextData, Recipe, ScratchModel, TextSection
+from pipeline.recipe import (
+    CausalLanguageModel,
+    EndToEnd,
+    ImageFolderData,
+    LocalTextData,
+    Recipe,
+    ScratchModel,
+    TextSection,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class Estimate:
     """Bytes, parameters and work of a run to be.
 
     ``sizes``: per group; a factor left to allocation is counted with 2 bits. ``training_flops``: floating-point
-    operations of all training (a multiply-add is two), which is most of a run.
+    operations of all training (a multiply-add is two), which is most of a run. ``memory``: bytes held at most, by what
+    the run is at; ``mapped_bytes`` of them are dense weights mapped from a checkpoint, which need not stay in memory.
     """
 
     plan: Plan
@@ -38,6 +50,8 @@ class Estimate:
     activation_bytes_per_sample: int
     factor_bytes: int
     training_flops: int
+    memory: dict[str, int]
+    mapped_bytes: int
 
     @property
     def mlp_bytes(self) -> int:
@@ -47,6 +61,11 @@ class Estimate:
     def artifact_bytes(self) -> int:
         """Weights only; graph, manifest and native library add about half a megabyte."""
         return self.mlp_bytes + self.rest_bytes
+
+    @property
+    def peak_memory(self) -> tuple[str, int]:
+        """When most memory is held, and how much."""
+        return max(self.memory.items(), key=lambda entry: entry[1])
 
 
 def estimate(recipe: Recipe) -> Estimate:
@@ -60,27 +79,33 @@ def estimate(recipe: Recipe) -> Estimate:
     shapes_only = FakeTensorMode() if recipe.is_language_model else torch.device("meta")
     with shapes_only:
         model = kind.from_config(config)
-    plan = make_plan(recipe, find_mlps(model))
+    sites = find_mlps(model)
+    plan = make_plan(recipe, sites)
+    _check_rest_blocks(recipe, model, sites)
     sizes = {group.name: _group_size(recipe, group) for group in plan.groups}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     compressed = sum(group.dense_parameters for group in plan.groups)
     activation_bytes, forward_flops = _dry_run(recipe, plan, model, config, shapes_only)
+    rest_bytes = _rest_bytes(recipe, model, plan)
     return Estimate(
         plan,
         parameters,
         compressed,
         sizes,
-        _rest_bytes(recipe, model, plan),
+        rest_bytes,
         activation_bytes,
         # Weight, gradient and AdamW's two moments of the largest group, and its basis and projections.
         max(16 * group.parameters for group in plan.groups),
         _training_flops(recipe, plan, activation_bytes, forward_flops),
+        _memory(recipe, plan, model, rest_bytes, sum(size.stored for size in sizes.values())),
+        4 * parameters if _is_mapped(recipe, config) else 0,
     )
 
 
-def print_estimate(name: str, estimated: Estimate, calibration_samples: int | None) -> None:
-    """A table of the groups and what the run needs, on standard output."""
+def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
+    """A table of the groups and what the run needs, on standard output; with a warning if this machine lacks it."""
     console = table_console()
+    calibration_samples = recipe.calibration.samples
     table = Table("group", "blocks", "d", "N", "rank", "MLP bytes", "stored bits/weight", "paper bits/weight", box=None)
     for group in estimated.plan.groups:
         size = estimated.sizes[group.name]
@@ -95,7 +120,8 @@ def print_estimate(name: str, estimated: Estimate, calibration_samples: int | No
             f"{8 * size.stored / group.dense_parameters:.2f}",
             f"{size.value_bits / group.dense_parameters:.2f}",
         )
-    console.print(f"{name}: {estimated.parameters:,} parameters, {estimated.mlp_parameters:,} in compressed MLPs")
+    sizes = f"{estimated.parameters:,} parameters, {estimated.mlp_parameters:,} in compressed MLPs"
+    console.print(f"{recipe.name}: {sizes}")
     console.print(table)
     if estimated.plan.dense_blocks:
         console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
@@ -106,16 +132,45 @@ def print_estimate(name: str, estimated: Estimate, calibration_samples: int | No
     )
     per_sample = estimated.activation_bytes_per_sample
     total = f", {per_sample * calibration_samples:,} in all" if calibration_samples else ""
-    console.print(f"disk for calibration     {per_sample:,} bytes per sample{total}")
+    sample = f"window of {recipe.data.context} tokens" if isinstance(recipe.data, TextSection) else "image"
+    console.print(f"disk for calibration     {per_sample:,} bytes per {sample}{total}")
+    when, peak = estimated.peak_memory
     console.print(
-        f"memory                   {4 * estimated.parameters:,} bytes for the dense model, "
-        f"{estimated.factor_bytes:,} to train the largest group"
+        f"memory                   about {peak:,} bytes, most of it to {when}: {4 * estimated.parameters:,} for the "
+        f"dense model, {estimated.factor_bytes:,} to train the largest group"
     )
+    if estimated.mapped_bytes:
+        console.print(
+            f"                         of these, {estimated.mapped_bytes:,} are mapped from the checkpoint: the system "
+            f"takes them back where memory is short, so {peak - estimated.mapped_bytes:,} can do"
+        )
     minutes = estimated.training_flops / multiply_rate() / 60
     console.print(
         f"time to train            at least {minutes:.1f} minutes here: {estimated.training_flops / 1e12:,.1f} TFLOP "
         "at the speed of a large matrix product; expect two to three times that"
     )
+    for shortage in shortages(estimated, calibration_samples):
+        console.print(f"warning: {shortage}")
+
+
+def shortages(estimated: Estimate, calibration_samples: int | None) -> list[str]:
+    """What this machine has less of than the run needs, in plain words."""
+    found = []
+    when, peak = estimated.peak_memory
+    least, there = peak - estimated.mapped_bytes, psutil.virtual_memory().total
+    if least > there:
+        found.append(
+            f"this machine has {there:,} bytes of memory, and the run needs about {least:,} to {when}; "
+            "train locally, with smaller groups or a smaller compression.budget"
+        )
+    disk = estimated.activation_bytes_per_sample * (calibration_samples or 1)
+    free = shutil.disk_usage(Path.cwd()).free
+    if disk > free:
+        found.append(
+            f"{free:,} bytes are free on the disk of this folder, and calibration takes {disk:,}; lower "
+            "calibration.samples"
+        )
+    return found
 
 
 def multiply_rate() -> float:
@@ -140,6 +195,34 @@ def _check_inputs(recipe: Recipe) -> None:
         for key, file in (("train", data.train), ("test", data.test)):
             if file is not None and not Path(file).is_file():
                 raise InputError(f"data.{key}: {file}: no such file")
+
+
+def _check_rest_blocks(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> None:
+    """Raise InputError where ``quantization.rest.block_size`` does not divide what it has to."""
+    rest = recipe.quantization.rest
+    uneven = []
+    for name, linear in _rest_linears(model, sites).items():
+        if rest.linear_bits and linear.in_features % rest.block_size:
+            uneven.append(f"{name}: {linear.in_features}")
+    if rest.embedding_bits and model.config.hidden_size % rest.block_size:
+        uneven.append(f"token table: {model.config.hidden_size}")
+    if uneven:
+        more = f" and {len(uneven) - 3} more" if len(uneven) > 3 else ""
+        raise InputError(
+            f"recipe {recipe.name}: quantization.rest.block_size: {rest.block_size} does not divide the inputs of "
+            f"{', '.join(uneven[:3])}{more}; take a smaller one"
+        )
+
+
+def _rest_linears(model: Any, sites: Sequence[MLPSite]) -> dict[str, nn.Linear]:
+    """Linear layers outside the MLPs that the rest's bits apply to, not the classifier or output layer."""
+    mlps = {f"{site.path}.{name}" for site in sites for name in (*site.first, site.last)}
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name != "classifier" and name not in mlps
+    }
 
 
 def _group_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
@@ -172,6 +255,79 @@ def _rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
                     bits += 16 / rest.block_size
             total += math.ceil(parameter.numel() * bits / 8)
     return total
+
+
+PROCESS_BYTES = 800_000_000
+"""Of Python, PyTorch, transformers and ONNX Runtime, before any weight."""
+
+
+def _is_mapped(recipe: Recipe, config: Any) -> bool:
+    """Whether the dense weights are pages of a safetensors file: they are where nothing has to be converted."""
+    section = recipe.model
+    return (
+        isinstance(section, CausalLanguageModel)
+        and section.gguf_file is None
+        and getattr(config, "dtype", None) in (torch.float32, "float32")
+    )
+
+
+def _memory(recipe: Recipe, plan: Plan, model: Any, rest_bytes: int, mlp_bytes: int) -> dict[str, int]:
+    """Bytes held at most, by what the run is at.
+
+    Counted in whole matrices: how many are there at a time, in float32 (4 bytes an entry) or float64 (8). Factors
+    have a mask of a byte an entry where they are sparse; in training also a gradient, AdamW's two moments and two
+    forms that the backward pass needs. GPTQ holds the n × n moment of what an MLP's last matrix reads eight times.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    compressed = sum(group.dense_parameters for group in plan.groups)
+    sites = [site for group in plan.groups for site in group.sites]
+    masked = recipe.compression.pattern != "dense"
+    held = (4 + masked) * sum(group.parameters for group in plan.groups)
+    largest = max(group.parameters for group in plan.groups)
+    widest = max(site.hidden for site in sites)
+    dense = PROCESS_BYTES + 4 * parameters
+    rest = 4 * (parameters - compressed) + rest_bytes
+    local = [part for part in (recipe.fit, *recipe.quantization.training) if part and not isinstance(part, EndToEnd)]
+    whole = [part for part in (recipe.finetune, *recipe.quantization.training) if isinstance(part, EndToEnd)]
+    batch = max((part.batch_tokens for part in local), default=0)
+    per_token = max(sum(4 * (4 * site.width + 6 * site.hidden) for site in group.sites) for group in plan.groups)
+    stages = {
+        "factorize the largest group": dense
+        + max((48 if group.has_basis else 16) * group.dense_parameters for group in plan.groups),
+        "train the largest group": dense
+        + (rest + held if len(local) > (recipe.fit is not None) else 0)
+        + (24 + masked) * largest
+        + batch * per_token,
+        "validate the artefact": dense + rest + held + 4 * sum(group.parameters for group in plan.groups)
+        + 2 * mlp_bytes + 2 * rest_bytes,
+    }
+    if recipe.quantization.start == "gptq":
+        stages["find starting codes"] = dense + rest + held + 64 * widest**2
+        if recipe.is_language_model:
+            stages["find starting codes outside the MLPs"] = dense + _rest_start_memory(recipe, model, sites)
+    if whole:
+        context = recipe.data.context if isinstance(recipe.data, TextSection) else 1
+        tokens = context * max(part.batch_size for part in whole)
+        # For the backward pass; Gemma 3 270M took 182 kB a token and block, this says 192.
+        per_token = sum(4 * (24 * site.width + 16 * site.hidden) for site in sites)
+        stages["train end to end"] = dense + rest + held + 20 * sum(group.parameters for group in plan.groups)
+        stages["train end to end"] += tokens * per_token
+    return stages
+
+
+def _rest_start_memory(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> int:
+    """Moments of all linear layers outside the MLPs, of those that read the same one, and their tables."""
+    rest = recipe.quantization.rest
+    head = model.get_output_embeddings()
+    moments: dict[tuple[str, int], int] = {}
+    table = tables = 0
+    for name, module in _rest_linears(model, sites).items():
+        if rest.linear_bits:
+            moments[name.rpartition(".")[0], module.in_features] = 12 * module.in_features**2
+            tables += 5 * module.weight.numel()
+    if rest.embedding_bits:
+        table = 13 * head.weight.numel()  # in parts, together, and as codes with their values
+    return sum(moments.values()) + tables + table
 
 
 def _dry_run(

@@ -21,7 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
-class _AtKey(ValueError):
+class _AtKeyError(ValueError):
     """A problem found by a validator of a whole section, at one of the ``key``s in it (dotted)."""
 
     def __init__(self, key: str, message: str) -> None:
@@ -194,8 +194,8 @@ class Sparsifier(Section):
 
     ``ranking``: magnitudes are compared within each projection (``layer``) or over the whole group
     (``group``, the paper's 'global'). ``saliency``: entries are ranked by ``magnitude``, or by their contribution to
-    the output on the calibration data (``activation``). The mask is updated every ``update_every`` steps until ``end`` of the
-    steps. ``initial_sparsity`` is where GMP starts; ``drop_fraction`` is RigL's, with cosine decay.
+    the output on the calibration data (``activation``). The mask is updated every ``update_every`` steps until ``end``
+    of the steps. ``initial_sparsity`` is where GMP starts; ``drop_fraction`` is RigL's, with cosine decay.
     """
 
     algorithm: Literal["gmp", "rigl", "static"] = "gmp"
@@ -232,14 +232,14 @@ class Compression(Section):
         if self.method == "fips":
             for key in wanted:
                 if key not in self.model_fields_set:
-                    raise _AtKey(key, "required key is missing")
+                    raise _AtKeyError(key, "required key is missing")
         else:
             for key in (*wanted, "sparsity", "initialization", "sparsifier"):
                 # A recipe written out in full, as in an artefact, has them all: with what stands for nothing given.
                 if getattr(self, key) != type(self).model_fields[key].default:
-                    raise _AtKey(key, "method dense does not factorize and has no such key; leave it out")
+                    raise _AtKeyError(key, "method dense does not factorize and has no such key; leave it out")
             if self.pattern != "dense":
-                raise _AtKey("pattern", f"got {self.pattern!r}; method dense keeps every weight: take dense")
+                raise _AtKeyError("pattern", f"got {self.pattern!r}; method dense keeps every weight: take dense")
         return self
 
     @model_validator(mode="after")
@@ -417,7 +417,7 @@ class Recipe(Section):
     def _model_reads_data(self) -> "Recipe":
         is_text = isinstance(self.data, TextSection)
         if is_text != self.is_language_model:
-            raise _AtKey(
+            raise _AtKeyError(
                 "data.source",
                 f"{self.data.source} is {'text' if is_text else 'images'}; model.source: {self.model.source} is "
                 f"{'a language model' if self.is_language_model else 'an image classifier'}",
@@ -425,7 +425,7 @@ class Recipe(Section):
         rest = self.quantization.rest
         if not is_text and (rest.embedding_bits is not None or self.evaluation.stride is not None):
             key = "evaluation.stride" if rest.embedding_bits is None else "quantization.rest.embedding_bits"
-            raise _AtKey(key, "is for language models; leave it out")
+            raise _AtKeyError(key, "is for language models; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -433,13 +433,14 @@ class Recipe(Section):
         is_fips = self.compression.method == "fips"
         if is_fips != (self.quantization.basis is not None):
             said = "required key is missing" if is_fips else "compression.method dense has no basis; leave it out"
-            raise _AtKey("quantization.basis", said)
+            raise _AtKeyError("quantization.basis", said)
         if is_fips and self.fit is None and self.compression.pattern != "dense":
-            said = f"required key is missing: with pattern {self.compression.pattern}, projections become sparse in the fit"
-            raise _AtKey("fit", said)
+            pattern = self.compression.pattern
+            said = f"required key is missing: with pattern {pattern}, projections become sparse in the fit"
+            raise _AtKeyError("fit", said)
         for key in ("fit", "finetune"):
             if not is_fips and getattr(self, key) is not None:
-                raise _AtKey(key, "trains unquantized factors; compression.method dense has none, leave it out")
+                raise _AtKeyError(key, "trains unquantized factors; compression.method dense has none, leave it out")
         return self
 
     @model_validator(mode="after")
@@ -447,7 +448,7 @@ class Recipe(Section):
         try:
             check_block_size(self.quantization.projections.block_size, Pattern.parse(self.compression.pattern))
         except ValueError as error:
-            raise _AtKey("quantization.projections", str(error)) from None
+            raise _AtKeyError("quantization.projections", str(error)) from None
         return self
 
 
@@ -563,7 +564,7 @@ def _location(problem: Any) -> tuple[str, ...]:
     kind = problem["type"]
     if kind.startswith("union_tag"):
         path.append(problem["ctx"]["discriminator"].strip("'"))
-    if kind == "value_error" and isinstance(problem["ctx"]["error"], _AtKey):
+    if kind == "value_error" and isinstance(problem["ctx"]["error"], _AtKeyError):
         path += problem["ctx"]["error"].key.split(".")
     named_last = kind in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found")
     inner, outer = (path[:-1], path[-1:]) if named_last else (path, [])

@@ -1,5 +1,6 @@
 """A recipe that runs in seconds, and ways to run it: in this process, or in one that can be killed."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -249,6 +250,50 @@ def _kill_at_replace(last: int) -> None:
         move(source, target)
 
     os.replace = replace  # type: ignore[assignment]
+
+
+class _MeasuringProgress(Progress):
+    """Sends (stage, largest resident memory in bytes since the one before) as each stage ends."""
+
+    def __init__(self, until: str, results: Connection) -> None:
+        super().__init__()
+        self.until = until
+        self.results = results
+        self.stage: str | None = None
+
+    def say(self, message: str) -> None:
+        if message.startswith(" "):
+            return
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+        self.results.send((self.stage or "start", 1024 * peak))
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self.stage = message
+        if message == self.until:
+            raise StopRun
+
+
+def memory_of_stages(recipe: Recipe, folder: Path, until: str) -> dict[str, int]:
+    """Run up to the stage ``until`` in a process of its own: largest resident memory of each stage, in bytes."""
+    reader, writer = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_measure_stages, args=(recipe, folder, until, writer))
+    process.start()
+    writer.close()
+    peaks: dict[str, int] = {}
+    with contextlib.suppress(EOFError):
+        while True:
+            stage, peak = reader.recv()
+            peaks[stage] = peak
+    process.join()
+    assert process.exitcode == 0
+    return peaks
+
+
+def _measure_stages(recipe: Recipe, folder: Path, until: str, results: Connection) -> None:
+    try:
+        run(recipe, folder, _MeasuringProgress(until, results))
+    except StopRun:
+        sys.exit(0)
 
 
 def fips(arguments: list[str], *, file_limit: int | None = None) -> tuple[int, str]:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from causal_lm_samples import tiny_language_model
+from language_samples import byte_level_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -17,6 +19,9 @@ from transformers import (
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
@@ -25,18 +30,26 @@ from transformers import (
     ViTModel,
 )
 
+from fips_ort.validate import validate
+from pipeline import bench_causal_lm
 from pipeline.data import ImageData, load_data
 from pipeline.errors import InputError
+from pipeline.estimate import estimate
 from pipeline.models.adapters import find_mlps, supported_model_types
 from pipeline.models.loading import LoadedModel, load_model, load_preprocessing
+from pipeline.progress import Progress
 from pipeline.recipe import (
+    CausalLanguageModel,
     DigitsData,
+    HubTextData,
     ImageFolderData,
     PretrainedModel,
     ScratchModel,
     Training,
     load_recipe,
+    parse_recipe,
 )
+from pipeline.run import run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 IMAGE_SIZE = 32
@@ -123,6 +136,98 @@ def test_swin_groups_follow_the_stages() -> None:
     assert [{(sites[block].stage, sites[block].width) for block in group} for group in groups] == [
         {(0, 24)}, {(1, 48)}, {(2, 96)}, {(2, 96)}, {(2, 96)}, {(3, 192)}
     ]  # fmt: skip
+
+
+# --- language models -------------------------------------------------------------------------------------------
+
+GIB = 2**30
+LANGUAGE_CONFIGS: dict[str, Any] = {
+    "gemma2-2b-w3": Gemma2Config(
+        vocab_size=256_000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256, dtype="float32",
+    ),
+    "gemma3-1b-w4": Gemma3TextConfig(
+        vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, sliding_window=512, query_pre_attn_scalar=256, dtype="bfloat16",
+    ),
+    "llama3.2-1b-w4": LlamaConfig(
+        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, dtype="bfloat16",
+    ),
+}  # fmt: skip
+"""As the models' own config.json say."""
+TINY_KINDS = {"gemma2-2b-w3": "gemma2", "gemma3-1b-w4": "gemma3", "llama3.2-1b-w4": "llama"}
+# Parameters, size of the MLPs, ranks of the groups.
+LANGUAGE_PLANS: dict[str, tuple[int, int, list[int]]] = {
+    "gemma2-2b-w3": (2_614_341_888, 3 * 2304 * 9216 * 26, [1408] * 7),
+    "gemma3-1b-w4": (999_885_952, 3 * 1152 * 6912 * 26, [1152] * 4),
+    "llama3.2-1b-w4": (1_235_814_400, 3 * 2048 * 8192 * 16, [2048] * 4),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_CONFIGS)
+def test_language_recipe_plans_its_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.name == name
+    assert isinstance(recipe.model, CausalLanguageModel)
+    assert isinstance(recipe.data, HubTextData)
+    assert (recipe.data.path, recipe.data.config) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    config = LANGUAGE_CONFIGS[name]
+    monkeypatch.setattr("pipeline.estimate.load_language_config", lambda _: config)
+    estimated = estimate(recipe)
+    parameters, mlps, ranks = LANGUAGE_PLANS[name]
+    assert (estimated.parameters, estimated.mlp_parameters) == (parameters, mlps)
+    assert [group.rank for group in estimated.plan.groups] == ranks
+    covered = [site.block for group in estimated.plan.groups for site in group.sites]
+    assert covered == list(range(config.num_hidden_layers))
+    assert estimated.plan.dense_blocks == ()
+    assert estimated.activation_bytes_per_sample == 8 * 512 * config.hidden_size * config.num_hidden_layers
+    # What the recipes say of themselves; factors whose bits are allocated are planned with 2.
+    target = recipe.quantization.target_stored_bits
+    if target is None:
+        assert 8 * estimated.mlp_bytes / mlps == pytest.approx(2.0, abs=0.05)
+    else:
+        assert 8 * estimated.mlp_bytes / mlps < target
+    assert estimated.peak_memory[1] < 24 * GIB
+
+
+def test_gemma2_groups_are_the_papers() -> None:
+    groups = load_recipe(RECIPES / "gemma2-2b-w3.yaml").compression.groups
+    assert groups == [[0, 1], *([start, start + 1, start + 2, start + 3] for start in range(2, 26, 4))]
+
+
+@pytest.mark.parametrize("name", LANGUAGE_CONFIGS)
+def test_language_recipe_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recipe's settings, but few steps, other groups and local text."""
+    monkeypatch.setattr(bench_causal_lm, "GENERATED_TOKENS", 3)
+    monkeypatch.setattr(bench_causal_lm, "ROUNDS", 1)
+    monkeypatch.setattr(bench_causal_lm, "load_rss", lambda _: 1)
+    kind = TINY_KINDS[name]
+    layers = {"layer_types": ["sliding_attention", "full_attention"]} if kind == "gemma3" else {}
+    # Blocks of 64 and 128 have to divide widths.
+    wide = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    tiny_language_model(kind, initializer_range=0.1, **wide, **layers).save_pretrained(tmp_path / "model")
+    byte_level_tokenizer().save_pretrained(tmp_path / "model")
+    words = "the river rises in the hills and flows through three countries before it reaches the sea"
+    (tmp_path / "text.txt").write_text("\n".join(f"{number}: {words}." for number in range(60)), encoding="utf-8")
+    content = load_recipe(RECIPES / f"{name}.yaml").model_dump(mode="json", exclude_unset=True)
+    content["model"]["path"] = str(tmp_path / "model")
+    content["data"] = {"source": "text", "train": str(tmp_path / "text.txt"), "context": 32, "test_fraction": 0.3}
+    content["compression"]["groups"] = 2
+    content["compression"]["budget"] += 0.2  # a basis weighs more beside few columns
+    content["calibration"]["samples"] = 16
+    content["evaluation"]["samples"] = 4
+    if "target_stored_bits" in content["quantization"]:
+        content["quantization"]["target_stored_bits"] = 4.0
+    if "fit" in content:
+        content["fit"] |= {"steps": 3, "batch_tokens": 64}
+    content["quantization"]["training"][0] |= {"steps": 3, "batch_tokens": 64}
+    report = run(parse_recipe(content, name), tmp_path / "run", Progress())
+    assert all(check.passed for check in validate(tmp_path / "run" / "artifact"))
+    # Activations are of 8 bits here (accuracy_level 4).
+    assert report["quality"]["onnx_native"] == pytest.approx(report["quality"]["qat"], rel=0.05)
+    assert report["parity"]["native_vs_torch"]["relative"] <= 1e-3
+    assert max(report["reconstruction_error"]["qat"].values()) < 0.5
 
 
 # --- local folders ---------------------------------------------------------------------------------------------

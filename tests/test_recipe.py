@@ -131,7 +131,8 @@ def test_there_are_sections_at_every_level() -> None:
 
 
 @pytest.mark.parametrize("path", [
-    "name", "model", "data", "compression", "quantization", "quantization.basis", "compression.groups", "model.config", "model.training.steps",
+    "name", "model", "data", "compression", "quantization", "quantization.basis", "compression.groups",
+    "model.config", "model.training.steps",
     "compression.budget", "fit.steps", "quantization.projections.block_size", "quantization.training.0.steps",
     "quantization.basis.bits.1.fraction", "data.image_size", "model.source", "quantization.training.1.objective",
     "finetune.objective",
@@ -286,12 +287,15 @@ def test_dense_method_needs_neither_groups_nor_basis() -> None:
     assert parse_recipe(recipe.model_dump(mode="json"), "r.yaml") == recipe  # as an artefact's manifest holds it
 
 
+NO_SUCH_KEY = "method dense does not factorize and has no such key; leave it out"
+
+
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
-        ("compression.groups", 2, "method dense does not factorize and has no such key; leave it out"),
-        ("compression.budget", 0.5, "method dense does not factorize and has no such key; leave it out"),
-        ("compression.sparsifier", {"algorithm": "rigl"}, "method dense does not factorize and has no such key; leave it out"),
+        ("compression.groups", 2, NO_SUCH_KEY),
+        ("compression.budget", 0.5, NO_SUCH_KEY),
+        ("compression.sparsifier", {"algorithm": "rigl"}, NO_SUCH_KEY),
         ("compression.pattern", "1:4", "got '1:4'; method dense keeps every weight: take dense"),
         ("quantization.basis", {"bits": 4, "block_size": 16}, "compression.method dense has no basis; leave it out"),
         ("fit", {"steps": 1}, "trains unquantized factors; compression.method dense has none, leave it out"),

@@ -233,8 +233,8 @@ class CausalLMTask(Task):
             base = quantize_embedding(base, rest.embedding_bits, rest.block_size, level, tables)
         if rest.weights == "float16":
             base = round_to_float16(base)
-        for path, mlp in compressed.items():
-            base.set_submodule(path, mlp)
+        for name, mlp in compressed.items():
+            base.set_submodule(name, mlp)
         return base
 
     def parity_batches(self) -> list[Tensor]:
