@@ -1,9 +1,15 @@
 """What the shipped recipes must reach, on real runs: ``pytest -m heavy -n 0`` (about half an hour on 2 cores)."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from language_samples import byte_level_tokenizer, tiny_config
+from run_samples import language_recipe, memory_of_stages
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from pipeline.estimate import estimate
 from pipeline.progress import Progress
 from pipeline.recipe import load_recipe
 from pipeline.report.schema import Report
@@ -45,3 +51,51 @@ def test_dinov2_small_digits(folder: Path, rest: str, share: float) -> None:
     assert 100 * (quality["dense"] - quality["onnx_native"]) <= 1.0
     assert sizes["artifact"] <= share * sizes["dense_float16"]
     assert report["parity"]["same_predictions"]
+
+
+def test_memory_of_gemma2_2b_layer_by_layer(folder: Path) -> None:
+    """Two blocks of Gemma 2 2B's own shapes, few words: no stage holds more than ``fips plan`` says.
+
+    What is streamed is what a whole model has more of: its activations lie on disk, and of its groups one at a time is
+    factorized, fitted and quantized.
+    """
+    shapes = {
+        "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 64,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(tiny_config(Gemma2Config, num_hidden_layers=2, **shapes))
+    model.save_pretrained(folder / "gemma2")
+    byte_level_tokenizer().save_pretrained(folder / "gemma2")
+    del model
+    words = "the river rises in the hills and flows through three countries before it reaches the sea"
+    lines = [f"{number}: {words}." for number in range(120)]
+    (folder / "train.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "test.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines[:20]), encoding="utf-8")
+    shipped = load_recipe(RECIPES / "gemma2-2b-w3.yaml").model_dump(mode="json", exclude_unset=True)
+    shipped["quantization"]["training"][0] |= {"steps": 2}
+    recipe = language_recipe(
+        folder / "gemma2",
+        folder,
+        calibration={"samples": 64, "batch_size": 4},
+        compression=shipped["compression"] | {"groups": 2},
+        fit=shipped["fit"] | {"steps": 2},
+        quantization=shipped["quantization"],
+        evaluation={"samples": 4, "batch_size": 1},
+    )
+    peaks = memory_of_stages(recipe, folder / "gemma2-run", until="evaluate/qat")
+    planned = estimate(recipe).memory
+    for stage, peak in peaks.items():
+        print(f"{stage}: {peak / 2**20:.0f} MiB")
+    steps = (
+        ("factorize/group_0", "factorize the largest group"),
+        ("fit/group_0", "train the largest group"),
+        ("qat/rest", "find starting codes outside the MLPs"),
+        ("qat/0-start", "find starting codes"),
+        ("qat/1-local", "train the largest group"),
+    )
+    for stage, when in steps:
+        print(f"{stage}: {peaks[stage] / 2**20:.0f} of {planned[when] / 2**20:.0f} MiB planned to {when}")
+    for stage, when in steps:
+        assert peaks[stage] <= planned[when], stage
+    assert max(peaks.values()) <= max(planned.values())
