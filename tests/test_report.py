@@ -392,7 +392,7 @@ def test_a_refused_report_leaves_the_old_one(report: Report, tmp_path: Path) -> 
         (("reconstruction_error", "fitted"), REMOVED, "reconstruction_error has the stages"),
         (("groups",), [], "no compressed blocks"),
         (("groups", 1, "rank"), None, "group_1: rank, basis_bits and singular_values go with method fips"),
-        (("quality", "fitted"), REMOVED, r"quality lacks the stages \['fitted'\] of method fips"),
+        (("quality", "factorized"), REMOVED, r"quality lacks the stages \['factorized'\] of method fips"),
         (("compression", "method"), "dense", r"stages \['factorized', 'finetuned', 'fitted'\], which method dense"),
         (("data", "context"), 512, r"metric accuracy: data and divergence have \['context'\]"),
         (("divergence", "kl_max"), 1.0, r"metric accuracy: data and divergence have \['kl_max'\]"),
