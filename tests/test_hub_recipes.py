@@ -188,7 +188,8 @@ def test_language_recipe_plans_its_architecture(name: str, monkeypatch: pytest.M
         assert 8 * estimated.mlp_bytes / mlps == pytest.approx(2.0, abs=0.05)
     else:
         assert 8 * estimated.mlp_bytes / mlps < target
-    assert estimated.peak_memory[1] < 24 * GIB
+    # On a machine of 24 GiB, where dense weights mapped from float32 files may leave memory.
+    assert estimated.peak_memory[1] - estimated.mapped_bytes < 20 * GIB
 
 
 def test_gemma2_groups_are_the_papers() -> None:

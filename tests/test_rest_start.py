@@ -66,7 +66,7 @@ def test_rows_are_rounded_for_themselves(monkeypatch: pytest.MonkeyPatch) -> Non
     weight = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
     moment = moment_of(correlated(32))
     whole = gptq_table(weight, moment, 4, 16)
-    monkeypatch.setattr("pipeline.rest_start._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("pipeline.rest_start.ROWS_AT_ONCE", 7)
     parts = gptq_table(weight, moment, 4, 16)
     assert torch.equal(whole.values, parts.values)
     assert torch.equal(whole.codes, parts.codes)
