@@ -292,6 +292,13 @@ class EndToEnd(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
 
 
+class QuantizedEndToEnd(EndToEnd):
+    """Of the quantized factors; with ``train_rest``, norms, biases and the scales of n-bit linear layers outside the
+    MLPs are trained with them, so that they make up for what the codes have lost."""
+
+    train_rest: bool = False
+
+
 # --- quantization ----------------------------------------------------------------------------------------------
 
 
@@ -358,7 +365,7 @@ class Quantization(Section):
     target_stored_bits: PositiveFloat | None = None
     start: Literal["nearest", "gptq"] = "nearest"
     learned_scales: bool = True
-    training: list[Annotated[LocalTraining | EndToEnd, Field(discriminator="objective")]] = []
+    training: list[Annotated[LocalTraining | QuantizedEndToEnd, Field(discriminator="objective")]] = []
     rest: RestOfModel = RestOfModel()
 
     @model_validator(mode="after")

@@ -148,7 +148,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
             partial(compute, progress=progress),
         )
         last = work / name
-    mlps = restore_quantized(last)
+    mlps, base = restore_quantized(last), stages.open_base(models, last)
     fake_quantized = install(base, mlps).eval()
     evaluate("qat", key, lambda: fake_quantized)
     errors["qat"] = stages.load_errors(last)

@@ -1,6 +1,7 @@
 """The stages of a run, each a function from typed inputs to files in its folder; :mod:`pipeline.run` lists them."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.plan import GroupPlan, Plan, Segments
 from pipeline.progress import Progress
 from pipeline.quantize import assert_coverage, choose_segments, needs_moments, prepare_factors, restore_prepared
 from pipeline.recipe import EndToEnd, LocalTraining, Recipe
+from pipeline.rest_training import make_rest_trainable, open_trained_rest, save_rest
 from pipeline.saliency import projection_importances
 from pipeline.sparsify import MaskSchedule
 from pipeline.tasks.base import Task
@@ -34,6 +36,8 @@ from pipeline.training import train
 
 FACTORS = "factors.safetensors"
 SEGMENTS = "segments.json"
+REST = "rest.safetensors"
+"""In the folder of a QAT step: what has been trained outside the MLPs."""
 ERROR_TOKENS = 4096
 """Calibration tokens on which reconstruction errors are reported, the same for every stage."""
 
@@ -122,7 +126,7 @@ def fit(
 
 def train_end_to_end(
     model: nn.Module,
-    mlps: Sequence[FactorizedMLP],
+    trained: Sequence[nn.Module],
     config: EndToEnd,
     task: Task,
     seed: int,
@@ -130,9 +134,9 @@ def train_end_to_end(
     label: str,
     progress: Progress,
 ) -> None:
-    """Train the factors inside the whole ``model``: task loss, or KL divergence to the dense logits."""
+    """Train the parameters ``trained`` inside the whole ``model``: task loss, or KL divergence to the dense logits."""
     train(
-        nn.ModuleList(mlps),
+        nn.ModuleList(trained),
         task.end_to_end_loss(model, config, seed),
         steps=config.steps,
         learning_rate=config.learning_rate,
@@ -220,6 +224,14 @@ def restore_quantized(inputs: QuantizationInputs, started: Path, quantized: Path
     return mlps
 
 
+def open_base(inputs: QuantizationInputs, quantized: Path) -> nn.Module:
+    """The base with what the step in folder ``quantized`` has trained outside the MLPs, if anything."""
+    path = quantized / REST
+    if not path.exists():
+        return inputs.base
+    return open_trained_rest(inputs.base, path, float16=inputs.recipe.quantization.rest.weights == "float16")
+
+
 def train_quantized(
     folder: Path, inputs: QuantizationInputs, position: int, started: Path, before: Path, progress: Progress
 ) -> None:
@@ -227,6 +239,8 @@ def train_quantized(
     config = inputs.recipe.quantization.training[position]
     seed = inputs.recipe.seed + 1 + position
     mlps = restore_quantized(inputs, started, before)
+    if (before / REST).exists():
+        shutil.copyfile(before / REST, folder / REST)
     label = f"QAT {position + 1}, {config.objective}"
     checkpoint = folder / "checkpoint.pt"
     if isinstance(config, LocalTraining):
@@ -249,8 +263,14 @@ def train_quantized(
             save_factors(members, finished)
             (folder / f"{group.name}.pt").unlink(missing_ok=True)
     else:
-        model = install(inputs.base, mlps)
-        train_end_to_end(model, mlps, config, inputs.task, seed, checkpoint, label, progress)
+        model = install(open_base(inputs, before), mlps)
+        trained: list[nn.Module] = [*mlps]
+        if config.train_rest:
+            rest = make_rest_trainable(model, mlps)
+            trained.append(rest)
+        train_end_to_end(model, trained, config, inputs.task, seed, checkpoint, label, progress)
+        if config.train_rest:
+            save_rest(rest, folder / REST)
         _save_groups(folder, inputs.plan, mlps)
         checkpoint.unlink(missing_ok=True)
     _save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)

@@ -76,7 +76,14 @@ TINY_LANGUAGE: dict[str, Any] = {
         "projections": {"bits": 2, "block_size": 16, "levels": "midrise"},
         "training": [
             {"objective": "local", "steps": 10, "batch_tokens": 256, "learning_rate": 3e-3},
-            {"objective": "distill", "steps": 20, "batch_size": 8, "learning_rate": 3e-3, "precision": "bfloat16"},
+            {
+                "objective": "distill",
+                "steps": 20,
+                "batch_size": 8,
+                "learning_rate": 3e-3,
+                "precision": "bfloat16",
+                "train_rest": True,
+            },
         ],
         "rest": {"linear_bits": 4, "embedding_bits": 4, "block_size": 16},
     },

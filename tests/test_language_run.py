@@ -37,7 +37,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.report.schema import check_report
 from pipeline.run import run
-from pipeline.stages import QuantizationInputs, restore_quantized
+from pipeline.stages import QuantizationInputs, open_base, restore_quantized
 from pipeline.tasks import make_task
 
 STAGES = (
@@ -167,7 +167,7 @@ def fake_quantized(done: LanguageRun) -> tuple[nn.Module, list[Any]]:
     inputs = QuantizationInputs(task, base, plan, [], work / "calibrate")
     last = max((work / "qat").glob("[0-9]-*"))
     mlps = restore_quantized(inputs, work / "qat" / "0-start", last)
-    return install(base, mlps).eval(), mlps
+    return install(open_base(inputs, last), mlps).eval(), mlps
 
 
 def test_report_agrees_with_artefact(finished: LanguageRun) -> None:
