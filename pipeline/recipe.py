@@ -293,8 +293,8 @@ class EndToEnd(Section):
 
 
 class QuantizedEndToEnd(EndToEnd):
-    """Of the quantized factors; with ``train_rest``, norms, biases and the scales of n-bit linear layers outside the
-    MLPs are trained with them, so that they make up for what the codes have lost."""
+    """Of the quantized factors; with ``train_rest``, norms and the scales of n-bit linear layers outside the MLPs
+    are trained with them, so that they make up for what the codes have lost."""
 
     train_rest: bool = False
 

@@ -1,7 +1,7 @@
-"""Training of what surrounds the factors: vectors (norms, biases) and the scales of n-bit linear layers.
+"""Training of what surrounds the factors: vectors (norms, layer scales) and the scales of n-bit linear layers.
 
-Only these numbers move: codes outside the MLPs stay as they are stored, and so do the token table and the output
-layer. Scales alone are what EfficientQAT (arXiv 2407.11062, its second phase) trains end to end, too.
+Only these numbers move: codes and biases of n-bit layers stay as they are stored, and so do the token table and the
+output layer. Scales alone are what EfficientQAT (arXiv 2407.11062, its second phase) trains end to end, too.
 """
 
 from collections.abc import Collection
@@ -87,7 +87,7 @@ class TrainableRest(nn.Module):
 
 
 def make_rest_trainable(model: nn.Module, mlps: Collection[FactorizedMLP]) -> TrainableRest:
-    """Make norms, biases and the scales of n-bit linear layers of ``model`` trainable, in place.
+    """Make vectors and the scales of n-bit linear layers of ``model`` trainable, in place.
 
     ``model``: of :func:`pipeline.compress.install`, with ``mlps`` in it, whose own vectors are left alone, and so is
     the output layer. Tensors that ``model`` shares with other models are copied, never changed.
