@@ -315,6 +315,11 @@ def _memory(recipe: Recipe, plan: Plan, model: Any, rest_bytes: int, mlp_bytes: 
         per_token = sum(4 * (24 * site.width + 16 * site.hidden) for site in sites)
         stages["train end to end"] = dense + rest + held + 20 * sum(group.parameters for group in plan.groups)
         stages["train end to end"] += tokens * per_token
+        if recipe.quantization.rest.linear_bits and any(getattr(part, "train_rest", False) for part in whole):
+            # Levels in a byte, and values and their gradient in float32.
+            stages["train end to end"] += 9 * sum(
+                linear.weight.numel() for linear in _rest_linears(model, sites).values()
+            )
     return stages
 
 

@@ -76,7 +76,8 @@ class TrainableRest(nn.Module):
         self._layers, self._vectors = layers, vectors
         self.layers = nn.ModuleList(layers.values())
         self.vectors = nn.ParameterList(
-            module.parametrizations[name].original for module, name in vectors.values()  # type: ignore[index,union-attr]
+            module.parametrizations[name].original
+            for module, name in vectors.values()  # type: ignore[index,union-attr]
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -131,6 +131,13 @@ def test_rest_of_a_language_model(language: Recipe) -> None:
     assert estimated.rest_bytes == 2 * others + 5 * (table + attention) // 8
 
 
+def test_training_the_rest_takes_memory(language: Recipe) -> None:
+    content = language.model_dump(mode="json")
+    assert content["quantization"]["training"][-1].pop("train_rest") is True
+    without = estimate(parse_recipe(content, "r.yaml")).memory["train end to end"]
+    assert estimate(language).memory["train end to end"] - without == 9 * 4 * (2 * 32 * 32 + 2 * 16 * 32)
+
+
 def test_blocks_that_do_not_divide_what_lies_outside_the_mlps(language: Recipe) -> None:
     content = language.model_dump(mode="json")
     content["quantization"]["rest"]["block_size"] = 64
