@@ -8,7 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+import torch
 from conftest import FinishedRun
 from run_samples import (
     SHORT_BENCH_SECONDS,
@@ -19,6 +22,7 @@ from run_samples import (
     stages_run_for,
     tiny_recipe,
 )
+from safetensors.torch import load_file
 
 from fips_ort.manifest import MANIFEST, read_manifest
 from fips_ort.validate import validate
@@ -28,6 +32,7 @@ from pipeline.files import read_json
 from pipeline.progress import Progress
 from pipeline.report.schema import check_report
 from pipeline.run import run
+from pipeline.stages import REST
 from pipeline.tasks import image_classification
 
 STAGES = (
@@ -188,6 +193,34 @@ def test_other_bits_keep_the_fit(copied_run: Path) -> None:
     quantization["basis"]["bits"] = 2
     computed = stages_run_for(tiny_recipe(quantization=quantization), copied_run, until="export")
     assert computed == ["qat/0-start", "evaluate/rounded", "qat/1-local", "qat/2-distill", "evaluate/qat", "pack"]
+
+
+def test_what_is_trained_outside_the_mlps_stays(copied_run: Path) -> None:
+    """Steps that do not train it themselves compute with it and pass it on; it ends up in the artefact."""
+    quantization = {
+        **TINY["quantization"],
+        "rest": {"linear_bits": 4, "block_size": 16},
+        "training": [
+            {"objective": "distill", "steps": 5, "batch_size": 32, "learning_rate": 3e-2, "train_rest": True},
+            {"objective": "local", "steps": 3, "batch_tokens": 128},
+            {"objective": "distill", "steps": 2, "batch_size": 32},
+        ],
+    }
+    run(tiny_recipe(quantization=quantization), copied_run, Progress())
+    steps = [load_file(copied_run / "work" / "qat" / name / REST) for name in ("1-distill", "2-local", "3-distill")]
+    assert any(name.endswith("/scales") for name in steps[0])
+    assert "vit.layernorm.weight" in steps[0]
+    for step in steps[1:]:
+        assert step.keys() == steps[0].keys()
+        assert all(torch.equal(step[name], tensor) for name, tensor in steps[0].items())
+    artifact = copied_run / "artifact"
+    stored = {
+        tensor.name: onnx.numpy_helper.to_array(tensor, str(artifact))
+        for tensor in onnx.load(artifact / "model.onnx", load_external_data=False).graph.initializer
+    }
+    expected = steps[0]["vit.layernorm.weight"].half().numpy()
+    assert any(np.array_equal(array.astype(np.float16), expected) for array in stored.values())
+    assert [check.passed for check in validate(artifact)] == [True] * 4
 
 
 def test_other_evaluation_keeps_the_training(copied_run: Path) -> None:
