@@ -13,7 +13,7 @@ from pipeline.compress import install
 from pipeline.factorized_mlp import FactorizedMLP, original_mlp
 from pipeline.models.adapters import find_mlps
 from pipeline.rest_training import TrainableRest, TrainedScales, make_rest_trainable, open_trained_rest, save_rest
-from tests.causal_lm_samples import tiny_language_model
+from causal_lm_samples import tiny_language_model
 
 ARCHITECTURES = ("gemma3", "llama", "qwen2")  # norms around one, an output layer of its own, a tied one
 TOKENS = torch.arange(3, 27).view(2, 12)
