@@ -19,8 +19,9 @@ import psutil
 from torch import nn
 
 from exporters.causal_lm import export_causal_lm
-from exporters.genai_config import save_causal_lm_config
+from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
+from pipeline.errors import InputError
 from pipeline.models.causal_lm import load_language_model
 from pipeline.recipe import Recipe
 
@@ -36,15 +37,20 @@ PROMPT = "The river rises in the hills and flows through three countries before 
 
 
 def bench_causal_lm(
-    artifact: Path, dense: nn.Module, tokenizer: Any, prompt: Sequence[int], threads: int
+    artifact: Path,
+    dense: nn.Module,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    threads: int,
+    beside: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """The report's ``speed`` of an artefact beside ``dense`` at int4, and memory after loading each.
 
-    ``prompt``: token ids, at least one. Returns ``speed`` (see :mod:`pipeline.report.schema`) and
-    ``load_rss_by_backend``.
+    ``prompt``: token ids, at least one. ``beside``: folders for onnxruntime-genai to measure in the same run, under
+    their paths as names. Returns ``speed`` (see :mod:`pipeline.report.schema`) and ``load_rss_by_backend``.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {NATIVE: artifact, INT4: Path(temporary)}
+        folders = {NATIVE: artifact, INT4: Path(temporary)} | {str(folder): folder for folder in beside}
         export_int4(folders[INT4], dense, tokenizer)
         seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
         memory = {name: load_rss(folder) for name, folder in folders.items()}
@@ -56,10 +62,11 @@ def bench_causal_lm(
         }
         for name, (prefill, decode) in seconds.items()
     ]
+    int4 = next(row for row in rows if row["backend"] == INT4)
     for row in rows:
         for phase in ("prefill", "decode"):
             key = f"{phase}_tokens_per_second"
-            row[f"{phase}_ratio_to_int4"] = row[key] / rows[-1][key]
+            row[f"{phase}_ratio_to_int4"] = row[key] / int4[key]
     speed = {
         "unit": "tokens/s",
         "prompt_tokens": len(prompt),
@@ -70,12 +77,18 @@ def bench_causal_lm(
     return {"speed": speed, "load_rss_by_backend": memory}
 
 
-def bench_recipe(artifact: Path, recipe: Recipe, threads: int) -> dict[str, Any]:
-    """:func:`bench_causal_lm` of an artefact and the dense model that its recipe names, on a text of our own."""
+def bench_recipe(artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = ()) -> dict[str, Any]:
+    """:func:`bench_causal_lm` of an artefact and the dense model that its recipe names, on a text of our own.
+
+    Raises InputError if a folder of ``beside`` has no genai_config.json.
+    """
+    for folder in beside:
+        if not (folder / GENAI_CONFIG).is_file():
+            raise InputError(f"--beside {folder}: it has no {GENAI_CONFIG}; give a folder that onnxruntime-genai loads")
     loaded = load_language_model(recipe.model)  # type: ignore[arg-type]
     tokens = loaded.tokenizer(PROMPT)["input_ids"]
     prompt = [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]
-    return bench_causal_lm(artifact, loaded.model, loaded.tokenizer, prompt, threads)
+    return bench_causal_lm(artifact, loaded.model, loaded.tokenizer, prompt, threads, beside)
 
 
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
@@ -86,7 +99,7 @@ def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
     graph = export_causal_lm(model, MAX_LENGTH)
     ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
     save_causal_lm_config(folder, model, tokenizer, MAX_LENGTH)
-    path = folder / "genai_config.json"
+    path = folder / GENAI_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     del config["model"]["decoder"]["session_options"]["custom_ops_library"]  # it needs none, and has none
     path.write_text(json.dumps(config), encoding="utf-8")

@@ -101,9 +101,12 @@ def bench(
     batch: Annotated[int, typer.Option(min=1)] = 1,
     threads: Threads = 0,
     seconds: Annotated[float, typer.Option(help="about how long to measure")] = 10.0,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="another onnxruntime-genai folder to measure in the same run; repeatable")
+    ] = None,
 ) -> None:
     """Time an artefact, interleaved, medians: an image classifier's native kernels beside its portable functions, a
-    language model beside the dense one at int4 as onnxruntime-genai's builder exports it."""
+    language model beside the dense one at int4 as onnxruntime-genai's builder exports it, and other folders."""
     from fips_ort.manifest import MANIFEST, read_manifest
     from pipeline.recipe import parse_recipe
 
@@ -111,7 +114,9 @@ def bench(
     manifest = read_manifest(artifact)
     manifest.check_files(artifact)
     if parse_recipe(manifest.recipe, str(artifact / MANIFEST)).is_language_model:
-        _bench_tokens(artifact, threads)
+        _bench_tokens(artifact, threads, beside or [])
+    elif beside:
+        raise InputError(f"--beside: {artifact} is an image classifier; only language models have others beside them")
     else:
         _bench_images(artifact, batch, threads, seconds)
 
@@ -140,13 +145,13 @@ def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> N
     console.print(table)
 
 
-def _bench_tokens(artifact: Path, threads: int) -> None:
+def _bench_tokens(artifact: Path, threads: int, beside: list[Path]) -> None:
     from fips_ort.manifest import MANIFEST, read_manifest
     from pipeline.bench_causal_lm import bench_recipe
     from pipeline.recipe import parse_recipe
 
     recipe = parse_recipe(read_manifest(artifact).recipe, str(artifact / MANIFEST))
-    measured = bench_recipe(artifact, recipe, threads)
+    measured = bench_recipe(artifact, recipe, threads, beside)
     speed, memory = measured["speed"], measured["load_rss_by_backend"]
     table = Table("backend", "prefill tokens/s", "decode tokens/s", "decode ratio", "load RSS MB", box=None)
     for row in speed["rows"]:

@@ -68,6 +68,15 @@ class _InUnits(nn.Module):
         return vector / self.unit
 
 
+def _original(module: nn.Module, name: str) -> nn.Parameter:
+    """What a parametrized parameter is computed from."""
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    original = parametrizations[name].original
+    assert isinstance(original, nn.Parameter)
+    return original
+
+
 class TrainableRest(nn.Module):
     """The parameters outside the MLPs that are trained; made by :func:`make_rest_trainable`."""
 
@@ -75,10 +84,7 @@ class TrainableRest(nn.Module):
         super().__init__()
         self._layers, self._vectors = layers, vectors
         self.layers = nn.ModuleList(layers.values())
-        self.vectors = nn.ParameterList(
-            module.parametrizations[name].original
-            for module, name in vectors.values()  # type: ignore[index,union-attr]
-        )
+        self.vectors = nn.ParameterList(_original(module, name) for module, name in vectors.values())
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to store, float32: ``NAME/scales`` of layers, and vectors under their parameters' names."""

@@ -141,6 +141,12 @@ def test_bench(command: Command, finished_run: FinishedRun) -> None:
         assert all(float(figure) > 0 for figure in line.split()[-4:])
 
 
+def test_an_image_classifier_is_not_measured_beside_others(command: Command, finished_run: FinishedRun) -> None:
+    folder = finished_run.folder / "artifact"
+    status, _, err = command("bench", folder, "--beside", folder)
+    assert_one_message(status, err, "--beside", "image classifier")
+
+
 @pytest.mark.parametrize("options", [[], ["--portable"]])
 def test_eval_measures_what_the_report_says(
     command: Command, finished_run: FinishedRun, options: list[str]

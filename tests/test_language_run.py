@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_load_rss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of loading is measured in new processes, seconds each: once, in the first run, is enough."""
-    monkeypatch.setattr(bench_causal_lm, "load_rss", lambda _: 1)
+    monkeypatch.setattr(bench_causal_lm, "load_rss", lambda _: 10**6)
     monkeypatch.setattr("pipeline.tasks.causal_lm.measure_memory", lambda _: {"load_rss_bytes": 1, "peak_rss_bytes": 1})
 
 
@@ -260,6 +261,28 @@ def test_generate_prints_text(
     expected = greedy_tokens(finished.artifact, tokenizer("the cat sl")["input_ids"], 20)
     assert out == tokenizer.decode(expected) + "\n"
     assert re.search("[a-z]{3}", out)
+
+
+@pytest.mark.usefixtures("no_load_rss")
+def test_bench_measures_other_folders_in_the_same_run(
+    finished: LanguageRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", str(finished.artifact), "--threads", "1", "--beside"]
+    other = tmp_path / "other"
+    monkeypatch.setattr(sys, "argv", ["fips", *arguments, str(other)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert str(other) in capfd.readouterr().err
+
+    shutil.copytree(finished.artifact, other)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    lines = capfd.readouterr().out.splitlines()
+    for name in (bench_causal_lm.NATIVE, bench_causal_lm.INT4, str(other)):
+        figures = next(line for line in lines if name in line).split()[-4:]
+        assert all(float(figure) > 0 for figure in figures)
 
 
 def test_killed_and_resumed_gives_the_same(finished: LanguageRun, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_lm_samples import tiny_language_model
 from torch import Tensor, nn
 
 from exporters.rest import NBitsLinear, quantize_embedding, quantize_linears, unpack_nbits
@@ -13,7 +14,6 @@ from pipeline.compress import install
 from pipeline.factorized_mlp import FactorizedMLP, original_mlp
 from pipeline.models.adapters import find_mlps
 from pipeline.rest_training import TrainableRest, TrainedScales, make_rest_trainable, open_trained_rest, save_rest
-from causal_lm_samples import tiny_language_model
 
 ARCHITECTURES = ("gemma3", "llama", "qwen2")  # norms around one, an output layer of its own, a tied one
 TOKENS = torch.arange(3, 27).view(2, 12)
