@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,6 +26,7 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder of an artefact")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
+Engine = Literal["local", "ray"]
 Threads = Annotated[int, typer.Option(min=0, help="threads of ONNX Runtime; 0: all cores")]
 
 
@@ -44,6 +45,9 @@ def run(
     out: Annotated[Path | None, typer.Option(help="folder for artefact and report; default runs/NAME")] = None,
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="use no result of an earlier run")] = False,
+    shared: Annotated[
+        Path | None, typer.Option(help="folder in which runs leave results for others that have stages in common")
+    ] = None,
 ) -> None:
     """Run a recipe: from the model to a validated ONNX artefact and a report. Resumes where it was stopped."""
     loaded = load_recipe(recipe, overrides)
@@ -52,7 +56,7 @@ def run(
 
     folder = out or Path("runs") / loaded.name
     try:
-        report = run_recipe(loaded, folder, Progress(), fresh=fresh)
+        report = run_recipe(loaded, folder, Progress(), fresh=fresh, shared=shared)
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         raise
@@ -61,6 +65,56 @@ def run(
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{verdict(report)}\n{verdict_detail(report)}")
     console.print(f"artefact  {folder / ARTIFACT}\nreport    {folder / 'report.html'}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="sweep file (YAML)")],
+    out: Annotated[Path | None, typer.Option(help="folder for points and results; default runs/sweeps/NAME")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="points side by side; 0: as many as the sweep's threads allow")] = 0,
+    engine: Annotated[Engine, typer.Option(help="ray: the cluster at RAY_ADDRESS, or one on this machine")] = "local",
+    fresh: Annotated[bool, typer.Option("--fresh", help="use no result of an earlier sweep")] = False,
+) -> None:
+    """Run every point of a sweep: bit-widths, sizes and methods against quality, as table and picture. Resumes."""
+    from pipeline.sweep.definition import load_sweep
+
+    loaded = load_sweep(file)
+    at_once = jobs or max(1, (os.cpu_count() or 1) // loaded.threads if loaded.threads else 1)
+    from pipeline.sweep.runner import run_sweep
+
+    folder = out or Path("runs") / "sweeps" / loaded.name
+    try:
+        results = run_sweep(loaded, folder, Progress(), at_once=at_once, engine=engine, fresh=fresh)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        raise
+    from pipeline.sweep.page import verdict
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(verdict(results))
+    console.print(f"{folder / 'sweep.html'}, and the same as .png, .md, .csv and .json", markup=False)
+    if results.failures:
+        failed = ", ".join(failure.point.name for failure in results.failures)
+        raise StageError(f"points that could not be run: {failed}; why is in {folder / 'sweep.md'}")
+
+
+@app.command()
+def choose(
+    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a finished sweep, or its sweep.json")],
+    max_bytes: Annotated[str | None, typer.Option(help="of the whole artefact: 150MB, 1.2GB, 800kB")] = None,
+    max_loss: Annotated[
+        str | None, typer.Option(help="2%: points of accuracy, or per cent of the dense perplexity")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="recipe file to write; default POINT.yaml")] = None,
+) -> None:
+    """Print the best point of a sweep within limits, and write its recipe: the best quality under --max-bytes; without
+    it, the smallest artefact under --max-loss."""
+    from pipeline.sweep.choose import choose_point
+
+    chosen = choose_point(sweep, max_bytes, max_loss)
+    path = out or Path(f"{chosen.recipe['name']}.yaml")
+    chosen.write_recipe(path)
+    print(f"{chosen.description}\n{path}: run it with `fips run {path}`")
 
 
 @app.command()

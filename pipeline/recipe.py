@@ -7,7 +7,7 @@ is checked against the model in :mod:`pipeline.plan`, before any expensive work.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +33,9 @@ class Section(BaseModel):
     """A part of a recipe: frozen, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+_Section = TypeVar("_Section", bound=Section)
 
 
 # --- model -----------------------------------------------------------------------------------------------------
@@ -468,29 +471,40 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Entries of lists are addressed by their index, ``quantization.training.0.steps=50``. Raises InputError naming
     the file, key, value and what is allowed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the recipe: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: cannot read the recipe: it is not text in UTF-8") from None
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values")
+    content = read_yaml(path, "recipe")
     for override in overrides or []:
         _apply_override(content, override)
     return parse_recipe(content, str(path))
 
 
+def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    """The mapping in a YAML file; ``kind`` says in errors what it should be. Raises InputError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the {kind}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot read the {kind}: it is not text in UTF-8") from None
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a {kind} is a mapping of keys to values")
+    return content
+
+
 def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe given as nested mappings; ``where`` names it in errors. Raises InputError."""
+    return parse_section(Recipe, content, where)
+
+
+def parse_section(kind: type[_Section], content: dict[str, Any], where: str) -> _Section:
+    """Validate nested mappings as a section of ``kind``; ``where`` names them in errors. Raises InputError."""
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise InputError(_describe_all(where, error.errors())) from None
+        raise InputError(_describe_all(where, kind.__name__.lower(), error.errors())) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -530,10 +544,16 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not valid YAML") from None
+    set_key(content, key, value, f"--set {override}")
+
+
+def set_key(content: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Put ``value`` at a dotted ``key`` of nested mappings and lists; ``where`` begins errors. Raises InputError."""
     node: Any = content
     parts = key.split(".")
+    begin = where
     for depth, part in enumerate(parts):
-        where = f"--set {override}: {'.'.join(parts[:depth])}"
+        where = f"{begin}: {'.'.join(parts[:depth])}"
         last = depth == len(parts) - 1
         if isinstance(node, dict):
             if last:
@@ -551,7 +571,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             raise InputError(f"{where} holds the value {node!r}, not further keys")
 
 
-def _describe_all(where: str, problems: Sequence[Any]) -> str:
+def _describe_all(where: str, whole: str, problems: Sequence[Any]) -> str:
     """One line a key: of several alternatives that a value may follow, the one that it follows furthest."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
     for problem in problems:
@@ -561,7 +581,7 @@ def _describe_all(where: str, problems: Sequence[Any]) -> str:
         if not any(other[: len(key)] == key for other in by_key if len(other) > len(key)):
             said = "; or ".join(dict.fromkeys(_complaint(problem) for problem in group))
             given = _given(group[0]["input"])
-            lines.append(f"{where}: {'.'.join(key) or 'the recipe'}: {given}{said}")
+            lines.append(f"{where}: {'.'.join(key) or f'the {whole}'}: {given}{said}")
     return "\n".join(lines)
 
 

@@ -28,14 +28,17 @@ from pipeline.tasks import make_task
 ARTIFACT = "artifact"
 
 
-def run(recipe: Recipe, folder: Path, progress: Progress, *, fresh: bool = False) -> Report:
+def run(
+    recipe: Recipe, folder: Path, progress: Progress, *, fresh: bool = False, shared: Path | None = None
+) -> Report:
     """Everything from the recipe to the validated artefact in ``folder/artifact`` and the report beside it.
 
-    Stages whose inputs have not changed are taken from ``folder/work``. Raises InputError for what the user can
+    Stages whose inputs have not changed are taken from ``folder/work``, or from ``shared``, where other runs have left
+    what they have in common with this one (:mod:`pipeline.run_folder`). Raises InputError for what the user can
     mend, StageError if the artefact does not keep what was promised.
     """
     estimate(recipe)  # refuses what cannot work before anything is computed or written
-    run_folder = RunFolder(folder, progress, fresh=fresh)
+    run_folder = RunFolder(folder, progress, fresh=fresh, shared=shared)
     with run_folder.lock():
         return _run(recipe, run_folder, progress)
 

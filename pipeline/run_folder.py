@@ -5,14 +5,18 @@ killed stage leaves none and is run again (long training continues from its chec
 same key). It also lists the result's files with their sizes: a result that lost some is computed anew. Only
 successes are kept. A key covers: the stage's name and settings, the key of the stage before,
 our own source code and the versions of the libraries that compute.
+
+Runs that have stages in common (a sweep's) can share a folder of results by key: whoever comes first computes, the
+others wait, and all link the same files.
 """
 
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +29,14 @@ LIBRARIES = ("fips-onnx", "fips-ort", "torch", "torchao", "transformers", "numpy
 
 
 class RunFolder:
-    """``folder``: where artefact, report and ``work/`` go. Use as a context: it is locked against a second run."""
+    """``folder``: where artefact, report and ``work/`` go; :meth:`lock` it against a second run.
 
-    def __init__(self, folder: Path, progress: Progress, *, fresh: bool = False) -> None:
+    ``shared``: folder of results by key, on the same file system, for runs that have stages in common.
+    """
+
+    def __init__(self, folder: Path, progress: Progress, *, fresh: bool = False, shared: Path | None = None) -> None:
         self.folder = folder
+        self.shared = shared
         self.work = folder / "work"
         self.progress = progress
         self.seconds: dict[str, float] = {}
@@ -41,17 +49,9 @@ class RunFolder:
 
         With ``fresh``, the results of earlier runs are deleted.
         """
-        import fcntl
-
         with writing(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
-            file = (self.work / "lock").open("w")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                message = f"--out {self.folder}: another run works in this folder; wait, or choose another"
-                raise InputError(message) from None
+        with only_one(self.work / "lock", f"--out {self.folder}: another run works in this folder"):
             if self.fresh:
                 for folder in filter(Path.is_dir, self.work.iterdir()):
                     shutil.rmtree(folder)
@@ -72,13 +72,32 @@ class RunFolder:
         """
         key = stage_key(name, settings, before)
         folder = self.work / name
-        done, started = folder / "stage.json", folder / "started.json"
+        done = folder / "stage.json"
         result = _read(done)
         if result.get("key") == key and result.get("files") == _file_sizes(folder) and is_valid(folder):
             self.seconds[name] = result["seconds"]
             self.reused.append(name)
             self.progress.say(f"{name}: unchanged, taken from {folder}")
             return key
+        with self._wait_for_others(name, key):
+            if self.shared is not None and (self.shared / key / "stage.json").exists():
+                with writing(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    _link_tree(self.shared / key, folder)
+                result = _read(done)
+                if result.get("files") == _file_sizes(folder) and is_valid(folder):
+                    self.seconds[name] = result["seconds"]
+                    self.reused.append(name)
+                    self.progress.say(f"{name}: shared, taken from {self.shared}")
+                    return key
+            self._compute(name, key, folder, compute)
+            if self.shared is not None:
+                with writing(self.shared):
+                    _publish(folder, self.shared / key)
+        return key
+
+    def _compute(self, name: str, key: str, folder: Path, compute: Callable[[Path], None]) -> None:
+        done, started = folder / "stage.json", folder / "started.json"
         if _read(started).get("key") != key:
             with writing(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -92,7 +111,61 @@ class RunFolder:
         self.seconds[name] = round(time.monotonic() - begin, 3)
         write_json(done, {"key": key, "seconds": self.seconds[name], "files": _file_sizes(folder)})
         started.unlink()
-        return key
+
+    def _wait_for_others(self, name: str, key: str) -> AbstractContextManager[None]:
+        """Hold a stage that other runs may want as well, so that it is computed once."""
+        if self.shared is None:
+            return nullcontext()
+        with writing(self.shared):
+            self.shared.mkdir(parents=True, exist_ok=True)
+        waiting = f"{name}: waiting for another run that is at it"
+        return one_after_another(self.shared / f"{key}.lock", lambda: self.progress.say(waiting))
+
+
+@contextmanager
+def only_one(path: Path, complaint: str) -> Iterator[None]:
+    """Hold the lock file ``path``, or raise InputError with ``complaint``. The system lifts it when the process ends,
+    however it ends."""
+    import fcntl
+
+    with writing(path):
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{complaint}; wait, or choose another") from None
+        yield
+
+
+@contextmanager
+def one_after_another(path: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file ``path``; ``wait`` is called if another process holds it, before waiting for that one."""
+    import fcntl
+
+    with writing(path):
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard links of all files: results are only ever replaced, never written over."""
+    shutil.copytree(source, target, copy_function=os.link)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Link a finished stage's files to where others look for them, in one step."""
+    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    _link_tree(folder, aside)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
 
 
 def stage_key(name: str, settings: Any, before: str) -> str:

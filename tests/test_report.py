@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pipeline.report.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
+from pipeline.report.figure_style import to_svg
+from pipeline.report.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure
 from pipeline.report.render import render_html, render_markdown, write_report
 from pipeline.report.schema import Group, Report, check_report
 from pipeline.report.sections import (

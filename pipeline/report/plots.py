@@ -1,24 +1,30 @@
-"""The report's plots: pure functions from a report to a matplotlib figure, and from a figure to SVG.
+"""The report's plots: pure functions from a report to a matplotlib figure."""
 
-The SVG carries text as text and names its colours as CSS variables with a fallback (``var(--plot-ink, #…)``), so
-that one picture is readable on light and on dark pages. The bytes depend on the report only: no dates, no
-random ids, no settings of the user's matplotlib.
-"""
+from collections.abc import Sequence
 
-import io
-import re
-from collections.abc import Callable, Sequence
-from functools import wraps
-
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import blended_transform_factory
 
+from pipeline.report.figure_style import (
+    BAND,
+    FACTORIZED,
+    FINETUNED,
+    FITTED,
+    MUTED,
+    PACKAGING,
+    QAT,
+    REST,
+    ROUNDED,
+    WIDTH,
+    padded,
+    perplexity_axis,
+    styled,
+)
 from pipeline.report.measures import measure_of
 from pipeline.report.schema import (
     MLP_PARTS,
@@ -30,29 +36,10 @@ from pipeline.report.schema import (
     trained_stages_of,
 )
 from pipeline.report.sections import block_runs, name_blocks, parts_of, stage_name
-from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent, format_tick
-
-INK, MUTED, GRID, BAND = "#23272f", "#646b78", "#dfe2e8", "#f3f4f7"
-FACTORIZED, FITTED, FINETUNED, ROUNDED, QAT = "#c45100", "#0068b0", "#007a58", "#8a6a00", "#a2407f"
-REST, PACKAGING = "#8b93a1", "#c99100"
-COLOURS = {
-    "ink": INK,
-    "muted": MUTED,
-    "grid": GRID,
-    "band": BAND,
-    "factorized": FACTORIZED,
-    "fitted": FITTED,
-    "finetuned": FINETUNED,
-    "rounded": ROUNDED,
-    "qat": QAT,
-    "rest": REST,
-    "packaging": PACKAGING,
-}
-"""Name of the CSS variable (after ``--plot-``) → colour on a light page. Hues after Okabe and Ito."""
+from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent
 
 _PART_KINDS = {FITTED: "MLPs", REST: "rest of the model", PACKAGING: "graph, library, other files"}
 
-_WIDTH = 8.6
 _EXACT = 1e-6
 """Relative errors and singular values below this are float32 rounding."""
 _STAGE_STYLE: dict[TrainedStage, tuple[str, str]] = {
@@ -62,45 +49,9 @@ _STAGE_STYLE: dict[TrainedStage, tuple[str, str]] = {
     "rounded": (ROUNDED, "v"),
     "qat": (QAT, "s"),
 }
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fips",
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
-}
 
 
-def _styled(draw: Callable[[Report], Figure]) -> Callable[[Report], Figure]:
-    @wraps(draw)
-    def styled(report: Report) -> Figure:
-        with matplotlib.style.context(["default", _STYLE]):
-            return draw(report)
-
-    return styled
-
-
-@_styled
+@styled
 def stages_figure(report: Report) -> Figure:
     """Quality with its standard error, and bytes of the whole model, one row per stage."""
     stages = stages_of(report)
@@ -110,18 +61,18 @@ def stages_figure(report: Report) -> Figure:
     errors = np.array([quality["standard_error"][stage] for stage in stages])
     size = np.array([sizes[stage] for stage in stages])
 
-    figure = Figure(figsize=(_WIDTH, 1.25 + 0.36 * len(stages)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.25 + 0.36 * len(stages)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
     left.errorbar(values, rows, xerr=errors, fmt="o", color=FITTED, ecolor=FITTED, elinewidth=1.6, capsize=3)
     left.axvline(quality["dense"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
     left.set_title(f"{measure.name.capitalize()} ± standard error")
     left.set_xlabel(f"{measure.name}, {measure.better} (dashed: dense)")
     if quality["metric"] == "accuracy":
-        left.set_xlim(*_padded(values - errors, values + errors, 0.005))
+        left.set_xlim(*padded(values - errors, values + errors, 0.005))
         left.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     else:
-        _perplexity_axis(left, values, errors)
+        perplexity_axis(left, "x", values, errors)
     left.set_yticks(rows, [stage_name(report, stage) for stage in stages])
     left.set_ylim(len(stages) - 0.5, -0.5)
     left.grid(axis="x")
@@ -138,11 +89,11 @@ def stages_figure(report: Report) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def reconstruction_figure(report: Report) -> Figure:
     """Relative reconstruction error of every compressed block after each stage, log axis; groups as bands."""
     errors = report["reconstruction_error"]
-    figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
     axes = figure.subplots()
     blocks = sorted(block for group in report["groups"] for block in group["blocks"])
     every = range(blocks[0], blocks[-1] + 1)
@@ -168,7 +119,7 @@ def reconstruction_figure(report: Report) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def spectrum_figure(report: Report) -> Figure:
     """Singular values of every group relative to its largest, log axis, the rank marked; one panel a group.
 
@@ -177,7 +128,7 @@ def spectrum_figure(report: Report) -> Figure:
     groups = report["groups"]
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(_WIDTH, 0.5 + 2.2 * lines), layout=ConstrainedLayoutEngine(wspace=0.04))
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.2 * lines), layout=ConstrainedLayoutEngine(wspace=0.04))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     ranks = [group["rank"] or 0 for group in groups]
     last = max(*ranks, *(len(group["singular_values"]) for group in groups))
@@ -196,7 +147,7 @@ def spectrum_figure(report: Report) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def bytes_figure(report: Report) -> Figure:
     """The dense float16 model and the artefact as stacked bars, then every part of the artefact on its own."""
     sizes = report["bytes"]
@@ -213,7 +164,7 @@ def bytes_figure(report: Report) -> Figure:
     # A little space parts the two wholes from the parts.
     rows = np.array([0.0, 1.0, *(2.5 + np.arange(len(parts)))])
 
-    figure = Figure(figsize=(_WIDTH, 1.15 + 0.33 * (len(bars) + 0.5)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.15 + 0.33 * (len(bars) + 0.5)), layout="constrained")
     axes = figure.subplots()
     for row, (_, segments) in zip(rows, bars, strict=True):
         start = 0
@@ -232,50 +183,6 @@ def bytes_figure(report: Report) -> Figure:
     handles = [Patch(color=colour, label=label) for colour, label in _PART_KINDS.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, handlelength=1.2)
     return figure
-
-
-def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element to put into a page, its colours as CSS variables.
-
-    ``name`` begins every id, so that several figures can share a page.
-    """
-    buffer = io.BytesIO()
-    with matplotlib.style.context(["default", _STYLE]):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    text = buffer.getvalue().decode("utf-8")
-    text = text[text.index("<svg") :]
-    used = set(re.findall(r"#([\w-]+)", text))
-    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
-    text = re.sub(r"(url\(|href=\")#", rf"\1#{name}-", text)
-    for variable, colour in COLOURS.items():
-        text = text.replace(f": {colour}", f": var(--plot-{variable}, {colour})")
-    return text
-
-
-def _padded(low: np.ndarray, high: np.ndarray, least: float) -> tuple[float, float]:
-    """Limits around all values, with a margin of at least ``least``."""
-    first, last = float(low.min()), float(high.max())
-    margin = max(0.06 * (last - first), least)
-    return first - margin, last + margin
-
-
-def _perplexity_axis(axes: Axes, values: np.ndarray, errors: np.ndarray) -> None:
-    """Linear while the largest perplexity is less than three times the smallest, else logarithmic."""
-    low, high = np.maximum(values - errors, 0.5 * values), values + errors
-    span = float(high.max() / low.min())
-    if span < 3:
-        axes.set_xlim(*_padded(low, high, 0.005 * float(values[0])))
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    else:
-        axes.set_xscale("log")
-        first, last = _padded(np.log(low), np.log(high), 0.0)
-        axes.set_xlim(np.exp(first), np.exp(last))
-        steps = ((10, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), (30, (1.0, 2.0, 5.0)), (100, (1.0, 3.0)))
-        subs = next((subs for limit, subs in steps if span < limit), (1.0,))
-        axes.xaxis.set_major_locator(LogLocator(10, subs=subs, numticks=6))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value, exponents=span >= 100)))
 
 
 def _column(axes: Axes, rows: np.ndarray, texts: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipeline.files import write_json, write_text
-from pipeline.report.plots import COLOURS, bytes_figure, reconstruction_figure, spectrum_figure, stages_figure, to_svg
+from pipeline.report.figure_style import COLOURS, to_svg
+from pipeline.report.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure
 from pipeline.report.schema import Report, check_report
 from pipeline.report.sections import (
     Plot,
@@ -62,17 +63,7 @@ def render_html(report: Report) -> str:
 
 
 def _render(template: str, report: Report, **more: object) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["markdown"] = _escape_markdown
-    environment.filters["nobreak"] = _keep_units
-    return environment.get_template(template).render(
+    return template_environment().get_template(template).render(
         name=report["recipe"]["name"],
         subtitle=subtitle(report),
         verdict=verdict(report),
@@ -83,6 +74,21 @@ def _render(template: str, report: Report, **more: object) -> str:
         recipe=recipe_text(report),
         **more,
     )
+
+
+def template_environment(*folders: Path) -> Environment:
+    """Jinja with our filters, on the templates in ``folders`` and, after them, those of this package."""
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown"] = _escape_markdown
+    environment.filters["nobreak"] = _keep_units
+    return environment
 
 
 def _escape_markdown(text: str) -> str:

@@ -1,0 +1,119 @@
+"""Where independent commands run: side by side on this machine, or as Ray tasks on several.
+
+A command is a process of its own everywhere, with the same number of threads: the numbers that come out do not depend
+on the engine, one that crashes takes no other with it, and its memory is its own.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.environment import EXIT_WITH_PARENT
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    """``arguments`` after ``python -m``; what it says on standard error goes to the file ``log``."""
+
+    name: str
+    arguments: tuple[str, ...]
+    log: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``status``: exit status. ``message``: the last lines of a command that failed, from its complaint on."""
+
+    name: str
+    status: int
+    message: str
+
+
+def run_command(command: Command, threads: int, say: Callable[[str], None]) -> Outcome:
+    """Run a command to its end; ``say`` gets the lines that begin a stage, with the command's name in front."""
+    count = str(threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, EXIT_WITH_PARENT: "1"}
+    lines: list[str] = []
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    with command.log.open("w", encoding="utf-8") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", *command.arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+        with child:
+            assert child.stderr is not None
+            try:
+                for line in child.stderr:
+                    log.write(line)
+                    log.flush()
+                    lines.append(line.rstrip())
+                    if line[:1].isalpha():
+                        say(f"{command.name}: {line.rstrip()}")
+            except BaseException:
+                child.kill()
+                raise
+    return Outcome(command.name, child.returncode, "" if child.returncode == 0 else _complaint(lines))
+
+
+def run_side_by_side(
+    commands: Sequence[Command], at_once: int, threads: int, say: Callable[[str], None]
+) -> Iterator[Outcome]:
+    """Outcomes as they come, ``at_once`` commands at a time on this machine."""
+    stop = threading.Event()
+
+    def run(command: Command) -> Outcome | None:
+        return None if stop.is_set() else run_command(command, threads, say)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(run, command) for command in commands]
+        try:
+            for future in as_completed(futures):
+                outcome = future.result()
+                if outcome is not None:
+                    yield outcome
+        finally:
+            stop.set()
+
+
+def run_on_ray(commands: Sequence[Command], threads: int, say: Callable[[str], None]) -> Iterator[Outcome]:
+    """Outcomes as they come, from the Ray cluster at ``RAY_ADDRESS``, or one started on this machine.
+
+    Every machine needs the folders of the commands at the same paths, and this package. Raises InputError without Ray.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--engine ray: the package ray is missing; pip install 'fips-onnx[ray]'") from None
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
+    try:
+        remote = ray.remote(num_cpus=threads, max_retries=0)(run_command)
+        waiting = {remote.remote(command, threads, print): command for command in commands}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            command = waiting.pop(done)
+            try:
+                yield ray.get(done)
+            except ray.exceptions.RayError as error:
+                yield Outcome(command.name, 1, f"Ray: {' '.join(str(error).split())}")
+            say(f"{command.name}: done, {len(waiting)} to go")
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _complaint(lines: Sequence[str]) -> str:
+    begins = [index for index, line in enumerate(lines) if line.startswith(("error: ", "failed: "))]
+    return "\n".join(lines[begins[-1] :] if begins else lines[-3:])

@@ -1,0 +1,103 @@
+"""``fips choose``: the best point of a finished sweep within limits."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import InputError
+from pipeline.files import read_json, write_text
+from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent
+
+_BINARY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """``recipe``: as nested mappings. ``description``: the point and its figures in one line."""
+
+    point: str
+    recipe: dict[str, Any]
+    description: str
+
+    def write_recipe(self, path: Path) -> None:
+        """Write the recipe as YAML. Raises InputError rather than replace a file."""
+        if path.exists():
+            raise InputError(f"--out {path}: the file is there already; give another name, or remove it")
+        text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True, width=120)
+        write_text(path, f"# {self.description}\n{text}")
+
+
+def choose_point(sweep: Path, max_bytes: str | None, max_loss: str | None) -> Chosen:
+    """The point of least loss within ``max_bytes``; given only ``max_loss``, the smallest one within it.
+
+    ``sweep``: a sweep's folder or its ``sweep.json``. Of equal points the smaller, or better, is taken. Raises
+    InputError if the limits make no sense or no point keeps them, naming the nearest.
+    """
+    content = _read(sweep)
+    if max_bytes is None and max_loss is None:
+        raise InputError("fips choose: give --max-bytes, --max-loss, or both")
+    bytes_limit = None if max_bytes is None else parse_bytes(max_bytes)
+    loss_limit = None if max_loss is None else parse_percent(max_loss)
+    points = content["points"]
+    fitting = [
+        point
+        for point in points
+        if (bytes_limit is None or point["artifact_bytes"] <= bytes_limit)
+        and (loss_limit is None or point["loss"] <= loss_limit)
+    ]
+    if not fitting:
+        smallest = min(points, key=lambda point: point["artifact_bytes"])
+        best = min(points, key=lambda point: point["loss"])
+        raise InputError(
+            f"{sweep}: no point keeps the limits; the smallest is {_describe(smallest, content['metric'])}; the best "
+            f"is {_describe(best, content['metric'])}"
+        )
+    if bytes_limit is None:
+        chosen = min(fitting, key=lambda point: (point["artifact_bytes"], point["loss"]))
+    else:
+        chosen = min(fitting, key=lambda point: (point["loss"], point["artifact_bytes"]))
+    return Chosen(chosen["point"], chosen["recipe"], _describe(chosen, content["metric"]))
+
+
+def parse_bytes(text: str) -> int:
+    """``150MB`` (10⁶), ``1.5GiB`` (2³⁰), ``800000``. Raises InputError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
+    units = {name.lower(): power for name, power in (*BYTE_UNITS, *_BINARY_UNITS)} | {"": 1}
+    if match is None or match[2].lower() not in units:
+        raise InputError(f"--max-bytes {text}: write a number with B, kB, MB, GB, KiB, MiB or GiB, as in 150MB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_percent(text: str) -> float:
+    """``2%`` → 0.02. Raises InputError."""
+    match = re.fullmatch(r"(-?[0-9]+(?:\.[0-9]+)?)\s*%", text.strip())
+    if match is None:
+        raise InputError(f"--max-loss {text}: write per cent, as in 2%")
+    return float(match[1]) / 100
+
+
+def _describe(point: dict[str, Any], metric: str) -> str:
+    if metric == "accuracy":
+        quality = f"accuracy {format_percent(point['value'])} ({100 * point['loss']:+.1f} points lost)"
+    else:
+        quality = f"perplexity {point['value']:.2f} ({1 + point['loss']:.3f} × dense)"
+    return (
+        f"{point['point']}: {quality}, {format_bytes(point['artifact_bytes'])}, {point['stored_bits']:.2f} stored bits"
+    )
+
+
+def _read(sweep: Path) -> dict[str, Any]:
+    path = sweep / "sweep.json" if sweep.is_dir() else sweep
+    try:
+        content = read_json(path)
+        if content["schema_version"] != 1 or not content["points"]:
+            raise ValueError
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; give the folder of a finished sweep") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is not the result of a sweep; give the folder of a finished sweep") from None
+    result: dict[str, Any] = content
+    return result

@@ -1,0 +1,103 @@
+"""Running a sweep: every point is ``fips run`` in a folder of its own, stages that points have in common are shared."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from pipeline.engines import Command, run_on_ray, run_side_by_side
+from pipeline.errors import StageError
+from pipeline.files import digest, read_json, write_json, write_text, writing
+from pipeline.progress import Progress
+from pipeline.report.schema import Report
+from pipeline.run_folder import code_digest, only_one, versions
+from pipeline.sweep.definition import Point, Sweep
+from pipeline.sweep.page import write_results
+from pipeline.sweep.results import Outcome, Results, collect
+
+POINTS, SHARED = "points", "shared"
+COMMAND = "pipeline.cli"
+"""The module that runs a point, as ``python -m``."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    folder: Path,
+    progress: Progress,
+    *,
+    at_once: int = 1,
+    engine: Literal["local", "ray"] = "local",
+    fresh: bool = False,
+) -> Results:
+    """Run every point that is not finished yet, and write ``sweep.json``, ``.csv``, ``.md``, ``.html`` and ``.png``.
+
+    ``at_once``: points side by side on this machine; Ray has as many as fit. A point that fails is reported and does
+    not stop the others. Finished points are kept while recipe, code and library versions stay as they are; data and
+    models are taken to be unchanged (``fresh`` starts anew). Raises InputError if the folder cannot be used, and
+    StageError if no point could be run.
+    """
+    threads = sweep.threads or max(1, (os.cpu_count() or 1) // at_once)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder / "lock", f"--out {folder}: another sweep works in this folder"):
+        if fresh:
+            for name in (POINTS, SHARED):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        outcomes: dict[str, Outcome] = {}
+        commands = []
+        for point in sweep.points:
+            report = finished_report(folder, point)
+            if report is None:
+                commands.append(_prepare(folder, point))
+            else:
+                outcomes[point.name] = (report, "")
+        progress.say(f"{sweep.name}: {len(sweep.points)} points, {len(outcomes)} finished before")
+        if engine == "ray":
+            running = run_on_ray(commands, threads, progress.say)
+        else:
+            running = run_side_by_side(commands, at_once, threads, progress.say)
+        points = {point.name: point for point in sweep.points}
+        for outcome in running:
+            point_folder = folder / POINTS / outcome.name
+            if outcome.status == 0:
+                write_json(point_folder / "finished.json", {"key": point_key(points[outcome.name])})
+                outcomes[outcome.name] = (read_json(point_folder / "report.json"), "")
+            else:
+                outcomes[outcome.name] = (None, outcome.message)
+                progress.say(f"{outcome.name}: failed; the others go on. {outcome.message}")
+        rows, failures = collect(sweep, outcomes)
+        if not rows:
+            complaints = "\n".join(f"{failure.point.name}: {failure.message}" for failure in failures)
+            raise StageError(f"no point of the sweep could be run\n{complaints}")
+        results = Results(sweep, tuple(rows), tuple(failures))
+        write_results(results, folder)
+    return results
+
+
+def point_key(point: Point) -> str:
+    """What a finished point depends on."""
+    return digest({"recipe": point.recipe.model_dump(mode="json"), "code": code_digest(), "versions": versions()})
+
+
+def finished_report(folder: Path, point: Point) -> Report | None:
+    """The report of a point that is finished and would come out the same."""
+    point_folder = folder / POINTS / point.name
+    try:
+        if read_json(point_folder / "finished.json")["key"] != point_key(point):
+            return None
+        report: Report = read_json(point_folder / "report.json")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report
+
+
+def _prepare(folder: Path, point: Point) -> Command:
+    """``fips run`` on the point's recipe, written to its folder, where anybody can repeat it."""
+    point_folder = folder / POINTS / point.name
+    (point_folder / "finished.json").unlink(missing_ok=True)
+    recipe = point_folder / "recipe.yaml"
+    write_text(recipe, yaml.safe_dump(point.content, sort_keys=False, allow_unicode=True, width=120))
+    arguments = ["run", recipe, "--out", point_folder, "--shared", folder / SHARED]
+    return Command(point.name, (COMMAND, *map(str, arguments)), point_folder / "log.txt")
