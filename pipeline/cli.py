@@ -3,13 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.console import table_console
+from pipeline.engines import Engine
 from pipeline.environment import prepare_process
 from pipeline.errors import InputError, StageError
 from pipeline.progress import Progress
@@ -26,7 +27,7 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder of an artefact")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
-Engine = Literal["local", "ray"]
+EngineName = Annotated[Engine, typer.Option(help="ray: the cluster at RAY_ADDRESS, or one on this machine")]
 Threads = Annotated[int, typer.Option(min=0, help="threads of ONNX Runtime; 0: all cores")]
 
 
@@ -48,6 +49,7 @@ def run(
     shared: Annotated[
         Path | None, typer.Option(help="folder in which runs leave results for others that have stages in common")
     ] = None,
+    engine: EngineName = "local",
 ) -> None:
     """Run a recipe: from the model to a validated ONNX artefact and a report. Resumes where it was stopped."""
     loaded = load_recipe(recipe, overrides)
@@ -56,7 +58,7 @@ def run(
 
     folder = out or Path("runs") / loaded.name
     try:
-        report = run_recipe(loaded, folder, Progress(), fresh=fresh, shared=shared)
+        report = run_recipe(loaded, folder, Progress(), fresh=fresh, shared=shared, engine=engine)
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         raise
@@ -72,7 +74,7 @@ def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="sweep file (YAML)")],
     out: Annotated[Path | None, typer.Option(help="folder for points and results; default runs/sweeps/NAME")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="points side by side; 0: as many as the sweep's threads allow")] = 0,
-    engine: Annotated[Engine, typer.Option(help="ray: the cluster at RAY_ADDRESS, or one on this machine")] = "local",
+    engine: EngineName = "local",
     fresh: Annotated[bool, typer.Option("--fresh", help="use no result of an earlier sweep")] = False,
 ) -> None:
     """Run every point of a sweep: bit-widths, sizes and methods against quality, as table and picture. Resumes."""

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.environment import EXIT_WITH_PARENT
 from pipeline.errors import InputError
+
+Engine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,13 @@ class Outcome:
 def run_command(command: Command, threads: int, say: Callable[[str], None]) -> Outcome:
     """Run a command to its end; ``say`` gets the lines that begin a stage, with the command's name in front."""
     count = str(threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, EXIT_WITH_PARENT: "1"}
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        EXIT_WITH_PARENT: "1",
+    }
     lines: list[str] = []
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with command.log.open("w", encoding="utf-8") as log:

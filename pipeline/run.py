@@ -1,8 +1,8 @@
-"""A whole run: the list of stages, in order, with what each depends on."""
+"""A whole run: the list of stages, in order, with what each depends on; those of single groups are in
+:mod:`pipeline.groups`."""
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from exporters.packed_model import load_packed_model, save_packed_model
 from fips_ort.native import library_path
 from pipeline import deliver, stages
 from pipeline.compress import install
+from pipeline.engines import Engine
 from pipeline.estimate import estimate
 from pipeline.files import file_digest
-from pipeline.plan import make_plan
+from pipeline.groups import fit_on_ray, open_run
 from pipeline.progress import Progress
 from pipeline.quantize import freeze
 from pipeline.recipe import Recipe
@@ -23,15 +24,23 @@ from pipeline.report.assembly import assemble_report
 from pipeline.report.render import write_report
 from pipeline.report.schema import Report
 from pipeline.run_folder import RunFolder
-from pipeline.tasks import make_task
 
 ARTIFACT = "artifact"
 
 
 def run(
-    recipe: Recipe, folder: Path, progress: Progress, *, fresh: bool = False, shared: Path | None = None
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    *,
+    fresh: bool = False,
+    shared: Path | None = None,
+    engine: Engine = "local",
 ) -> Report:
     """Everything from the recipe to the validated artefact in ``folder/artifact`` and the report beside it.
+
+    ``engine`` ray: groups, which are independent until quantization, are factorized and fitted side by side on a Ray
+    cluster whose machines see ``folder`` at the same path.
 
     Stages whose inputs have not changed are taken from ``folder/work``, or from ``shared``, where other runs have left
     what they have in common with this one (:mod:`pipeline.run_folder`). Raises InputError for what the user can
@@ -40,26 +49,16 @@ def run(
     estimate(recipe)  # refuses what cannot work before anything is computed or written
     run_folder = RunFolder(folder, progress, fresh=fresh, shared=shared)
     with run_folder.lock():
-        return _run(recipe, run_folder, progress)
+        return _run(recipe, run_folder, progress, engine)
 
 
-def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
+def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) -> Report:
     work = folder.work
     settings = recipe.model_dump(mode="json")
     evaluated: dict[str, Path] = {}
     errors: dict[str, dict[str, float]] = {}
-
-    # The dense model and its data.
-    task = make_task(recipe)
-    key = folder.stage(
-        "model",
-        [settings["model"], recipe.seed, task.data_hash],
-        "",
-        partial(task.make_dense, progress=progress),
-    )
-    task.open_dense(work / "model")
-    plan = make_plan(recipe, task.sites)
-    key = json.dumps([task.source_hash, task.data_hash, key])
+    opened = open_run(recipe, folder, progress)
+    task, plan, calibration = opened.task, opened.plan, opened.calibration
 
     def evaluate(name: str, before: str, make_model: Callable[[], nn.Module]) -> None:
         def measure(out: Path) -> None:
@@ -68,24 +67,12 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
         folder.stage(f"evaluate/{name}", settings["evaluation"], before, measure)
         evaluated[name] = work / "evaluate" / name
 
-    evaluate("dense", key, lambda: task.model)
+    evaluate("dense", opened.dense_key, lambda: task.model)
 
-    # Calibration, factorization and fit, group by group.
-    calibration = work / "calibrate"
-    calibrated = folder.stage(
-        "calibrate",
-        [settings["calibration"], [site.path for group in plan.groups for site in group.sites], recipe.seed],
-        key,
-        partial(stages.calibrate, task=task, plan=plan, progress=progress),
-    )
-    keys = {}
-    for group in plan.groups:
-        keys[group.name] = folder.stage(
-            f"factorize/{group.name}",
-            [settings["compression"], asdict(group)],
-            calibrated,
-            partial(stages.factorize, recipe=recipe, dense=task.model, group=group, calibration=calibration),
-        )
+    # Factorization and fit, group by group.
+    if engine == "ray":
+        fit_on_ray(opened)
+    keys = {group.name: opened.factorize(group) for group in plan.groups}
     unquantized = [work / "factorize" / group.name for group in plan.groups]
     restore = partial(stages.restore_all, recipe, task.model, plan)
     key = json.dumps(keys)
@@ -94,14 +81,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Report:
         evaluate("factorized", key, lambda: install(task.model, restore(factorized)))
         errors["factorized"] = stages.merge_errors(factorized)
     if recipe.fit is not None:
-        for group, before in zip(plan.groups, unquantized, strict=True):
-            compute = partial(stages.fit, recipe=recipe, dense=task.model, group=group, before=before)
-            keys[group.name] = folder.stage(
-                f"fit/{group.name}",
-                settings["fit"],
-                keys[group.name],
-                partial(compute, calibration=calibration, progress=progress),
-            )
+        keys = {group.name: opened.fit(group, keys[group.name]) for group in plan.groups}
         fitted = unquantized = [work / "fit" / group.name for group in plan.groups]
         key = json.dumps(keys)
         evaluate("fitted", key, lambda: install(task.model, restore(fitted)))

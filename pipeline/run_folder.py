@@ -73,9 +73,8 @@ class RunFolder:
         key = stage_key(name, settings, before)
         folder = self.work / name
         done = folder / "stage.json"
-        result = _read(done)
-        if result.get("key") == key and result.get("files") == _file_sizes(folder) and is_valid(folder):
-            self.seconds[name] = result["seconds"]
+        if self.has(name, key) and is_valid(folder):
+            self.seconds[name] = _read(done)["seconds"]
             self.reused.append(name)
             self.progress.say(f"{name}: unchanged, taken from {folder}")
             return key
@@ -84,9 +83,8 @@ class RunFolder:
                 with writing(folder):
                     shutil.rmtree(folder, ignore_errors=True)
                     _link_tree(self.shared / key, folder)
-                result = _read(done)
-                if result.get("files") == _file_sizes(folder) and is_valid(folder):
-                    self.seconds[name] = result["seconds"]
+                if self.has(name, key) and is_valid(folder):
+                    self.seconds[name] = _read(done)["seconds"]
                     self.reused.append(name)
                     self.progress.say(f"{name}: shared, taken from {self.shared}")
                     return key
@@ -95,6 +93,12 @@ class RunFolder:
                 with writing(self.shared):
                     _publish(folder, self.shared / key)
         return key
+
+    def has(self, name: str, key: str) -> bool:
+        """Whether the result of a stage with this key is there, whole."""
+        folder = self.work / name
+        result = _read(folder / "stage.json")
+        return result.get("key") == key and result.get("files") == _file_sizes(folder)
 
     def _compute(self, name: str, key: str, folder: Path, compute: Callable[[Path], None]) -> None:
         done, started = folder / "stage.json", folder / "started.json"

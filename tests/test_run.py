@@ -30,6 +30,7 @@ from pipeline import deliver
 from pipeline.errors import InputError, StageError
 from pipeline.files import read_json
 from pipeline.progress import Progress
+from pipeline.recipe import load_recipe
 from pipeline.report.schema import check_report
 from pipeline.run import run
 from pipeline.stages import REST
@@ -182,6 +183,25 @@ def test_old_artefact_survives_a_kill_between_its_two_moves(copied_run: Path) ->
 
 
 # --- reuse -----------------------------------------------------------------------------------------------------
+
+
+def test_groups_fitted_on_ray_give_the_same(finished_run: FinishedRun, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    said: list[str] = []
+
+    class Listening(Progress):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        run(load_recipe(finished_run.recipe), tmp_path / "run", Listening(), engine="ray")
+    finally:
+        ray.shutdown()
+    for group in ("group_0", "group_1"):
+        assert f"fit/{group}: unchanged, taken from {tmp_path / 'run/work/fit' / group}" in said
+    expected, found = artifact_hashes(finished_run.folder), artifact_hashes(tmp_path / "run")
+    assert found == expected
 
 
 def test_finished_run_is_reused(copied_run: Path) -> None:

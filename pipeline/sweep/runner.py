@@ -3,11 +3,10 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
-from pipeline.engines import Command, run_on_ray, run_side_by_side
+from pipeline.engines import Command, Engine, run_on_ray, run_side_by_side
 from pipeline.errors import StageError
 from pipeline.files import digest, read_json, write_json, write_text, writing
 from pipeline.progress import Progress
@@ -28,7 +27,7 @@ def run_sweep(
     progress: Progress,
     *,
     at_once: int = 1,
-    engine: Literal["local", "ray"] = "local",
+    engine: Engine = "local",
     fresh: bool = False,
 ) -> Results:
     """Run every point that is not finished yet, and write ``sweep.json``, ``.csv``, ``.md``, ``.html`` and ``.png``.
