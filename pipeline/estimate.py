@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.allocate import choices_of, largest_choice
 from pipeline.console import table_console
 from pipeline.errors import InputError
 from pipeline.models.adapters import MLPSite, find_mlps
@@ -70,8 +71,13 @@ class Estimate:
 
 
 def estimate(recipe: Recipe) -> Estimate:
-    """Plan a run. Raises InputError for whatever :func:`pipeline.plan.make_plan` refuses, and missing inputs."""
+    """Plan a run, with the largest choices where some are left to an allocation. Raises InputError for whatever
+    :func:`pipeline.plan.make_plan` refuses, and missing inputs."""
     _check_inputs(recipe)
+    choices = []
+    if recipe.allocate is not None:
+        choices = [choice.apply(recipe) for choice in choices_of(recipe)]
+        recipe = largest_choice(recipe)
     if recipe.is_language_model:
         config, kind = load_language_config(recipe.model), language_model_class()  # type: ignore[arg-type]
     else:
@@ -81,6 +87,8 @@ def estimate(recipe: Recipe) -> Estimate:
     with shapes_only:
         model = kind.from_config(config)
     sites = find_mlps(model)
+    for choice in choices:
+        make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     _check_rest_blocks(recipe, model, sites)
     sizes = {group.name: _group_size(recipe, group) for group in plan.groups}
@@ -124,6 +132,12 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
     sizes = f"{estimated.parameters:,} parameters, {estimated.mlp_parameters:,} in compressed MLPs"
     console.print(f"{recipe.name}: {sizes}")
     console.print(table)
+    if recipe.allocate is not None:
+        left = round(recipe.allocate.target * estimated.mlp_parameters / 8)
+        console.print(
+            f"with the largest choices of `allocate`, which has {left:,} bytes for these MLPs at "
+            f"{recipe.allocate.target:g} stored bits per weight"
+        )
     if estimated.plan.dense_blocks:
         console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
     dense = 2 * estimated.parameters

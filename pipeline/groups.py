@@ -1,4 +1,4 @@
-"""The first stages of a run: the dense model, calibration, and then factorization and fit of each group.
+"""The first stages of a run: the dense model, calibration, allocation, then factorization and fit of each group.
 
 Groups are independent of one another until quantization, so they can be computed in other processes:
 ``python -m pipeline.groups RECIPE FOLDER GROUP`` does one, in the folder of a run that is calibrated and waits for it.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline import stages
+from pipeline.allocate import allocate, load_chosen
 from pipeline.engines import Command, run_on_ray
 from pipeline.environment import prepare_process
 from pipeline.errors import StageError
@@ -65,8 +66,9 @@ class Opened:
         return done
 
     def _factorize(self, group: GroupPlan) -> StageArguments:
-        settings = [self.recipe.compression.model_dump(mode="json"), asdict(group)]
-        compute = partial(stages.factorize, recipe=self.recipe, dense=self.task.model, group=group)
+        recipe = self.plan.recipes[group.name]
+        settings = [recipe.compression.model_dump(mode="json"), asdict(group)]
+        compute = partial(stages.factorize, recipe=recipe, dense=self.task.model, group=group)
         return (
             f"factorize/{group.name}",
             settings,
@@ -75,12 +77,13 @@ class Opened:
         )
 
     def _fit(self, group: GroupPlan, factorized: str) -> StageArguments:
-        assert self.recipe.fit is not None
+        recipe = self.plan.recipes[group.name]
+        assert recipe.fit is not None
         before = self.folder.work / "factorize" / group.name
-        compute = partial(stages.fit, recipe=self.recipe, dense=self.task.model, group=group, before=before)
+        compute = partial(stages.fit, recipe=recipe, dense=self.task.model, group=group, before=before)
         return (
             f"fit/{group.name}",
-            self.recipe.fit.model_dump(mode="json"),
+            recipe.fit.model_dump(mode="json"),
             factorized,
             partial(compute, calibration=self.calibration, progress=self.progress),
         )
@@ -105,6 +108,14 @@ def open_run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Opened:
         dense_key,
         partial(stages.calibrate, task=task, plan=plan, progress=progress),
     )
+    if recipe.allocate is not None:
+        calibrated = folder.stage(
+            "allocate",
+            [settings[part] for part in ("allocate", "compression", "quantization")] + [recipe.seed],
+            calibrated,
+            partial(allocate, task=task, plan=plan, calibration=folder.work / "calibrate", progress=progress),
+        )
+        plan = make_plan(recipe, task.sites, load_chosen(recipe, folder.work / "allocate"))
     return Opened(recipe, folder, progress, task, plan, dense_key, calibrated)
 
 

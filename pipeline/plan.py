@@ -1,6 +1,7 @@
 """Recipe × model, before any expensive work: groups, ranks, layouts and sizes, and everything that cannot work."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ from pipeline.budget import kept_parameters, rank_for_budget
 from pipeline.errors import InputError
 from pipeline.models.adapters import MLPSite
 from pipeline.recipe import FactorScheme, Recipe
+
+
+def group_name(index: int) -> str:
+    return f"group_{index}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class GroupPlan:
 
     @property
     def name(self) -> str:
-        return f"group_{self.index}"
+        return group_name(self.index)
 
     @property
     def dense_parameters(self) -> int:
@@ -44,14 +49,19 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does to a model: its groups, and the blocks it leaves dense."""
+    """What a recipe does to a model: its groups, and the blocks it leaves dense.
+
+    ``recipes``: the recipe as it applies to each group, by name; they differ where an allocation has chosen
+    (:mod:`pipeline.allocate`).
+    """
 
     groups: tuple[GroupPlan, ...]
     dense_blocks: tuple[int, ...]
+    recipes: Mapping[str, Recipe]
 
 
-def make_plan(recipe: Recipe, sites: list[MLPSite]) -> Plan:
-    """Check a recipe against the MLPs of a model and derive the ranks.
+def make_plan(recipe: Recipe, sites: list[MLPSite], chosen: Mapping[str, Recipe] | None = None) -> Plan:
+    """Check a recipe against the MLPs of a model and derive the ranks. ``chosen``: recipes of single groups, by name.
 
     Raises InputError listing every offender: group indices out of range or used twice, groups of unequal
     width, block sizes that do not divide, a rank below one block, bits graded along a rank axis that is not there.
@@ -64,14 +74,17 @@ def make_plan(recipe: Recipe, sites: list[MLPSite]) -> Plan:
         )
     groups = _group_sites(recipe, sites, problems)
     plans = []
+    recipes: dict[str, Recipe] = {}
     for index, members in groups:
-        plan = _plan_group(recipe, index, members, problems)
+        own = (chosen or {}).get(group_name(index), recipe)
+        plan = _plan_group(own, index, members, problems)
         if plan is not None:
             plans.append(plan)
+            recipes[plan.name] = own
     if problems:
         raise InputError("\n".join(f"recipe {recipe.name}: {problem}" for problem in problems))
     grouped = {site.block for group in plans for site in group.sites}
-    return Plan(tuple(plans), tuple(site.block for site in sites if site.block not in grouped))
+    return Plan(tuple(plans), tuple(site.block for site in sites if site.block not in grouped), recipes)
 
 
 def _group_sites(recipe: Recipe, sites: list[MLPSite], problems: list[str]) -> list[tuple[int, list[MLPSite]]]:

@@ -379,6 +379,28 @@ class Quantization(Section):
         return self
 
 
+class Allocate(Section):
+    """Rank, sparsity and bits of every group, chosen together to meet ``target``: stored bits per original weight of
+    the compressed MLPs, all bytes counted.
+
+    Every combination of ``budgets``, ``sparsities`` (pattern bitmap only) and ``bits`` (of the projections) is tried on
+    every group alone, and measured by the divergence from the dense model that it causes on ``samples`` training
+    samples; the recipe's own value stands where a list is not given.
+    """
+
+    target: PositiveFloat
+    budgets: Annotated[list[Annotated[float, Field(gt=0.0, le=2.0)]], Field(min_length=1)] | None = None
+    sparsities: Annotated[list[Fraction], Field(min_length=1)] | None = None
+    bits: Annotated[list[Literal[2, 3, 4] | list[Grade]], Field(min_length=1)] | None = None
+    samples: Positive = 8
+
+    @model_validator(mode="after")
+    def _something_is_open(self) -> "Allocate":
+        if all(values is None for values in (self.budgets, self.sparsities, self.bits)):
+            raise ValueError("nothing to choose from; give budgets, sparsities or bits")
+        return self
+
+
 class Export(Section):
     """``accuracy_level`` 0: float32 activations; 4: int8 activations where the kernels can use them."""
 
@@ -416,6 +438,7 @@ class Recipe(Section):
     fit: Fit | None = None
     finetune: EndToEnd | None = None
     quantization: Quantization
+    allocate: Allocate | None = None
     export: Export = Export()
     evaluation: Evaluation = Evaluation()
 
@@ -451,6 +474,19 @@ class Recipe(Section):
         for key in ("fit", "finetune"):
             if not is_fips and getattr(self, key) is not None:
                 raise _AtKeyError(key, "trains unquantized factors; compression.method dense has none, leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _allocation_has_its_parts(self) -> "Recipe":
+        if self.allocate is None:
+            return self
+        if self.compression.method == "dense":
+            raise _AtKeyError("allocate", "method dense has no rank, sparsity or graded bits to choose; leave it out")
+        if self.allocate.sparsities is not None and self.compression.pattern != "bitmap":
+            pattern = self.compression.pattern
+            raise _AtKeyError("allocate.sparsities", f"pattern {pattern} fixes the sparsity; take pattern bitmap")
+        if self.quantization.target_stored_bits is not None:
+            raise _AtKeyError("allocate", "chooses the bits, and so does quantization: bits allocate; take one of them")
         return self
 
     @model_validator(mode="after")

@@ -74,7 +74,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         fit_on_ray(opened)
     keys = {group.name: opened.factorize(group) for group in plan.groups}
     unquantized = [work / "factorize" / group.name for group in plan.groups]
-    restore = partial(stages.restore_all, recipe, task.model, plan)
+    restore = partial(stages.restore_all, task.model, plan)
     key = json.dumps(keys)
     if recipe.compression.method == "fips":
         factorized = unquantized
@@ -102,6 +102,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
 
     # Quantization-aware training, in a model whose other weights are as they will be stored.
     schemes = {name: value for name, value in settings["quantization"].items() if name != "training"}
+    chosen_schemes = [own.quantization.projections.model_dump(mode="json") for own in plan.recipes.values()]
     rest_key = folder.stage(
         "qat/rest",
         [settings["calibration"], schemes["rest"], schemes["start"], recipe.seed],
@@ -113,7 +114,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
     rounded = last = work / "qat" / "0-start"
     key = folder.stage(
         "qat/0-start",
-        [schemes, settings["export"]["accuracy_level"], rest_key],
+        [schemes, chosen_schemes, settings["export"]["accuracy_level"], rest_key],
         key,
         partial(stages.quantize, inputs=models, progress=progress),
     )

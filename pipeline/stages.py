@@ -153,7 +153,7 @@ def finetune(
     """Global error minimisation: all factors together, masks kept."""
     recipe, dense = task.recipe, task.model
     assert recipe.finetune is not None
-    mlps = restore_all(recipe, dense, plan, before)
+    mlps = restore_all(dense, plan, before)
     model = install(dense, mlps)
     checkpoint = folder / "checkpoint.pt"
     train_end_to_end(model, mlps, recipe.finetune, task, recipe.seed, checkpoint, "fine-tune", progress)
@@ -188,10 +188,11 @@ class QuantizationInputs:
 
 def quantize(folder: Path, inputs: QuantizationInputs, progress: Progress) -> None:
     """Fake quantization without training: segments chosen, starting scales and codes found, group by group."""
-    recipe, mlps = inputs.recipe, []
+    mlps = []
     segments: dict[str, tuple[Segments, Segments]] = {}
     with progress.task("starting codes", len(inputs.plan.groups)) as advance:
         for group, path in zip(inputs.plan.groups, inputs.unquantized, strict=True):
+            recipe = inputs.plan.recipes[group.name]
             members = restore_group(inputs.base, group, path / FACTORS, masked=is_masked(recipe))
             moments = None
             if needs_moments(recipe):
@@ -203,7 +204,7 @@ def quantize(folder: Path, inputs: QuantizationInputs, progress: Progress) -> No
             advance(1, group.name)
     assert_coverage(install(inputs.base, mlps), mlps)
     write_json(folder / SEGMENTS, segments)
-    _save_errors(folder, recipe, inputs.dense, mlps, inputs.calibration)
+    _save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)
 
 
 def load_segments(folder: Path) -> dict[str, tuple[Segments, Segments]]:
@@ -218,9 +219,8 @@ def restore_quantized(inputs: QuantizationInputs, started: Path, quantized: Path
     state of the step in folder ``quantized``."""
     segments, mlps = load_segments(started), []
     for group in inputs.plan.groups:
-        mlps += restore_prepared(
-            inputs.recipe, inputs.base, group, segments[group.name], quantized / group.name / FACTORS
-        )
+        recipe, path = inputs.plan.recipes[group.name], quantized / group.name / FACTORS
+        mlps += restore_prepared(recipe, inputs.base, group, segments[group.name], path)
     return mlps
 
 
@@ -276,11 +276,11 @@ def train_quantized(
     _save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)
 
 
-def restore_all(recipe: Recipe, model: nn.Module, plan: Plan, folders: Sequence[Path]) -> list[FactorizedMLP]:
+def restore_all(model: nn.Module, plan: Plan, folders: Sequence[Path]) -> list[FactorizedMLP]:
     """All MLPs with unquantized factors, one folder per group."""
     mlps = []
     for group, folder in zip(plan.groups, folders, strict=True):
-        mlps += restore_group(model, group, folder / FACTORS, masked=is_masked(recipe))
+        mlps += restore_group(model, group, folder / FACTORS, masked=is_masked(plan.recipes[group.name]))
     return mlps
 
 

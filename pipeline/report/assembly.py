@@ -72,7 +72,9 @@ def assemble_report(
         "data": task.describe_data(),
         "versions": versions(),
         "hardware": describe_hardware(),
-        "groups": [_describe_group(recipe, group, segments[group.name], work) for group in plan.groups],
+        "groups": [
+            _describe_group(plan.recipes[group.name], group, segments[group.name], work) for group in plan.groups
+        ],
         "dense_blocks": list(plan.dense_blocks),
         "bytes": {
             "dense_float16": 2 * parameters,

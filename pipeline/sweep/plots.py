@@ -1,6 +1,6 @@
 """The picture of a sweep: quality against three sizes and against speed, with error bars and Pareto fronts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -95,13 +95,14 @@ def _panel(
     front = pareto_front(results.rows, [(sign * cost, row.loss) for cost, row in zip(costs, results.rows, strict=True)])
     where = {row.point.name: cost for cost, row in zip(costs, results.rows, strict=True)}
     axes.axhline(_quality(results, None)[0], color=MUTED, linewidth=0.9, linestyle=_DASHED, zorder=0.5)
+    shown = _apart(where, {row.point.name: _quality(results, row)[0] for row in results.rows})
     line = [(where[row.point.name], _quality(results, row)[0]) for row in front]
     axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1.0, zorder=1)
     best = {row.point.name for row in front}
     for row, colour, marker in points:
         value, error = _quality(results, row)
         drawn = axes.errorbar(
-            where[row.point.name],
+            shown[row.point.name],
             value,
             yerr=error,
             fmt=marker,
@@ -127,6 +128,20 @@ def _panel(
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.set_title(title)
     axes.grid()
+
+
+def _apart(costs: Mapping[str, float], values: Mapping[str, float]) -> dict[str, float]:
+    """``costs`` with those of points that would cover each other moved apart by a little, less than a mark's width."""
+    span = (max(costs.values()) - min(costs.values())) or 1.0
+    height = (max(values.values()) - min(values.values())) or 1.0
+    placed: dict[str, float] = {}
+    for name, cost in costs.items():
+        near = sum(
+            abs(cost - costs[other]) < 0.012 * span and abs(values[name] - values[other]) < 0.03 * height
+            for other in placed
+        )
+        placed[name] = cost + 0.015 * span * near
+    return placed
 
 
 def _quality(results: Results, row: Row | None) -> tuple[float, float]:
