@@ -16,6 +16,7 @@ from pipeline.report.units import (
     format_bytes,
     format_percent,
     format_perplexity,
+    format_points,
     format_ratio,
     format_seconds,
 )
@@ -128,7 +129,7 @@ def _table(results: Results) -> Table:
             loss = format_ratio(1 + row.loss, row.loss_error)
         else:
             value = f"{format_percent(row.value)} ± {100 * row.error:.1f}"
-            loss = f"{100 * row.loss:+.1f}".replace("-", "−")
+            loss = format_points(row.loss)
         rows.append(
             (
                 row.point.name,
