@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,13 @@ Engine = Literal["local", "ray"]
 
 @dataclass(frozen=True)
 class Command:
-    """``arguments`` after ``python -m``; what it says on standard error goes to the file ``log``."""
+    """``arguments`` after ``python -m``; what it says on standard error goes to the file ``log``. It is run in the
+    folder that this process is in, on whatever machine."""
 
     name: str
     arguments: tuple[str, ...]
     log: Path
+    folder: Path = field(default_factory=Path.cwd)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def run_command(command: Command, threads: int, say: Callable[[str], None]) -> O
         EXIT_WITH_PARENT: "1",
     }
     lines: list[str] = []
-    command.log.parent.mkdir(parents=True, exist_ok=True)
-    with command.log.open("w", encoding="utf-8") as log:
+    log_path = command.folder / command.log
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("w", encoding="utf-8") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", *command.arguments],
             stdin=subprocess.PIPE,
@@ -59,6 +62,7 @@ def run_command(command: Command, threads: int, say: Callable[[str], None]) -> O
             text=True,
             errors="replace",
             env=environment,
+            cwd=command.folder,
         )
         with child:
             assert child.stderr is not None
@@ -104,6 +108,7 @@ def run_on_ray(commands: Sequence[Command], threads: int, say: Callable[[str], N
         import ray
     except ImportError:
         raise InputError("--engine ray: the package ray is missing; pip install 'fips-onnx[ray]'") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)

@@ -32,16 +32,15 @@ StageArguments = tuple[str, Any, str, Callable[[Path], None]]
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A run whose dense model is there and whose calibration is done."""
+class Calibrated:
+    """A run whose calibration is done, so that its groups can be computed. ``key``: of the stage before them."""
 
     recipe: Recipe
     folder: RunFolder
     progress: Progress
     task: Task
     plan: Plan
-    dense_key: str
-    calibrated_key: str
+    key: str
 
     @property
     def calibration(self) -> Path:
@@ -72,7 +71,7 @@ class Opened:
         return (
             f"factorize/{group.name}",
             settings,
-            self.calibrated_key,
+            self.key,
             partial(compute, calibration=self.calibration),
         )
 
@@ -89,58 +88,66 @@ class Opened:
         )
 
 
-def open_run(recipe: Recipe, folder: RunFolder, progress: Progress) -> Opened:
-    """The dense model and its data, and what its MLPs read and write."""
-    settings = recipe.model_dump(mode="json")
+def open_dense(recipe: Recipe, folder: RunFolder, progress: Progress) -> tuple[Task, str]:
+    """The task with its dense model, and the key of everything that follows from them."""
     task = make_task(recipe)
     key = folder.stage(
         "model",
-        [settings["model"], recipe.seed, task.data_hash],
+        [recipe.model.model_dump(mode="json"), recipe.seed, task.data_hash],
         "",
         partial(task.make_dense, progress=progress),
     )
     task.open_dense(folder.work / "model")
+    return task, json.dumps([task.source_hash, task.data_hash, key])
+
+
+def calibrate(task: Task, dense_key: str, folder: RunFolder, progress: Progress) -> Calibrated:
+    """What the dense model's MLPs read and write, and what follows from it for the groups."""
+    recipe = task.recipe
     plan = make_plan(recipe, task.sites)
-    dense_key = json.dumps([task.source_hash, task.data_hash, key])
-    calibrated = folder.stage(
+    calibration = recipe.calibration.model_dump(mode="json")
+    key = folder.stage(
         "calibrate",
-        [settings["calibration"], [site.path for group in plan.groups for site in group.sites], recipe.seed],
+        [calibration, [site.path for group in plan.groups for site in group.sites], recipe.seed],
         dense_key,
         partial(stages.calibrate, task=task, plan=plan, progress=progress),
     )
     if recipe.allocate is not None:
-        calibrated = folder.stage(
+        sections = (recipe.allocate, recipe.compression, recipe.quantization)
+        depends_on = [section.model_dump(mode="json") for section in sections]
+        key = folder.stage(
             "allocate",
-            [settings[part] for part in ("allocate", "compression", "quantization")] + [recipe.seed],
-            calibrated,
+            [*depends_on, recipe.seed],
+            key,
             partial(allocate, task=task, plan=plan, calibration=folder.work / "calibrate", progress=progress),
         )
         plan = make_plan(recipe, task.sites, load_chosen(recipe, folder.work / "allocate"))
-    return Opened(recipe, folder, progress, task, plan, dense_key, calibrated)
+    return Calibrated(recipe, folder, progress, task, plan, key)
 
 
 def run_group(recipe: Recipe, folder: Path, name: str, progress: Progress) -> None:
     """Factorize and fit the group ``name``, in the folder of a run that is calibrated and waits for it."""
-    opened = open_run(recipe, RunFolder(folder, progress), progress)
-    (group,) = (group for group in opened.plan.groups if group.name == name)
-    key = opened.factorize(group)
+    run_folder = RunFolder(folder, progress)
+    calibrated = calibrate(*open_dense(recipe, run_folder, progress), run_folder, progress)
+    (group,) = (group for group in calibrated.plan.groups if group.name == name)
+    key = calibrated.factorize(group)
     if recipe.fit is not None:
-        opened.fit(group, key)
+        calibrated.fit(group, key)
 
 
-def fit_on_ray(opened: Opened) -> None:
+def fit_on_ray(calibrated: Calibrated) -> None:
     """Every group that is not fitted yet by :func:`run_group` in a Ray task, with as many threads as this process uses.
 
     Raises StageError if one fails; the others are finished first.
     """
-    work, progress = opened.folder.work, opened.progress
+    work, progress = calibrated.folder.work, calibrated.progress
     path = work / "recipe.json"
-    write_json(path, opened.recipe.model_dump(mode="json"))
-    arguments = ("pipeline.groups", str(path.resolve()), str(opened.folder.folder.resolve()))
+    write_json(path, calibrated.recipe.model_dump(mode="json"))
+    arguments = ("pipeline.groups", str(path), str(calibrated.folder.folder))
     commands = [
         Command(group.name, (*arguments, group.name), work / "groups" / f"{group.name}.txt")
-        for group in opened.plan.groups
-        if not opened.is_fitted(group)
+        for group in calibrated.plan.groups
+        if not calibrated.is_fitted(group)
     ]
     if not commands:
         return

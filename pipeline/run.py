@@ -16,7 +16,7 @@ from pipeline.compress import install
 from pipeline.engines import Engine
 from pipeline.estimate import estimate
 from pipeline.files import file_digest
-from pipeline.groups import fit_on_ray, open_run
+from pipeline.groups import calibrate, fit_on_ray, open_dense
 from pipeline.progress import Progress
 from pipeline.quantize import freeze
 from pipeline.recipe import Recipe
@@ -57,8 +57,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
     settings = recipe.model_dump(mode="json")
     evaluated: dict[str, Path] = {}
     errors: dict[str, dict[str, float]] = {}
-    opened = open_run(recipe, folder, progress)
-    task, plan, calibration = opened.task, opened.plan, opened.calibration
+    task, dense_key = open_dense(recipe, folder, progress)
 
     def evaluate(name: str, before: str, make_model: Callable[[], nn.Module]) -> None:
         def measure(out: Path) -> None:
@@ -67,12 +66,14 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         folder.stage(f"evaluate/{name}", settings["evaluation"], before, measure)
         evaluated[name] = work / "evaluate" / name
 
-    evaluate("dense", opened.dense_key, lambda: task.model)
+    evaluate("dense", dense_key, lambda: task.model)
+    calibrated = calibrate(task, dense_key, folder, progress)
+    plan, calibration = calibrated.plan, calibrated.calibration
 
     # Factorization and fit, group by group.
     if engine == "ray":
-        fit_on_ray(opened)
-    keys = {group.name: opened.factorize(group) for group in plan.groups}
+        fit_on_ray(calibrated)
+    keys = {group.name: calibrated.factorize(group) for group in plan.groups}
     unquantized = [work / "factorize" / group.name for group in plan.groups]
     restore = partial(stages.restore_all, task.model, plan)
     key = json.dumps(keys)
@@ -81,7 +82,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         evaluate("factorized", key, lambda: install(task.model, restore(factorized)))
         errors["factorized"] = stages.merge_errors(factorized)
     if recipe.fit is not None:
-        keys = {group.name: opened.fit(group, keys[group.name]) for group in plan.groups}
+        keys = {group.name: calibrated.fit(group, keys[group.name]) for group in plan.groups}
         fitted = unquantized = [work / "fit" / group.name for group in plan.groups]
         key = json.dumps(keys)
         evaluate("fitted", key, lambda: install(task.model, restore(fitted)))

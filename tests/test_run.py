@@ -193,7 +193,7 @@ def test_groups_fitted_on_ray_give_the_same(finished_run: FinishedRun, tmp_path:
         def say(self, message: str) -> None:
             said.append(message)
 
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False)
     try:
         run(load_recipe(finished_run.recipe), tmp_path / "run", Listening(), engine="ray")
     finally:
