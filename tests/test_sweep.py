@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_samples import TINY
 
+from pipeline import cli
 from pipeline.errors import InputError, StageError
 from pipeline.files import read_json
 from pipeline.progress import Progress
@@ -382,6 +383,20 @@ def test_the_chosen_recipe_can_be_run(chosen_from: Path, tmp_path: Path) -> None
     assert "1.100 × dense" in path.read_text(encoding="utf-8")
     with pytest.raises(InputError, match="there already"):
         chosen.write_recipe(path)
+
+
+def test_the_command_writes_the_chosen_recipe(
+    chosen_from: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(chosen_from)
+    monkeypatch.setattr(sys, "argv", ["fips", "choose", str(chosen_from), "--max-loss", "10%"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert load_recipe(chosen_from / "s-b.yaml").name == "s-b"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "b: perplexity 15.40 (1.100 × dense), 150 MB, 3.00 stored bits"
+    assert second == "s-b.yaml: run it with `fips run s-b.yaml`"
 
 
 def load_tiny(folder: Path) -> Any:
