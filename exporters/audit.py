@@ -14,7 +14,6 @@ from exporters.artifact import INLINE_BYTES, MODEL
 from exporters.modules import input_node, linear_node, output_node
 from exporters.packed_model import PackedModel
 from exporters.passes import tensor_of
-from fips_ort.bits import packed_size
 from fips_ort.ops import DOMAIN
 from fips_ort.packed import PackedWeight, unpack
 
@@ -71,14 +70,9 @@ def promised_bytes(weight: PackedWeight) -> dict[str, int]:
     """Bytes of ``codes``, ``pattern`` and ``scales`` that follow from the layout, and a bitmap's number of ones."""
     layout = weight.layout
     mask = unpack(weight)[2]
-    codes = pattern = 0
-    for bits, rows, columns in layout.submatrices():
-        entries = (rows.stop - rows.start) * (columns.stop - columns.start)
-        kept = entries if mask is None else int(mask[rows, columns].sum())
-        codes += packed_size(kept, bits)
-        if mask is not None:
-            pattern += packed_size(kept if layout.pattern.is_n_of_m else entries, layout.pattern.index_bits)
-    return {"codes": codes, "pattern": pattern, "scales": 2 * layout.scales_shape[0] * layout.scales_shape[1]}
+    kept = None if mask is None else [int(mask[rows, columns].sum()) for _, rows, columns in layout.submatrices()]
+    scales = 2 * int(np.prod(layout.stored_scales_shape))
+    return {"codes": layout.code_bytes(kept), "pattern": layout.pattern_bytes, "scales": scales}
 
 
 def _match_weights(

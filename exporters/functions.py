@@ -3,21 +3,22 @@
 The bodies are written in ONNX's textual syntax and are the executable specification of the ops beside
 :mod:`fips_ort.packed`. Everything except the product itself depends on initializers only, so ONNX Runtime
 folds the decoding into a float32 matrix when it loads a model with graph optimizations on. It keeps every
-intermediate result until then, so codes and masks stay uint8 and bool, and positions int32, as long as they can.
+intermediate result until then, so codes and masks stay uint8 and bool, and indices int32, as long as they can.
 """
 
 import onnx
 import onnx.parser
 
-from fips_ort.layout import BIT_WIDTHS
-from fips_ort.ops import ATTRIBUTES, DOMAIN, Q_MATMUL, SPARSE_Q_MATMUL
+from fips_ort.bits import CHUNK
+from fips_ort.layout import BIT_WIDTHS, STEP_GROUPS, TILE_ROWS
+from fips_ort.ops import ATTRIBUTES, BITMAP_Q_MATMUL, DOMAIN, Q_MATMUL, SPARSE_Q_MATMUL
 
 MINIMUM_OPSET = 18
 """The first ONNX opset with every operator of the bodies (BitwiseAnd)."""
 
 
 def op_functions(opset: int = MINIMUM_OPSET) -> list[onnx.FunctionProto]:
-    """QMatMul and SparseQMatMul, generic over all attributes and over the optional bias.
+    """QMatMul, SparseQMatMul and BitmapQMatMul, generic over all attributes and over the optional bias.
 
     ``opset`` is the ONNX opset that the model imports: functions and model must import the same one. Raises
     ValueError below 18. ``accuracy_level`` is a permission to round activations, which the functions do not use.
@@ -25,17 +26,17 @@ def op_functions(opset: int = MINIMUM_OPSET) -> list[onnx.FunctionProto]:
     if opset < MINIMUM_OPSET:
         raise ValueError(f"the functions need opset {MINIMUM_OPSET} or later, got {opset}")
     return [
-        _function(opset, Q_MATMUL, "A, codes, scales, bias",
-                  _SIZES + _DENSE_COUNTS + _CODES + _DENSE_VALUES + _PRODUCT),
-        _function(opset, SPARSE_Q_MATMUL, "A, codes, pattern, scales, bias",
-                  _SIZES + _MASK + _CODES + _SPARSE_VALUES + _PRODUCT),
+        _function(opset, Q_MATMUL, "A, codes, scales, bias", _DENSE + _DENSE_VALUES),
+        _function(opset, SPARSE_Q_MATMUL, "A, codes, pattern, scales, bias", _N_OF_M + _SPARSE_VALUES),
+        _function(opset, BITMAP_Q_MATMUL, "A, codes, pattern, scales, bias", _BITMAP + _SPARSE_VALUES),
     ]
 
 
 def _function(opset: int, name: str, inputs: str, body: str) -> onnx.FunctionProto:
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
     attributes = ", ".join(ATTRIBUTES[name])
-    return onnx.parser.parse_function(f"{header}\n{name} <{attributes}> ({inputs}) => (Y)\n{{\n{body}}}")
+    whole = _SIZES + body + _PRODUCT
+    return onnx.parser.parse_function(f"{header}\n{name} <{attributes}> ({inputs}) => (Y)\n{{\n{whole}}}")
 
 
 def _attribute(name: str) -> str:
@@ -51,7 +52,7 @@ def _ints(*values: int, dtype: str = "uint8") -> str:
     return f"{dtype}[{len(values)}] {{{', '.join(map(str, values))}}}"
 
 
-# rows, columns, segment_sizes [4], entry_ends [5]: where each segment starts and ends among all entries.
+# rows, columns, segment_sizes [4]; segment_rows and segment_columns [4]: of each segment's submatrix.
 _SIZES = f"""
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
@@ -66,66 +67,193 @@ _SIZES = f"""
     columns = Where (transposed, K_1, N_1)
     along_columns = Cast <to = 9> (segment_axis_1)
     segment_sizes = Concat <axis = 0> ({", ".join(f"size_{bits}bit_1" for bits in BIT_WIDTHS)})
-    across = Where (along_columns, rows, columns)
-    entry_counts = Mul (segment_sizes, across)
-    entry_ends_tail = CumSum (entry_counts, zero)
-    entry_ends = Concat <axis = 0> (zero, entry_ends_tail)
+    segment_rows = Where (along_columns, rows, segment_sizes)
+    segment_columns = Where (along_columns, segment_sizes, columns)
+""" + "".join(f"""
+    index_{bits} = Constant <value_ints = [{index}]> ()
+    next_{bits} = Constant <value_ints = [{index + 1}]> ()
+    rows_{bits} = Gather (segment_rows, index_{bits})
+    columns_{bits} = Gather (segment_columns, index_{bits})
+    shape_{bits} = Concat <axis = 0> (rows_{bits}, columns_{bits})
+""" for index, bits in enumerate(BIT_WIDTHS))
+
+
+def _ends(name: str, counts: str) -> str:
+    """{name} [5]: where each of four parts of ``counts`` elements starts and ends."""
+    return f"""
+    {name}_tail = CumSum ({counts}, zero)
+    {name} = Concat <axis = 0> (zero, {name}_tail)
 """
 
-# counts [4]: stored codes of each segment.
-_DENSE_COUNTS = """
-    counts = Identity (entry_counts)
+
+# --- chunks of 64 ----------------------------------------------------------------------------------------------
+
+
+def _plane(name: str, stored: str, bits: int) -> str:
+    """{name} [chunks, 64] uint8 from a plane of chunks, ``stored`` [chunks, 8 · bits]."""
+    return f"""
+    {name}_columns = Unsqueeze ({stored}, one)
+    {name}_places = Constant <value = uint8[{8 // bits}, 1] {{{", ".join(map(str, range(0, 8, bits)))}}}> ()
+    {name}_shifted = BitShift <direction = "RIGHT"> ({name}_columns, {name}_places)
+    {name}_lowest = Constant <value = {_ints((1 << bits) - 1)}> ()
+    {name}_fields = BitwiseAnd ({name}_shifted, {name}_lowest)
+    {name} = Reshape ({name}_fields, chunk_shape)
 """
 
-# mask bool [entries] in segment order; place int32 [entries]: number of kept entries up to and including this one.
-# A pattern entry is compared with the positions 0 … of-1 of its group; a bitmap's single bit with 1.
-_MASK = f"""
+
+def _two_planes(name: str, stored: str) -> str:
+    """The same from ``stored`` [chunks, 24]: a plane of the lower two bits and one of the highest."""
+    return f"""
+    {name}_low_bytes = Slice ({stored}, zero, sixteen, one)
+    {name}_high_bytes = Slice ({stored}, sixteen, twenty_four, one)
+    {_plane(f"{name}_low", f"{name}_low_bytes", 2)}
+    {_plane(f"{name}_high", f"{name}_high_bytes", 1)}
+    {name}_two = Constant <value = {_ints(2)}> ()
+    {name}_moved = BitShift <direction = "LEFT"> ({name}_high, {name}_two)
+    {name} = BitwiseOr ({name}_low, {name}_moved)
+"""
+
+
+# Needs chunk_counts [4]. codes_{bits} uint8 [chunks, 64] of each segment.
+_CHUNKS = f"""
+    sixteen = Constant <value_ints = [16]> ()
+    twenty_four = Constant <value_ints = [24]> ()
+    chunk_shape = Constant <value_ints = [-1, {CHUNK}]> ()
+    chunk_bytes = Mul (widths, eight)
+    byte_counts = Mul (chunk_counts, chunk_bytes)
+    {_ends("byte_ends", "byte_counts")}
+""" + "".join(f"""
+    byte_start_{bits} = Gather (byte_ends, index_{bits})
+    byte_end_{bits} = Gather (byte_ends, next_{bits})
+    bytes_{bits} = Slice (codes, byte_start_{bits}, byte_end_{bits})
+    bytes_shape_{bits} = Constant <value_ints = [-1, {8 * bits}]> ()
+    stored_{bits} = Reshape (bytes_{bits}, bytes_shape_{bits})
+    {_two_planes("codes_3", "stored_3") if bits == 3 else _plane(f"codes_{bits}", f"stored_{bits}", bits)}
+""" for bits in BIT_WIDTHS)
+
+
+def _dense_entries(bits: int) -> str:
+    return f"""
+    row_chunks_{bits} = Gather (row_chunks, index_{bits})
+    row_entries_{bits} = Mul (row_chunks_{bits}, chunk)
+    filled_shape_{bits} = Concat <axis = 0> (rows_{bits}, row_entries_{bits})
+    filled_{bits} = Reshape <allowzero = 1> (codes_{bits}, filled_shape_{bits})
+    entry_codes_{bits} = Slice (filled_{bits}, zero, columns_{bits}, one)
+"""
+
+
+# entry_codes_{bits} uint8 [rows, columns] of each segment.
+_DENSE = f"""
+    chunk = Constant <value_ints = [{CHUNK}]> ()
+    chunk_less_one = Constant <value_ints = [{CHUNK - 1}]> ()
+    chunk_reach = Add (segment_columns, chunk_less_one)
+    row_chunks = Div (chunk_reach, chunk)
+    chunk_counts = Mul (segment_rows, row_chunks)
+    {_CHUNKS}
+    {"".join(_dense_entries(bits) for bits in BIT_WIDTHS)}
+"""
+
+
+def _kept(name: str, chunks: str, bits: int) -> str:
+    """{name}_first and {name}_last [rows, groups, 1]: what ``chunks`` [chunks, 64] hold for a group's kept entries."""
+    return f"""
+    {name}_tiles = Reshape <allowzero = 1> ({chunks}, tiled_shape_{bits})
+    {name}_by_rows = Transpose <perm = [0, 3, 1, 4, 2]> ({name}_tiles)
+    {name}_all_rows = Reshape <allowzero = 1> ({name}_by_rows, grouped_shape_{bits})
+    {name}_rows = Slice ({name}_all_rows, zero, rows_{bits})
+    {name}_first = Slice ({name}_rows, zero, one, two)
+    {name}_last = Slice ({name}_rows, last_kept, keep_1, two)
+"""
+
+
+def _n_of_m_entries(bits: int) -> str:
+    return f"""
+    tiles_{bits} = Gather (tiles, index_{bits})
+    steps_{bits} = Gather (steps, index_{bits})
+    tiled_shape_{bits} = Concat <axis = 0> (tiles_{bits}, steps_{bits}, keep_1, tile_rows, step_groups)
+    all_rows_{bits} = Mul (tiles_{bits}, tile_rows)
+    groups_{bits} = Mul (steps_{bits}, step_groups)
+    grouped_shape_{bits} = Concat <axis = 0> (all_rows_{bits}, groups_{bits}, keep_1)
+    chunk_start_{bits} = Gather (chunk_ends, index_{bits})
+    chunk_end_{bits} = Gather (chunk_ends, next_{bits})
+    indices_{bits} = Slice (indices, chunk_start_{bits}, chunk_end_{bits})
+    {_kept(f"place_{bits}", f"indices_{bits}", bits)}
+    {_kept(f"code_{bits}", f"codes_{bits}", bits)}
+    is_first_{bits} = Equal (place_{bits}_first, positions)
+    is_last_{bits} = Equal (place_{bits}_last, positions)
+    group_codes_{bits} = Where (is_first_{bits}, code_{bits}_first, code_{bits}_last)
+    entry_codes_{bits} = Reshape <allowzero = 1> (group_codes_{bits}, shape_{bits})
+    group_mask_{bits} = Or (is_first_{bits}, is_last_{bits})
+    mask_{bits} = Reshape <allowzero = 1> (group_mask_{bits}, shape_{bits})
+"""
+
+
+def _scale_rows(bits: int) -> str:
+    """scale_index_{bits}: where a segment's rows are among the rows of all tiles."""
+    return f"""
+    scale_start_{bits} = Gather (scale_starts, index_{bits})
+    scale_count_{bits} = Gather (scale_counts, index_{bits})
+    scale_end_{bits} = Add (scale_start_{bits}, scale_count_{bits})
+    scale_first_{bits} = Squeeze (scale_start_{bits})
+    scale_limit_{bits} = Squeeze (scale_end_{bits})
+    scale_index_{bits} = Range (scale_first_{bits}, scale_limit_{bits}, one_0)
+"""
+
+
+# entry_codes_{bits} uint8 and mask_{bits} bool [rows, columns] of each segment; scale_matrix [rows, blocks].
+_N_OF_M = f"""
     {_attribute("keep")}{_attribute("of")}
-    index_bits_by_of = Constant <value_ints = [0, 1, 0, 0, 2, 0, 0, 0, 3]> ()
-    index_bits = Gather (index_bits_by_of, of_1)
-    pattern_column = Unsqueeze (pattern, minus_one)
-    bit_shifts = Constant <value = {_ints(0, 1, 2, 3, 4, 5, 6, 7)}> ()
-    low_bit = Constant <value = {_ints(1)}> ()
-    pattern_shifted = BitShift <direction = "RIGHT"> (pattern_column, bit_shifts)
-    pattern_bits = BitwiseAnd (pattern_shifted, low_bit)
-    entry_shape = Concat <axis = 0> (minus_one, index_bits)
-    entry_bits = Reshape (pattern_bits, entry_shape)
-    bit_values = Constant <value = {_ints(1, 2, 4)}> ()
-    entry_bit_values = Slice (bit_values, zero, index_bits)
-    entry_bit_column = Unsqueeze (entry_bit_values, minus_one)
-    pattern_entries = MatMulInteger (entry_bits, entry_bit_column)
-    group_shape = Concat <axis = 0> (minus_one, keep_1)
-    group_entries = Reshape (pattern_entries, group_shape)
-    first_entry = Slice (group_entries, zero, one, one)
-    last_start = Sub (keep_1, one)
-    last_entry = Slice (group_entries, last_start, keep_1, one)
-    is_bitmap = Equal (of_1, one)
-    first_position = Cast <to = 7> (is_bitmap)
-    last_position = Add (first_position, of_1)
-    first_position_0 = Squeeze (first_position)
-    last_position_0 = Squeeze (last_position)
+    two = Constant <value_ints = [2]> ()
     one_0 = Squeeze (one)
-    positions_int64 = Range (first_position_0, last_position_0, one_0)
+    tile_rows = Constant <value_ints = [{TILE_ROWS}]> ()
+    tile_rows_less_one = Constant <value_ints = [{TILE_ROWS - 1}]> ()
+    step_groups = Constant <value_ints = [{STEP_GROUPS}]> ()
+    last_kept = Sub (keep_1, one)
+    tile_reach = Add (segment_rows, tile_rows_less_one)
+    tiles = Div (tile_reach, tile_rows)
+    step_columns = Mul (of_1, step_groups)
+    steps = Div (segment_columns, step_columns)
+    tile_steps = Mul (tiles, steps)
+    chunk_counts = Mul (tile_steps, keep_1)
+    {_ends("chunk_ends", "chunk_counts")}
+    {_CHUNKS}
+    index_bits_by_of = Constant <value_ints = [0, 0, 0, 0, 2, 0, 0, 0, 3]> ()
+    index_bits = Gather (index_bits_by_of, of_1)
+    index_bytes = Mul (index_bits, eight)
+    index_shape = Concat <axis = 0> (minus_one, index_bytes)
+    stored_indices = Reshape (pattern, index_shape)
+    missing_bytes = Sub (twenty_four, index_bytes)
+    padding = Concat <axis = 0> (zero, zero, zero, missing_bytes)
+    padded_indices = Pad (stored_indices, padding)
+    {_two_planes("small_indices", "padded_indices")}
+    indices = Cast <to = 6> (small_indices)
+    zero_0 = Squeeze (zero)
+    of_0 = Squeeze (of_1)
+    positions_int64 = Range (zero_0, of_0, one_0)
     positions = Cast <to = 6> (positions_int64)
-    is_first = Equal (first_entry, positions)
-    is_last = Equal (last_entry, positions)
-    group_mask = Or (is_first, is_last)
-    mask = Reshape (group_mask, minus_one)
-    mask_int32 = Cast <to = 6> (mask)
-    place = CumSum (mask_int32, zero)
-    no_places = Constant <value = {_ints(0, dtype="int32")}> ()
-    places = Concat <axis = 0> (no_places, place)
-    code_ends_int32 = Gather (places, entry_ends)
-    code_ends = Cast <to = 7> (code_ends_int32)
-    code_ends_head = Slice (code_ends, zero, minus_one)
-    five = Constant <value_ints = [5]> ()
-    code_ends_tail = Slice (code_ends, one, five)
-    counts = Sub (code_ends_tail, code_ends_head)
+    {"".join(_n_of_m_entries(bits) for bits in BIT_WIDTHS)}
+    no_rows = Constant <value_ints = [0, 0, 0]> ()
+    all_rows_once = Concat <axis = 0> (rows, no_rows)
+    scale_counts = Where (along_columns, all_rows_once, segment_sizes)
+    scale_reach = Add (scale_counts, tile_rows_less_one)
+    scale_tiles = Div (scale_reach, tile_rows)
+    scale_rows = Mul (scale_tiles, tile_rows)
+    {_ends("scale_starts", "scale_rows")}
+    {"".join(_scale_rows(bits) for bits in BIT_WIDTHS)}
+    scale_index = Concat <axis = 0> ({", ".join(f"scale_index_{bits}" for bits in BIT_WIDTHS)})
+    blocks_first = Transpose <perm = [0, 2, 1]> (scales)
+    scale_blocks = Div (columns, block_size_1)
+    scale_shape = Concat <axis = 0> (minus_one, scale_blocks)
+    scales_of_tiles = Reshape (blocks_first, scale_shape)
+    scale_matrix = Gather <axis = 0> (scales_of_tiles, scale_index)
 """
 
 
-def _segment_codes(index: int, bits: int) -> str:
-    """stored_{bits}: uint8 [counts[index]], the codes of one segment.
+# --- streams ---------------------------------------------------------------------------------------------------
+
+
+def _segment_codes(bits: int) -> str:
+    """stored_{bits}: uint8 [kept entries of one segment].
 
     Codes are cut out of the bytes they touch: the byte where a code starts, shifted down, and for 3 bits the
     byte where it ends, shifted up. A shift by 7 leaves nothing within the lowest 3 bits.
@@ -159,10 +287,8 @@ def _segment_codes(index: int, bits: int) -> str:
 """,
     }[bits]
     return f"""
-    index_{bits} = Constant <value_ints = [{index}]> ()
-    next_{bits} = Constant <value_ints = [{index + 1}]> ()
-    count_{bits} = Slice (counts, index_{bits}, next_{bits})
-    byte_start_{bits} = Slice (byte_ends, index_{bits}, next_{bits})
+    count_{bits} = Gather (counts, index_{bits})
+    byte_start_{bits} = Gather (byte_ends, index_{bits})
     byte_end_{bits} = Gather (byte_ends, next_{bits})
     bytes_{bits} = Slice (codes, byte_start_{bits}, byte_end_{bits})
     {unpacked}
@@ -182,79 +308,103 @@ def _narrow(bits: int) -> str:
 """
 
 
-_CODES = f"""
-    bit_counts = Mul (counts, widths)
-    filled_bit_counts = Add (bit_counts, seven)
-    byte_counts = Div (filled_bit_counts, eight)
-    byte_ends_tail = CumSum (byte_counts, zero)
-    byte_ends = Concat <axis = 0> (zero, byte_ends_tail)
-    {"".join(_segment_codes(index, bits) for index, bits in enumerate(BIT_WIDTHS))}
+def _bitmap_entries(bits: int) -> str:
+    return f"""
+    entry_start_{bits} = Gather (entry_ends, index_{bits})
+    entry_end_{bits} = Gather (entry_ends, next_{bits})
+    vector_mask_{bits} = Slice (mask, entry_start_{bits}, entry_end_{bits})
+    mask_{bits} = Reshape <allowzero = 1> (vector_mask_{bits}, shape_{bits})
+    vector_codes_{bits} = Slice (all_entry_codes, entry_start_{bits}, entry_end_{bits})
+    entry_codes_{bits} = Reshape <allowzero = 1> (vector_codes_{bits}, shape_{bits})
 """
 
 
-def _matrix(name: str) -> str:
-    """{name}_blocks [rows, blocks, block_size] from {name} [entries] in segment order."""
-    parts = "".join(f"""
-    {name}_entries_{bits} = Slice ({name}, entry_start_{bits}, entry_end_{bits})
-    {name}_matrix_{bits} = Reshape <allowzero = 1> ({name}_entries_{bits}, matrix_shape_{bits})
-""" for bits in BIT_WIDTHS)
-    names = ", ".join(f"{name}_matrix_{bits}" for bits in BIT_WIDTHS)
+# As for n:m. place int32 [entries]: number of kept entries up to and including this one. The code appended to the
+# stored ones is what entries before the first kept one (place 0) pick up.
+_BITMAP = f"""
+    pattern_column = Unsqueeze (pattern, minus_one)
+    bit_shifts = Constant <value = {_ints(0, 1, 2, 3, 4, 5, 6, 7)}> ()
+    low_bit = Constant <value = {_ints(1)}> ()
+    pattern_shifted = BitShift <direction = "RIGHT"> (pattern_column, bit_shifts)
+    pattern_bits = BitwiseAnd (pattern_shifted, low_bit)
+    entry_bits = Reshape (pattern_bits, minus_one)
+    mask = Cast <to = 9> (entry_bits)
+    mask_int32 = Cast <to = 6> (entry_bits)
+    place = CumSum (mask_int32, zero)
+    no_places = Constant <value = {_ints(0, dtype="int32")}> ()
+    places = Concat <axis = 0> (no_places, place)
+    entry_counts = Mul (segment_rows, segment_columns)
+    {_ends("entry_ends", "entry_counts")}
+    code_ends_int32 = Gather (places, entry_ends)
+    code_ends = Cast <to = 7> (code_ends_int32)
+    code_ends_head = Slice (code_ends, zero, minus_one)
+    five = Constant <value_ints = [5]> ()
+    code_ends_tail = Slice (code_ends, one, five)
+    counts = Sub (code_ends_tail, code_ends_head)
+    bit_counts = Mul (counts, widths)
+    filled_bit_counts = Add (bit_counts, seven)
+    byte_counts = Div (filled_bit_counts, eight)
+    {_ends("byte_ends", "byte_counts")}
+    {"".join(_segment_codes(bits) for bits in BIT_WIDTHS)}
+    any_code = Constant <value = {_ints(0)}> ()
+    kept_codes = Concat <axis = 0> (stored_8, stored_4, stored_3, stored_2, any_code)
+    previous = Constant <value = {_ints(-1, dtype="int32")}> ()
+    kept_index = Add (place, previous)
+    all_entry_codes = Gather (kept_codes, kept_index)
+    {"".join(_bitmap_entries(bits) for bits in BIT_WIDTHS)}
+    scale_matrix = Identity (scales)
+"""
+
+
+# --- values and product ----------------------------------------------------------------------------------------
+
+
+def _blocks(name: str) -> str:
+    """{name}_blocks [rows, blocks, block_size] from the segments' submatrices."""
     return f"""
-    {parts}
-    {name}_matrix = Concat <axis: int = @segment_axis> ({names})
+    {name}_matrix = Concat <axis: int = @segment_axis> ({", ".join(f"{name}_{bits}" for bits in BIT_WIDTHS)})
     {name}_blocks = Reshape ({name}_matrix, block_shape)
 """
 
 
-def _segment_values(index: int, bits: int) -> str:
-    """Shape and places of one segment; its zero point, less half a level if midrise, once per row or column."""
+def _offset(bits: int) -> str:
+    """The zero point of one segment, less half a level if midrise, once per row or column."""
     return f"""
-    entry_start_{bits} = Gather (entry_ends, index_{bits})
-    entry_end_{bits} = Gather (entry_ends, next_{bits})
-    by_rows_{bits} = Concat <axis = 0> (size_{bits}bit_1, columns)
-    by_columns_{bits} = Concat <axis = 0> (rows, size_{bits}bit_1)
-    matrix_shape_{bits} = Where (along_columns, by_columns_{bits}, by_rows_{bits})
     middle_{bits} = Constant <value_floats = [{1 << (bits - 1)}.0]> ()
     offset_{bits} = Sub (middle_{bits}, rise)
     offsets_{bits} = Expand (offset_{bits}, size_{bits}bit_1)
 """
 
 
-# entry_codes → centred float32 [rows, blocks, block_size]: what they stand for before scaling; and the scales.
+# centred float32 [rows, blocks, block_size]: what the codes stand for before scaling. Needs scale_matrix.
 _VALUES = f"""
     {_attribute("midrise")}
     half = Constant <value_floats = [0.5]> ()
     midrise_float = Cast <to = 1> (midrise_1)
     rise = Mul (midrise_float, half)
-    {"".join(_segment_values(index, bits) for index, bits in enumerate(BIT_WIDTHS))}
+    {"".join(_offset(bits) for bits in BIT_WIDTHS)}
     block_shape = Concat <axis = 0> (rows, minus_one, block_size_1)
     offset_vector = Concat <axis = 0> ({", ".join(f"offsets_{bits}" for bits in BIT_WIDTHS)})
     offset_by_row = Constant <value_ints = [-1, 1, 1]> ()
     offset_by_column = Concat <axis = 0> (one, minus_one, block_size_1)
     offset_shape = Where (along_columns, offset_by_column, offset_by_row)
     offset = Reshape (offset_vector, offset_shape)
-    {_matrix("entry_codes")}
+    {_blocks("entry_codes")}
     entry_values = Cast <to = 1> (entry_codes_blocks)
     centred = Sub (entry_values, offset)
-    scales_float = Cast <to = 1> (scales)
+    scales_float = Cast <to = 1> (scale_matrix)
     block_scales = Unsqueeze (scales_float, minus_one)
 """
 
 _DENSE_VALUES = f"""
-    entry_codes = Concat <axis = 0> (stored_8, stored_4, stored_3, stored_2)
+    scale_matrix = Identity (scales)
     {_VALUES}
     scaled_blocks = Mul (centred, block_scales)
 """
 
-# The code appended to the stored ones is what entries before the first kept one (place 0) pick up.
 _SPARSE_VALUES = f"""
-    any_code = Constant <value = {_ints(0)}> ()
-    kept_codes = Concat <axis = 0> (stored_8, stored_4, stored_3, stored_2, any_code)
-    previous = Constant <value = {_ints(-1, dtype="int32")}> ()
-    kept_index = Add (place, previous)
-    entry_codes = Gather (kept_codes, kept_index)
     {_VALUES}
-    {_matrix("mask")}
+    {_blocks("mask")}
     nothing = Constant <value_float = 0.0> ()
     unscaled = Where (mask_blocks, centred, nothing)
     scaled_blocks = Mul (unscaled, block_scales)

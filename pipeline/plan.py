@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fips_ort.bits import packed_size
 from fips_ort.layout import BIT_WIDTHS, DENSE, Layout, Pattern
 from pipeline.budget import kept_parameters, rank_for_budget
 from pipeline.errors import InputError
@@ -247,14 +246,13 @@ def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: S
     value_bits = 0.0
     for layout in layouts:
         density = 1.0 if layout.pattern == DENSE else 1.0 - sparsity
+        kept = []
         for bits, rows, columns in layout.submatrices():
             entries = (rows.stop - rows.start) * (columns.stop - columns.start)
-            codes += packed_size(round(entries * density), bits)
+            kept.append(round(entries * density))
             value_bits += entries * density * bits
-            if layout.pattern.is_n_of_m:
-                pattern += packed_size(entries // layout.pattern.of * layout.pattern.keep, layout.pattern.index_bits)
-            elif layout.pattern != DENSE:
-                pattern += packed_size(entries, 1)
-        scales += 2 * int(np.prod(layout.scales_shape))
+        codes += layout.code_bytes(kept)
+        pattern += layout.pattern_bytes
+        scales += 2 * int(np.prod(layout.stored_scales_shape))
     values = kept_parameters(group.rank, group.width * group.has_basis, group.columns, sparsity)
     return GroupSize(values, value_bits, codes, pattern, scales)

@@ -197,7 +197,7 @@ def test_int8_activations_are_told_apart_from_errors(tmp_path: Path) -> None:
     write_language_sample(tmp_path / "artifact", exported)
     levels = {node.op_type: node.attributes["accuracy_level"].as_int() for node in exported.graph.graph
               if "accuracy_level" in node.attributes}
-    assert levels == {"QMatMul": 4, "SparseQMatMul": 4, "MatMulNBits": 4}
+    assert levels == {"QMatMul": 4, "BitmapQMatMul": 4, "MatMulNBits": 4}
     parity = check_parity(tmp_path / "artifact", exported.module, [tokens(20)])
     assert parity.native_vs_torch.relative < 1e-5
     assert parity.rounding is not None

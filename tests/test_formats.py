@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_samples import PATTERNS, layouts, random_levels, random_mask, random_weight
 
-from fips_ort.bits import pack_bits, packed_size, unpack_bits
+from fips_ort.bits import PLANES, pack_bits, pack_chunks, packed_size, unpack_bits, unpack_chunks
 from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
 from fips_ort.ops import ATTRIBUTES, node_attributes, op_type
 from fips_ort.packed import PackedWeight, dequantize, pack, unpack
@@ -46,6 +46,38 @@ def test_bits_refuse_values_that_do_not_fit() -> None:
         unpack_bits(np.zeros(2, np.uint8), 3, 6)
 
 
+@pytest.mark.parametrize("bits", sorted(PLANES))
+@given(count=st.integers(0, 3), seed=st.integers(0, 2**32 - 1))
+def test_chunks_unpack_to_what_was_packed(bits: int, count: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 1 << bits, (2, count, 64), dtype=np.uint8)
+    chunks = pack_chunks(values, bits)
+    assert chunks.shape == (2, count, 8 * bits)
+    np.testing.assert_array_equal(unpack_chunks(chunks, bits), values)
+
+
+def test_chunks_by_hand() -> None:
+    values = np.zeros(64, np.uint8)
+    values[[0, 16, 37, 63]] = 3, 2, 1, 3
+    # 2 bits: 16 bytes; integer n is in byte n mod 16, at bit 2 floor(n / 16).
+    expected = np.zeros(16, np.uint8)
+    expected[0], expected[5], expected[15] = 3 | 2 << 2, 1 << 4, 3 << 6
+    np.testing.assert_array_equal(pack_chunks(values, 2), expected)
+    # 3 bits: the same for the lower two, then 8 bytes of the highest: byte n mod 8, bit floor(n / 8).
+    values[[9, 63]] = 4, 7
+    high = np.zeros(8, np.uint8)
+    high[1], high[7] = 1 << 1, 1 << 7
+    np.testing.assert_array_equal(pack_chunks(values, 3), np.concatenate([expected, high]))
+
+
+def test_chunks_refuse_what_they_cannot_hold() -> None:
+    with pytest.raises(ValueError, match="value 4 does not fit in 2 bits"):
+        pack_chunks(np.full(64, 4, np.uint8), 2)
+    with pytest.raises(ValueError, match="chunks hold 64 integers of .* bits, got 32 of 2 bits"):
+        pack_chunks(np.zeros(32, np.uint8), 2)
+    with pytest.raises(ValueError, match="got 64 of 5 bits"):
+        pack_chunks(np.zeros(64, np.uint8), 5)
+
+
 @given(any_layout(), st.integers(0, 2**32 - 1))
 def test_unpack_is_the_inverse_of_pack(layout: Layout, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -78,28 +110,60 @@ def test_dequantized_by_hand() -> None:
     np.testing.assert_array_equal(dequantize(packed), expected)
 
 
-def test_indices_of_n_of_m_by_hand() -> None:
-    layout = Layout.uniform(1, 16, 4, 16, pattern=Pattern(2, 4))
-    mask = np.array([[1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1]], bool)
-    levels = np.arange(-8, 8, dtype=np.int8)[None]
-    packed = pack(levels, np.ones((1, 1), np.float16), mask, layout)
-    assert packed.pattern.tolist() == [0b11_01_01_00, 0b11_10_11_00]
-    assert packed.codes.tolist() == [0x10, 0x75, 0xB8, 0xFE]
-    np.testing.assert_array_equal(dequantize(packed), levels * mask)
+def test_n_of_m_by_hand() -> None:
+    """Two rows of 2:4: one tile, one step of four groups, two chunks for the first and second kept entries."""
+    layout = Layout.uniform(2, 16, 4, 16, pattern=Pattern(2, 4))
+    mask = np.array([[1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1],
+                     [0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 1, 0, 1, 0]], bool)
+    levels = np.stack([np.arange(-8, 8), np.arange(7, -9, -1)]).astype(np.int8)
+    packed = pack(levels, np.array([[1.0], [2.0]], np.float16), mask, layout)
+    indices, codes = np.zeros((2, 64), np.uint8), np.zeros((2, 64), np.uint8)
+    # Row 0 is in integers 0 to 3 of the chunks, row 1 in 4 to 7; the rows that are missing are zero.
+    indices[0, :8], indices[1, :8] = [0, 1, 0, 2, 2, 0, 1, 0], [1, 3, 3, 3, 3, 1, 2, 2]
+    codes[0, :8] = [0, 5, 8, 14, 13, 11, 6, 3]
+    codes[1, :8] = [1, 7, 11, 15, 12, 10, 5, 1]
+    np.testing.assert_array_equal(packed.pattern, pack_chunks(indices, 2).reshape(-1))
+    np.testing.assert_array_equal(packed.codes, pack_chunks(codes, 4).reshape(-1))
+    assert packed.scales.tolist() == [[[1.0, 2.0, *[0.0] * 14]]]
+    np.testing.assert_array_equal(dequantize(packed), levels * mask * np.array([[1], [2]]))
+
+
+def test_dense_rows_are_cut_into_chunks_by_hand() -> None:
+    layout = Layout(2, 96, 32, (0, 0, 32, 64), segment_axis=1)
+    levels = np.random.default_rng(0).integers(-2, 2, (2, 96)).astype(np.int8)
+    packed = pack(levels, np.ones((2, 3), np.float16), None, layout)
+    left = np.pad((levels[:, :32] + 4).astype(np.uint8), ((0, 0), (0, 32)))
+    right = (levels[:, 32:] + 2).astype(np.uint8)
+    expected = [pack_chunks(left, 3).reshape(-1), pack_chunks(right, 2).reshape(-1)]
+    np.testing.assert_array_equal(packed.codes, np.concatenate(expected))
+
+
+def whole(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_stored_bytes(pattern: str) -> None:
+    """No byte beyond what entries take, but for rows that fill up a chunk or a tile."""
     rng = np.random.default_rng(0)
     for layout in layouts(pattern):
         weight = random_weight(rng, layout)
-        entries = layout.rows * layout.columns
-        assert weight.nbytes == weight.codes.size + weight.pattern.size + 2 * entries // layout.block_size
+        parts = [(bits, rows.stop - rows.start, columns.stop - columns.start)
+                 for bits, rows, columns in layout.submatrices()]
+        blocks = layout.columns // layout.block_size
         if layout.pattern.is_n_of_m:
-            kept = entries * layout.pattern.keep // layout.pattern.of
-            assert weight.pattern.size * 8 == kept * layout.pattern.index_bits
+            tiled = [whole(rows, 16) * columns * layout.pattern.keep // layout.pattern.of for _, rows, columns in parts]
+            assert weight.codes.size * 8 == sum(kept * bits for kept, (bits, _, _) in zip(tiled, parts, strict=True))
+            assert weight.pattern.size * 8 == sum(tiled) * layout.pattern.index_bits
+            rows = [layout.rows] if layout.segment_axis else [rows for _, rows, _ in parts]
+            assert weight.scales.size == sum(whole(count, 16) for count in rows) * blocks
+        elif layout.pattern == DENSE:
+            assert weight.codes.size * 8 == sum(rows * whole(columns, 64) * bits for bits, rows, columns in parts)
+            assert (weight.pattern.size, weight.scales.size) == (0, layout.rows * blocks)
         else:
-            assert weight.pattern.size * 8 == (0 if layout.pattern == DENSE else entries)
+            assert weight.pattern.size * 8 == layout.rows * layout.columns
+            assert weight.scales.size == layout.rows * blocks
+        assert weight.nbytes == weight.codes.size + weight.pattern.size + 2 * weight.scales.size
 
 
 def test_layout_refuses_sizes_that_do_not_fit() -> None:
@@ -193,7 +257,9 @@ def test_attributes_of_nodes() -> None:
     }
     assert tuple(attributes) == ATTRIBUTES[op_type(layout)]
     plain = Layout.uniform(3, 64, 2, 32)
-    assert (op_type(plain), op_type(layout)) == ("QMatMul", "SparseQMatMul")
+    bitmap = Layout.uniform(3, 64, 3, 32, pattern=BITMAP)
+    assert (op_type(plain), op_type(layout), op_type(bitmap)) == ("QMatMul", "SparseQMatMul", "BitmapQMatMul")
+    assert "keep" not in node_attributes(bitmap, True, 0)
     assert tuple(node_attributes(plain, False, 0)) == ATTRIBUTES["QMatMul"]
     assert (node_attributes(plain, False, 0)["K"], node_attributes(plain, False, 0)["N"]) == (3, 64)
     with pytest.raises(ValueError, match="accuracy_level must be 0 or 4, got 2"):

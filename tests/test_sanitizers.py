@@ -35,7 +35,9 @@ def header(weight: PackedWeight, attributes: dict[str, int], m: int, malformed: 
         "K", "N", "transB", "block_size", "segment_axis", "size_8bit", "size_4bit", "size_3bit", "size_2bit",
         "midrise", "accuracy_level", "keep", "of",
     )
-    values = [attributes.get(name, 0) for name in names] + [m, weight.codes.size, weight.pattern.size, malformed]
+    pattern = {"keep": weight.layout.pattern.keep, "of": weight.layout.pattern.of} | attributes
+    values = [pattern[name] for name in names]
+    values += [m, weight.codes.size, weight.pattern.size, weight.scales.size, malformed]
     return np.array(values, np.int64).tobytes()
 
 
@@ -62,7 +64,7 @@ def sound_cases(rng: np.random.Generator) -> Iterator[bytes]:
         for block_size in (64, 192):
             for index, layout in enumerate(layouts(pattern, block_size, rows_unit=6)):
                 weight = random_weight(rng, layout)
-                for trans_b, accuracy_level in ((False, 0), (True, 0), (True, 4)):
+                for trans_b, accuracy_level in ((False, 0), (False, 4), (True, 0), (True, 4)):
                     yield sound_case(weight, trans_b, accuracy_level, (1, 2, 9)[index % 3], rng)
     for pattern, block_size in (("dense", 8), ("dense", 24), ("bitmap", 40), ("1:4", 32), ("2:4", 16), ("2:8", 96)):
         weight = random_weight(rng, Layout.uniform(11, 3 * block_size, 3, block_size, pattern=Pattern.parse(pattern)))

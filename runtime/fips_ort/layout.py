@@ -6,10 +6,17 @@ cut into up to four *segments* stored with 8, 4, 3 and 2 bits, always in this or
 entries can be permuted freely, so sorting them by bit-width loses nothing).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from fips_ort.bits import CHUNK, packed_size
 
 BIT_WIDTHS = (8, 4, 3, 2)
 """Bit-widths of the segments, in the order in which they are stored."""
+TILE_ROWS = 16
+"""Rows whose entries lie together in n:m weights."""
+STEP_GROUPS = 4
+"""Groups of m columns whose entries lie together in n:m weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,52 @@ class Layout:
         """Shape of the float16 scales: (rows, blocks per row)."""
         return self.rows, self.columns // self.block_size
 
+    @property
+    def stored_scales_shape(self) -> tuple[int, ...]:
+        """The same as stored: for n:m (tiles, blocks per row, rows of a tile)."""
+        if not self.pattern.is_n_of_m:
+            return self.scales_shape
+        tiles = sum(self.tiles(rows.stop - rows.start) for rows in self.row_ranges())
+        return tiles, self.scales_shape[1], TILE_ROWS
+
+    @property
+    def pattern_bytes(self) -> int:
+        """Bytes of the stored pattern."""
+        if self.pattern.is_n_of_m:
+            return self._chunks() * 8 * self.pattern.index_bits
+        return sum(packed_size(_entries(part), self.pattern.index_bits) for part in self.submatrices())
+
+    def code_bytes(self, kept: Sequence[int] | None = None) -> int:
+        """Bytes of the stored codes. ``kept``: of a bitmap, how many entries each non-empty segment keeps."""
+        parts = self.submatrices()
+        if self.pattern.keep == 0 or self.pattern.is_n_of_m:
+            return sum(self._chunks(part) * 8 * part[0] for part in parts)
+        if kept is None:
+            raise ValueError("the bytes of a bitmap's codes depend on how many entries are kept")
+        return sum(packed_size(count, bits) for count, (bits, _, _) in zip(kept, parts, strict=True))
+
+    def tiles(self, rows: int) -> int:
+        """Tiles of 16 rows that hold ``rows`` rows of a segment."""
+        return -(-rows // TILE_ROWS)
+
+    def steps(self, columns: int) -> int:
+        """Steps of 4 groups in ``columns`` columns of a segment (n:m)."""
+        return columns // (STEP_GROUPS * self.pattern.of)
+
+    def row_ranges(self) -> list[slice]:
+        """The rows of each non-empty segment, or all rows if the columns are cut."""
+        return [slice(0, self.rows)] if self.segment_axis else [rows for _, rows, _ in self.submatrices()]
+
+    def _chunks(self, part: tuple[int, slice, slice] | None = None) -> int:
+        """Chunks of codes in one segment, or in all (dense and n:m)."""
+        if part is None:
+            return sum(self._chunks(each) for each in self.submatrices())
+        _, rows, columns = part
+        count, width = rows.stop - rows.start, columns.stop - columns.start
+        if self.pattern.keep == 0:
+            return count * -(-width // CHUNK)
+        return self.tiles(count) * self.steps(width) * self.pattern.keep
+
     def submatrices(self) -> list[tuple[int, slice, slice]]:
         """``(bits, rows, columns)`` of each non-empty segment, in storage order."""
         result = []
@@ -118,6 +171,11 @@ class Layout:
                 result.append((bits, rows, part) if self.segment_axis else (bits, part, columns))
             start += size
         return result
+
+
+def _entries(part: tuple[int, slice, slice]) -> int:
+    _, rows, columns = part
+    return (rows.stop - rows.start) * (columns.stop - columns.start)
 
 
 def check_block_size(block_size: int, pattern: Pattern) -> None:

@@ -6,22 +6,20 @@ DOMAIN = "ai.fips"
 VERSION = 1
 Q_MATMUL = "QMatMul"
 SPARSE_Q_MATMUL = "SparseQMatMul"
-ATTRIBUTES = {
-    Q_MATMUL: (
-        "K", "N", "transB", "block_size", "segment_axis", *(f"size_{bits}bit" for bits in BIT_WIDTHS),
-        "midrise", "accuracy_level",
-    ),
-    SPARSE_Q_MATMUL: (
-        "K", "N", "transB", "block_size", "segment_axis", *(f"size_{bits}bit" for bits in BIT_WIDTHS),
-        "midrise", "accuracy_level", "keep", "of",
-    ),
-}
+BITMAP_Q_MATMUL = "BitmapQMatMul"
+_COMMON = (
+    "K", "N", "transB", "block_size", "segment_axis", *(f"size_{bits}bit" for bits in BIT_WIDTHS), "midrise",
+    "accuracy_level",
+)
+ATTRIBUTES = {Q_MATMUL: _COMMON, SPARSE_Q_MATMUL: (*_COMMON, "keep", "of"), BITMAP_Q_MATMUL: _COMMON}
 """Attribute names per op; all are integers and all are present on every node."""
 
 
 def op_type(layout: Layout) -> str:
     """The op that multiplies with a weight of this layout."""
-    return SPARSE_Q_MATMUL if layout.pattern.keep else Q_MATMUL
+    if layout.pattern.is_n_of_m:
+        return SPARSE_Q_MATMUL
+    return BITMAP_Q_MATMUL if layout.pattern.keep else Q_MATMUL
 
 
 def node_attributes(layout: Layout, trans_b: bool, accuracy_level: int) -> dict[str, int]:
@@ -38,6 +36,6 @@ def node_attributes(layout: Layout, trans_b: bool, accuracy_level: int) -> dict[
         "midrise": int(layout.midrise),
         "accuracy_level": accuracy_level,
     }
-    if layout.pattern.keep:
+    if layout.pattern.is_n_of_m:
         attributes |= {"keep": layout.pattern.keep, "of": layout.pattern.of}
     return attributes

@@ -1,22 +1,29 @@
 """Packed weights: integer codes, scales and mask ↔ the bytes stored in an artefact.
 
 This file is the specification of the byte formats; the ONNX functions and the native kernels are tested
-against it. Codes and pattern are byte streams (:mod:`fips_ort.bits`), one after another per segment, each
-segment's submatrix in row-major order and filled up to whole bytes:
+against it. ``codes`` and ``pattern`` hold one part per segment, one after another (:mod:`fips_ort.bits` has chunks and
+streams). Levels are stored as ``q + 2**(bits-1)``.
 
-- ``codes``: stored levels as ``q + 2**(bits-1)``; all entries if dense, else only the kept ones in order.
-- ``pattern``: nothing if dense; for n:m the index of each kept entry within its m columns, ascending
-  (2 bits for m = 4, 3 bits for m = 8); for a bitmap one bit per entry, 1 = kept.
-- ``scales``: float16 [rows, columns / block_size], over the whole matrix, whatever its segments.
+- *Dense*: ``codes`` has the rows of the segment one after another, each in chunks of 64 consecutive columns; the last
+  chunk of a row is filled up with zeros. ``pattern`` is empty.
+- *n:m*: only kept entries are stored. A *tile* is 16 consecutive rows (the last one of a segment is filled up with
+  zeros); a *step* is 4 consecutive groups of m columns. ``codes`` has tile after tile, in a tile step after step, in
+  a step for each of the n kept entries of a group, in ascending order, one chunk with the 16 rows' 4 groups, row by row.
+  ``pattern`` has chunks in the same order, with each entry's index within its group: 2 bits for m = 4, 3 for m = 8.
+- *Bitmap*: ``codes`` is a stream of the kept entries in row-major order, ``pattern`` a stream of one bit per entry,
+  1 = kept.
+- ``scales`` are float16: [rows, columns / block_size], over the whole matrix, whatever its segments; for n:m
+  [tiles, columns / block_size, 16], so that the scales of a tile lie together.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fips_ort.bits import pack_bits, packed_size, unpack_bits
-from fips_ort.layout import Layout
+from fips_ort.bits import CHUNK, pack_bits, pack_chunks, packed_size, unpack_bits, unpack_chunks
+from fips_ort.layout import STEP_GROUPS, TILE_ROWS, Layout, Pattern
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,14 +40,14 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         layout = self.layout
-        if self.scales.shape != layout.scales_shape or self.scales.dtype != np.float16:
+        if self.scales.shape != layout.stored_scales_shape or self.scales.dtype != np.float16:
             actual = f"{self.scales.dtype} {self.scales.shape}"
-            raise ValueError(f"scales are {actual}, expected float16 {layout.scales_shape}")
-        pattern_bytes, code_bytes = _stream_sizes(layout, self.pattern)
-        if self.pattern.size != pattern_bytes:
-            raise ValueError(f"pattern has {self.pattern.size} bytes, expected {pattern_bytes}")
-        if self.codes.size != code_bytes:
-            raise ValueError(f"codes have {self.codes.size} bytes, expected {code_bytes}")
+            raise ValueError(f"scales are {actual}, expected float16 {layout.stored_scales_shape}")
+        if self.pattern.size != layout.pattern_bytes:
+            raise ValueError(f"pattern has {self.pattern.size} bytes, expected {layout.pattern_bytes}")
+        expected = layout.code_bytes(_bitmap_counts(layout, self.pattern))
+        if self.codes.size != expected:
+            raise ValueError(f"codes have {self.codes.size} bytes, expected {expected}")
 
     @property
     def nbytes(self) -> int:
@@ -50,54 +57,76 @@ class PackedWeight:
 
 def pack(levels: NDArray[np.int8], scales: NDArray[np.float16], mask: NDArray[np.bool_] | None,
          layout: Layout) -> PackedWeight:
-    """Pack signed ``levels`` (int8 [rows, columns]) with their ``scales`` and ``mask`` (bool [rows, columns]).
+    """Pack signed ``levels`` (int8 [rows, columns]) with their ``scales`` (float16 [rows, blocks]) and ``mask`` (bool
+    [rows, columns]).
 
     ``mask`` is None exactly if the pattern is dense; levels where it is False are not stored. Raises ValueError
     if a stored level does not fit its bit-width or the mask does not follow the n:m pattern.
     """
     if levels.shape != (layout.rows, layout.columns):
         raise ValueError(f"levels have shape {levels.shape}, expected {(layout.rows, layout.columns)}")
-    dense = layout.pattern.keep == 0
-    if dense != (mask is None):
-        raise ValueError(f"pattern {layout.pattern} {'takes no' if dense else 'needs a'} mask")
+    if (layout.pattern.keep == 0) != (mask is None):
+        raise ValueError(f"pattern {layout.pattern} {'needs a' if layout.pattern.keep else 'takes no'} mask")
+    if scales.shape != layout.scales_shape:
+        raise ValueError(f"scales have shape {scales.shape}, expected {layout.scales_shape}")
     code_parts, pattern_parts = [], []
     for bits, rows, columns in layout.submatrices():
-        part = levels[rows, columns].astype(np.int16) + (1 << (bits - 1))
-        if mask is not None:
-            kept = mask[rows, columns]
-            pattern_parts.append(_pack_mask(kept, layout))
-            part = part[kept]
-        if part.size and (part.min() < 0 or part.max() >> bits):
+        codes = levels[rows, columns].astype(np.int16) + (1 << (bits - 1))
+        kept = None if mask is None else mask[rows, columns]
+        stored = codes if kept is None else codes[kept]
+        if stored.size and (stored.min() < 0 or stored.max() >> bits):
             raise ValueError(f"levels outside the range of {bits} bits")
-        code_parts.append(pack_bits(part.astype(np.uint8), bits))
-    pattern = np.concatenate(pattern_parts) if pattern_parts else np.zeros(0, np.uint8)
-    return PackedWeight(layout, np.concatenate(code_parts), pattern, np.ascontiguousarray(scales))
+        codes = codes.astype(np.uint8)
+        if kept is None:
+            code_parts.append(pack_chunks(_in_chunks(codes), bits))
+        elif layout.pattern.is_n_of_m:
+            groups = kept.reshape(-1, layout.pattern.of)
+            if not np.all(groups.sum(axis=1) == layout.pattern.keep):
+                raise ValueError(
+                    f"mask does not keep exactly {layout.pattern.keep} of every {layout.pattern.of} columns"
+                )
+            index = np.nonzero(groups)[1].astype(np.uint8).reshape(len(kept), -1)
+            code_parts.append(pack_chunks(_in_tiles(codes[kept].reshape(len(kept), -1), layout.pattern), bits))
+            pattern_parts.append(pack_chunks(_in_tiles(index, layout.pattern), layout.pattern.index_bits))
+        else:
+            code_parts.append(pack_bits(codes[kept], bits))
+            pattern_parts.append(pack_bits(kept.astype(np.uint8), 1))
+    if layout.pattern.is_n_of_m:
+        scales = np.concatenate([_scales_in_tiles(scales[rows]) for rows in layout.row_ranges()])
+    return PackedWeight(layout, _joined(code_parts), _joined(pattern_parts), np.ascontiguousarray(scales))
 
 
 def unpack(packed: PackedWeight) -> tuple[NDArray[np.int8], NDArray[np.float16], NDArray[np.bool_] | None]:
     """Inverse of :func:`pack`: (levels, scales, mask); levels of entries that are not kept are 0."""
-    layout = packed.layout
+    layout, pattern = packed.layout, packed.layout.pattern
     levels = np.zeros((layout.rows, layout.columns), np.int8)
-    mask = None if layout.pattern.keep == 0 else np.zeros(levels.shape, np.bool_)
-    code_start = pattern_start = 0
+    mask = None if pattern.keep == 0 else np.zeros(levels.shape, np.bool_)
+    codes, patterns = _Reader(packed.codes), _Reader(packed.pattern)
     for bits, rows, columns in layout.submatrices():
-        shape = levels[rows, columns].shape
-        if mask is None:
-            kept = np.ones(shape, np.bool_)
+        count, width = shape = levels[rows, columns].shape
+        kept = np.ones(shape, np.bool_)
+        if pattern.keep == 0:
+            chunks = codes.chunks(count * -(-width // CHUNK), bits)
+            stored = chunks.reshape(count, -1)[:, :width].reshape(-1)
+        elif pattern.is_n_of_m:
+            chunks_count = layout.tiles(count) * layout.steps(width) * pattern.keep
+            index = _out_of_tiles(patterns.chunks(chunks_count, pattern.index_bits), count, pattern)
+            indices = index.reshape(-1, pattern.keep)
+            if pattern.keep > 1 and not np.all(np.diff(indices.astype(np.int16), axis=1) > 0):
+                raise ValueError("indices of the n:m pattern are not ascending")
+            groups = np.zeros((len(indices), pattern.of), np.bool_)
+            np.put_along_axis(groups, indices.astype(np.intp), True, axis=1)
+            kept = groups.reshape(shape)
+            stored = _out_of_tiles(codes.chunks(chunks_count, bits), count, pattern).reshape(-1)
         else:
-            count = _pattern_count(shape, layout)
-            size = packed_size(count, layout.pattern.index_bits)
-            kept = _unpack_mask(packed.pattern[pattern_start:pattern_start + size], shape, layout)
-            mask[rows, columns] = kept
-            pattern_start += size
-        count = int(kept.sum())
-        size = packed_size(count, bits)
-        stored = unpack_bits(packed.codes[code_start:code_start + size], bits, count)
+            kept = patterns.stream(count * width, 1).astype(np.bool_).reshape(shape)
+            stored = codes.stream(int(kept.sum()), bits)
         part = np.zeros(shape, np.int8)
         part[kept] = (stored.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
         levels[rows, columns] = part
-        code_start += size
-    return levels, packed.scales, mask
+        if mask is not None:
+            mask[rows, columns] = kept
+    return levels, _logical_scales(packed), mask
 
 
 def dequantize(packed: PackedWeight) -> NDArray[np.float32]:
@@ -112,51 +141,76 @@ def dequantize(packed: PackedWeight) -> NDArray[np.float32]:
     return values
 
 
-def _pack_mask(kept: NDArray[np.bool_], layout: Layout) -> NDArray[np.uint8]:
-    pattern = layout.pattern
-    if not pattern.is_n_of_m:
-        return pack_bits(kept.astype(np.uint8), 1)
-    groups = kept.reshape(-1, pattern.of)
-    counts = groups.sum(axis=1)
-    if not np.all(counts == pattern.keep):
-        raise ValueError(f"mask does not keep exactly {pattern.keep} of every {pattern.of} columns")
-    return pack_bits(np.nonzero(groups)[1].astype(np.uint8), pattern.index_bits)
+def _in_chunks(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[rows, columns] → [rows, chunks, 64], filled up with zeros."""
+    rows, columns = codes.shape
+    return np.pad(codes, ((0, 0), (0, -columns % CHUNK))).reshape(rows, -1, CHUNK)
 
 
-def _unpack_mask(stream: NDArray[np.uint8], shape: tuple[int, ...], layout: Layout) -> NDArray[np.bool_]:
-    pattern = layout.pattern
-    entries = unpack_bits(stream, pattern.index_bits, _pattern_count(shape, layout))
-    if not pattern.is_n_of_m:
-        return entries.astype(np.bool_).reshape(shape)
-    indices = entries.reshape(-1, pattern.keep)
-    if pattern.keep > 1 and not np.all(np.diff(indices.astype(np.int16), axis=1) > 0):
-        raise ValueError("indices of the n:m pattern are not ascending")
-    groups = np.zeros((indices.shape[0], pattern.of), np.bool_)
-    np.put_along_axis(groups, indices.astype(np.intp), True, axis=1)
-    return groups.reshape(shape)
+def _in_tiles(kept: NDArray[np.uint8], pattern: Pattern) -> NDArray[np.uint8]:
+    """What is stored for the kept entries, [rows, kept of a row] → [tiles, steps, n, 64], filled up with zeros."""
+    filled = np.pad(kept, ((0, -len(kept) % TILE_ROWS), (0, 0)))
+    tiles = filled.reshape(-1, TILE_ROWS, kept.shape[1] // (STEP_GROUPS * pattern.keep), STEP_GROUPS, pattern.keep)
+    return tiles.transpose(0, 2, 4, 1, 3).reshape(len(tiles), -1, pattern.keep, CHUNK)
 
 
-def _pattern_count(shape: tuple[int, ...], layout: Layout) -> int:
-    """Entries in the pattern stream of a submatrix."""
-    size = shape[0] * shape[1]
-    pattern = layout.pattern
-    return size // pattern.of * pattern.keep if pattern.is_n_of_m else size
+def _out_of_tiles(chunks: NDArray[np.uint8], rows: int, pattern: Pattern) -> NDArray[np.uint8]:
+    """Inverse of :func:`_in_tiles`: [tiles · steps · n, 64] → [rows, kept of a row]."""
+    tiles = chunks.reshape(-(-rows // TILE_ROWS), -1, pattern.keep, TILE_ROWS, STEP_GROUPS)
+    return tiles.transpose(0, 3, 1, 4, 2).reshape(len(tiles) * TILE_ROWS, -1)[:rows]
 
 
-def _stream_sizes(layout: Layout, pattern_stream: NDArray[np.uint8]) -> tuple[int, int]:
-    """(pattern bytes, code bytes) that a layout asks for; a bitmap's code bytes depend on its popcount."""
-    pattern_bytes = code_bytes = 0
-    for bits, rows, columns in layout.submatrices():
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        count = shape[0] * shape[1]
-        if layout.pattern.keep:
-            entries = _pattern_count(shape, layout)
-            size = packed_size(entries, layout.pattern.index_bits)
-            if layout.pattern.is_n_of_m:
-                count = entries
-            else:
-                part = pattern_stream[pattern_bytes:pattern_bytes + size]
-                count = int(np.unpackbits(part, count=min(entries, part.size * 8), bitorder="little").sum())
-            pattern_bytes += size
-        code_bytes += packed_size(count, bits)
-    return pattern_bytes, code_bytes
+def _scales_in_tiles(scales: NDArray[np.float16]) -> NDArray[np.float16]:
+    """[rows, blocks] → [tiles, blocks, 16], filled up with zeros."""
+    filled = np.pad(scales, ((0, -len(scales) % TILE_ROWS), (0, 0)))
+    return filled.reshape(-1, TILE_ROWS, scales.shape[1]).swapaxes(1, 2)
+
+
+def _logical_scales(packed: PackedWeight) -> NDArray[np.float16]:
+    """Scales as [rows, blocks]."""
+    layout = packed.layout
+    if not layout.pattern.is_n_of_m:
+        return packed.scales
+    parts, first = [], 0
+    for rows in layout.row_ranges():
+        count = rows.stop - rows.start
+        tiles = packed.scales[first : first + layout.tiles(count)]
+        parts.append(tiles.swapaxes(1, 2).reshape(-1, layout.scales_shape[1])[:count])
+        first += len(tiles)
+    return np.concatenate(parts)
+
+
+def _joined(parts: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return np.concatenate([part.reshape(-1) for part in parts]) if parts else np.zeros(0, np.uint8)
+
+
+def _bitmap_counts(layout: Layout, pattern: NDArray[np.uint8]) -> list[int] | None:
+    """Kept entries of each segment of a bitmap whose ``pattern`` is complete."""
+    if layout.pattern.keep == 0 or layout.pattern.is_n_of_m:
+        return None
+    return [int(part.sum()) for part in _bitmap_parts(layout, pattern)]
+
+
+def _bitmap_parts(layout: Layout, pattern: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    reader = _Reader(pattern)
+    for _, rows, columns in layout.submatrices():
+        yield reader.stream((rows.stop - rows.start) * (columns.stop - columns.start), 1)
+
+
+class _Reader:
+    """Takes one part after another from the front of a vector of bytes."""
+
+    def __init__(self, stored: NDArray[np.uint8]) -> None:
+        self.rest = stored
+
+    def chunks(self, count: int, bits: int) -> NDArray[np.uint8]:
+        """[count, 64]"""
+        return unpack_chunks(self._take(count * 8 * bits).reshape(count, 8 * bits), bits)
+
+    def stream(self, count: int, bits: int) -> NDArray[np.uint8]:
+        """[count]"""
+        return unpack_bits(self._take(packed_size(count, bits)), bits, count)
+
+    def _take(self, size: int) -> NDArray[np.uint8]:
+        taken, self.rest = self.rest[:size], self.rest[size:]
+        return taken

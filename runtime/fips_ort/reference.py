@@ -8,7 +8,7 @@ from fips_ort.packed import PackedWeight, dequantize, unpack
 
 def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = True,
              bias: NDArray[np.float32] | None = None, accuracy_level: int = 0) -> NDArray[np.float32]:
-    """``Y = A @ B (+ bias)``; the same function specifies QMatMul and SparseQMatMul.
+    """``Y = A @ B (+ bias)``; the same function specifies all three ops.
 
     ``a``: float32 [..., K]. The stored matrix S is read as B = S.T (``trans_b``: one stored row per output,
     K = columns, N = rows) or as B = S (K = rows, N = columns). Returns float32 [..., N].
@@ -16,7 +16,7 @@ def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = Tr
     ``accuracy_level`` 0 computes with float32 activations. 4 permits int8 activations, used if ``trans_b``:
     each block of ``block_size`` activations is rounded to ``round(a / s)`` with ``s = max|a| / 127`` (half to
     even; all zeros if the block is zero), multiplied with the integer levels exactly, then scaled. Without
-    ``trans_b`` the scales vary along K, so level 4 computes as level 0.
+    ``trans_b`` the scales vary along K: this computes as level 0, and kernels may round to 15 bits (docs/ops.md).
     """
     if accuracy_level not in (0, 4):
         raise ValueError(f"accuracy_level must be 0 or 4, got {accuracy_level}")

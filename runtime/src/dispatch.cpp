@@ -1,5 +1,7 @@
 #if defined(FIPS_X86)
 #include <cpuid.h>
+#elif defined(FIPS_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <cstdlib>
@@ -21,6 +23,13 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+#elif defined(FIPS_ARM64)
+namespace neon {
+extern const Kernels kKernels;
+}
+namespace neon_dotprod {
+extern const Kernels kKernels;
+}
 #endif
 
 namespace {
@@ -30,6 +39,17 @@ namespace {
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#elif defined(FIPS_ARM64)
+bool has_dot_product() {
+#if defined(__APPLE__)
+  return true;  // every 64-bit Arm CPU of Apple's Macs
+#elif defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -54,6 +74,9 @@ const Choice kChoices[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
               has_f16c();
      }},
+#elif defined(FIPS_ARM64)
+    {&neon_dotprod::kKernels, has_dot_product},
+    {&neon::kKernels, [] { return true; }},
 #endif
     {&generic::kKernels, [] { return true; }},
 };

@@ -16,25 +16,33 @@ struct Task {
   size_t a_stride;
   const float* bias;      // [N] or null
   float* y;               // [m, N]
-  // Rounded activations: with `codes` the tiles multiply integers instead of `a`.
-  const int8_t* codes;    // [m, K] or null
+  bool integers;          // multiply rounded activations as integers
+  // With trans_b, the rounded activations.
+  const int8_t* codes;    // [K / block_size, m, block_size], or the same plus 128 (Kernels::wants_offset)
   const float* scales;    // [m, block_stride]: of each block, then zeros
   const float* sums;      // [m, block_stride]: scale times the sum of the block's codes, then zeros
   size_t block_stride;    // K / block_size, rounded up to a multiple of Kernels::vector_floats
   size_t tile_outputs;    // outputs per tile
+
+  const int8_t* block_codes(size_t i, size_t block) const {
+    const size_t size = weight->layout->block_size;
+    return codes + (block * m + i) * size;
+  }
 };
 
 struct Kernels {
   const char* name;
   size_t vector_floats;
-  // Whether `tile` can multiply rounded activations as integers with this layout.
-  bool (*supports_integers)(const Layout& layout);
+  // Whether `tile` computes this layout in integers.
+  bool (*supports_integers)(const Layout& layout, size_t m);
+  // Whether it wants codes plus 128 then.
+  bool (*wants_offset)(const Layout& layout, size_t m);
   size_t (*scratch_bytes)(const Task& task);
   // Computes outputs [tile * tile_outputs, ...). scratch: aligned to 64 bytes.
   void (*tile)(const Task& task, size_t tile, void* scratch);
-  // Rounds one row of activations in blocks (fips_ort/reference.py). A block with a value that is not finite gets
-  // the scale NaN. codes: [columns]; scales, sums: [columns / block_size].
-  void (*quantize_row)(const float* a, size_t columns, size_t block_size, int8_t* codes, float* scales, float* sums);
+  // Rounds a block of activations (fips_ort/reference.py). A block with a value that is not finite gets the scale NaN.
+  // sum: scale times the sum of the codes.
+  void (*quantize_block)(const float* a, size_t size, int8_t* codes, float* scale, float* sum);
 };
 
 // The best kernels for this CPU, or those named by the environment variable FIPS_ORT_ISA.

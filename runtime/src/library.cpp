@@ -1,4 +1,4 @@
-// The custom operator library: QMatMul and SparseQMatMul for ONNX Runtime.
+// The custom operator library: QMatMul, SparseQMatMul and BitmapQMatMul for ONNX Runtime.
 
 #include <cstdint>
 #include <exception>
@@ -95,23 +95,29 @@ size_t stream_size(const char* name, const Tensor& tensor) {
   return static_cast<size_t>(tensor.shape[0]);
 }
 
+enum class Kind { kDense, kNOfM, kBitmap };
+
+constexpr const char* name_of(Kind kind) {
+  return kind == Kind::kDense ? "QMatMul" : kind == Kind::kNOfM ? "SparseQMatMul" : "BitmapQMatMul";
+}
+
 // One node. A weight made of initializers is checked once, here, and only its index kept: the bytes stay where
 // ONNX Runtime has them, once for all nodes that read them.
 class MatMulKernel {
  public:
-  MatMulKernel(const ort::Api& api, const OrtKernelInfo* info, bool sparse)
-      : api_(api), sparse_(sparse), layout_(attributes(api, info, sparse)), kernels_(select_kernels()) {
+  MatMulKernel(const ort::Api& api, const OrtKernelInfo* info, Kind kind)
+      : api_(api), kind_(kind), layout_(attributes(api, info, kind)), kernels_(select_kernels()) {
     const std::optional<Tensor> codes = constant(info, 1);
-    const std::optional<Tensor> pattern = sparse ? constant(info, 2) : std::nullopt;
+    const std::optional<Tensor> pattern = layout_.sparse() ? constant(info, 2) : std::nullopt;
     const std::optional<Tensor> scales = constant(info, scales_input());
     if (scales) check_scales(*scales);
-    if (codes && (pattern || !sparse)) index_.emplace(index(*codes, pattern ? &*pattern : nullptr));
+    if (codes && (pattern || !layout_.sparse())) index_.emplace(index(*codes, pattern ? &*pattern : nullptr));
   }
 
   void compute(OrtKernelContext* context) const {
     const Tensor a = *input(context, 0), codes = *input(context, 1), scales = *input(context, scales_input());
     std::optional<Tensor> pattern;
-    if (sparse_) pattern = input(context, 2);
+    if (layout_.sparse()) pattern = input(context, 2);
     const std::optional<Tensor> bias = input(context, scales_input() + 1);
 
     check_scales(scales);
@@ -155,10 +161,10 @@ class MatMulKernel {
   }
 
   const ort::Api& api() const { return api_; }
-  const char* name() const { return sparse_ ? "SparseQMatMul" : "QMatMul"; }
+  const char* name() const { return name_of(kind_); }
 
  private:
-  static Attributes attributes(const ort::Api& api, const OrtKernelInfo* info, bool sparse) {
+  static Attributes attributes(const ort::Api& api, const OrtKernelInfo* info, Kind kind) {
     const auto value = [&](const char* name) {
       int64_t result = 0;
       if (OrtStatus* status = api.int_attribute(info, name, &result)) {
@@ -175,11 +181,11 @@ class MatMulKernel {
             {value("size_8bit"), value("size_4bit"), value("size_3bit"), value("size_2bit")},
             value("midrise"),
             value("accuracy_level"),
-            sparse ? value("keep") : 0,
-            sparse ? value("of") : 0};
+            kind == Kind::kNOfM ? value("keep") : kind == Kind::kBitmap ? 1 : 0,
+            kind == Kind::kNOfM ? value("of") : kind == Kind::kBitmap ? 1 : 0};
   }
 
-  size_t scales_input() const { return sparse_ ? 3 : 2; }
+  size_t scales_input() const { return layout_.sparse() ? 3 : 2; }
 
   std::optional<Tensor> constant(const OrtKernelInfo* info, size_t index) const {
     int is_constant = 0;
@@ -201,8 +207,12 @@ class MatMulKernel {
   }
 
   void check_scales(const Tensor& scales) const {
-    require_shape("scales", scales,
-                  {static_cast<int64_t>(layout_.rows), static_cast<int64_t>(layout_.blocks())});
+    const int64_t blocks = static_cast<int64_t>(layout_.blocks());
+    if (layout_.n_of_m()) {
+      require_shape("scales", scales, {static_cast<int64_t>(layout_.tiles()), blocks, static_cast<int64_t>(kTileRows)});
+    } else {
+      require_shape("scales", scales, {static_cast<int64_t>(layout_.rows), blocks});
+    }
   }
 
   StreamIndex index(const Tensor& codes, const Tensor* pattern) const {
@@ -211,19 +221,19 @@ class MatMulKernel {
   }
 
   const ort::Api& api_;
-  bool sparse_;
+  Kind kind_;
   Layout layout_;
   const Kernels& kernels_;
   std::optional<StreamIndex> index_;
 };
 
 struct MatMulOp : ort::CustomOp {
-  MatMulOp(const ort::Api& api_table, bool is_sparse) : ort::CustomOp{}, api(api_table), sparse(is_sparse) {
+  MatMulOp(const ort::Api& api_table, Kind op_kind) : ort::CustomOp{}, api(api_table), kind(op_kind) {
     version = ort::kApiVersion;
-    get_name = [](const CustomOp* op) { return self(op).sparse ? "SparseQMatMul" : "QMatMul"; };
+    get_name = [](const CustomOp* op) { return name_of(self(op).kind); };
     get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
     get_input_type = [](const CustomOp* op, size_t index) -> int { return self(op).input_type(index); };
-    get_input_count = [](const CustomOp* op) -> size_t { return self(op).sparse ? 5 : 4; };
+    get_input_count = [](const CustomOp* op) -> size_t { return self(op).kind == Kind::kDense ? 4 : 5; };
     get_output_type = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
     get_output_count = [](const CustomOp*) -> size_t { return 1; };
     get_input_characteristic = [](const CustomOp* op, size_t index) -> int {
@@ -240,7 +250,7 @@ struct MatMulOp : ort::CustomOp {
     create_kernel_v2 = [](const CustomOp* op, const void*, const OrtKernelInfo* info, void** kernel) {
       const MatMulOp& matmul = self(op);
       return guarded(matmul.api, op->get_name(op),
-                     [&] { *kernel = new MatMulKernel(matmul.api, info, matmul.sparse); });
+                     [&] { *kernel = new MatMulKernel(matmul.api, info, matmul.kind); });
     };
     compute_v2 = [](void* kernel, OrtKernelContext* context) {
       const MatMulKernel& matmul = *static_cast<MatMulKernel*>(kernel);
@@ -252,21 +262,22 @@ struct MatMulOp : ort::CustomOp {
   static const MatMulOp& self(const CustomOp* op) { return *static_cast<const MatMulOp*>(op); }
 
   int input_type(size_t index) const {
-    const size_t scales = sparse ? 3 : 2;
+    const size_t scales = kind == Kind::kDense ? 2 : 3;
     if (index == 0 || index > scales) return ort::kFloat;
     return index == scales ? ort::kFloat16 : ort::kUint8;
   }
 
   const ort::Api& api;
-  bool sparse;
+  Kind kind;
 };
 
 // The operators and their domain. Sessions keep pointers to them, so they live until the process ends.
 struct Library {
-  explicit Library(const void* table) : api(table), dense(api, false), sparse(api, true) {}
+  explicit Library(const void* table)
+      : api(table), dense(api, Kind::kDense), n_of_m(api, Kind::kNOfM), bitmap(api, Kind::kBitmap) {}
 
   ort::Api api;
-  MatMulOp dense, sparse;
+  MatMulOp dense, n_of_m, bitmap;
   OrtCustomOpDomain* domain = nullptr;
 };
 
@@ -274,7 +285,7 @@ OrtStatus* create_library(const void* table, Library** result) {
   auto library = std::make_unique<Library>(table);
   const ort::Api& api = library->api;
   if (OrtStatus* status = api.create_custom_op_domain(kDomain, &library->domain)) return status;
-  for (const MatMulOp* op : {&library->dense, &library->sparse}) {
+  for (const MatMulOp* op : {&library->dense, &library->n_of_m, &library->bitmap}) {
     if (OrtStatus* status = api.add_custom_op(library->domain, op)) {
       api.release_custom_op_domain(library->domain);
       return status;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace fips {
 namespace {
@@ -74,9 +75,14 @@ void run(Task& task, size_t outputs, const Kernels& kernels, const ParallelFor& 
 
 // Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored
 // matrix are outputs with trans_b; else whole blocks of columns are.
-size_t tile_outputs(const Layout& layout, size_t m) {
-  if (layout.trans_b) return m > 4 ? 16 : std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
-  const size_t wanted = std::min<size_t>(256, std::max<size_t>(64, layout.columns / 8));
+size_t tile_outputs(const Layout& layout, size_t m, bool integers) {
+  if (layout.trans_b) {
+    return m > 4 && !integers ? 16 : std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
+  }
+  // Few rows of A: wide tiles read long pieces of stored rows, which is what memory is fast at.
+  static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const size_t widest = m > 4 ? 256 : std::max<size_t>(256, (layout.columns + cores - 1) / cores);
+  const size_t wanted = std::min(widest, std::max<size_t>(64, layout.columns / (m > 4 ? 8 : 2)));
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
 
@@ -113,11 +119,23 @@ void rounded_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, cons
   const AlignedArray<float> scales(task.m * stride), sums(task.m * stride);
   std::fill_n(scales.get(), task.m * stride, 0.0f);
   std::fill_n(sums.get(), task.m * stride, 0.0f);
-  for (size_t i = 0; i < task.m; ++i) {
-    kernels.quantize_row(task.a + i * k, k, layout.block_size, codes.get() + i * k, scales.get() + i * stride,
-                         sums.get() + i * stride);
+  const bool offset = task.integers && kernels.wants_offset(layout, task.m);
+  const auto quantize = [&](size_t i) {
+    for (size_t block = 0; block < layout.blocks(); ++block) {
+      const size_t size = layout.block_size, place = i * stride + block;
+      int8_t* out = codes.get() + (block * task.m + i) * size;
+      kernels.quantize_block(task.a + i * k + block * size, size, out, scales.get() + place, sums.get() + place);
+      if (offset) std::transform(out, out + size, out, [](int8_t code) { return static_cast<int8_t>(code ^ -128); });
+    }
+  };
+  if (task.m * k < kSmallestParallelWork) {
+    for (size_t i = 0; i < task.m; ++i) quantize(i);
+  } else {
+    parallel_for.run(
+        parallel_for.context, task.m, [](void* data, size_t i) { (*static_cast<decltype(quantize)*>(data))(i); },
+        const_cast<void*>(static_cast<const void*>(&quantize)));
   }
-  if (kernels.supports_integers(layout)) {
+  if (task.integers) {
     task.codes = codes.get();
     task.scales = scales.get();
     task.sums = sums.get();
@@ -128,7 +146,9 @@ void rounded_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, cons
   const PaddedRows rounded(task.m, k, kernels.vector_floats);
   for (size_t i = 0; i < task.m; ++i) {
     for (size_t j = 0; j < k; ++j) {
-      rounded.row(i)[j] = static_cast<float>(codes.get()[i * k + j]) * scales.get()[i * stride + j / layout.block_size];
+      const size_t block = j / layout.block_size;
+      const int8_t code = codes.get()[(block * task.m + i) * layout.block_size + j % layout.block_size];
+      rounded.row(i)[j] = static_cast<float>(code) * scales.get()[i * stride + block];
     }
   }
   task.a = rounded.values.get();
@@ -144,7 +164,8 @@ void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias,
   const Layout& layout = *weight.layout;
   const size_t k = layout.trans_b ? layout.columns : layout.rows;
   const size_t n = layout.trans_b ? layout.rows : layout.columns;
-  Task task{&weight, m, a, k, bias, y, nullptr, nullptr, nullptr, 0, tile_outputs(layout, m)};
+  const bool integers = layout.accuracy_level == 4 && kernels.supports_integers(layout, m);
+  Task task{&weight, m, a, k, bias, y, integers, nullptr, nullptr, nullptr, 0, tile_outputs(layout, m, integers)};
   if (layout.accuracy_level == 4 && layout.trans_b) {
     rounded_matmul(task, k, n, kernels, parallel_for);
   } else {

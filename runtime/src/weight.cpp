@@ -1,5 +1,6 @@
 #include "weight.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -46,16 +47,32 @@ uint64_t popcount(const uint8_t* bytes, size_t size) {
   return count;
 }
 
-// Each pair of indices of a 2:m pattern ascends. A byte (m = 4) or 3 bytes (m = 8) hold whole pairs.
-bool pairs_ascend(const uint8_t* pattern, size_t size, int index_bits) {
-  const size_t step = index_bits == 3 ? 3 : 1;
-  const unsigned mask = (1u << index_bits) - 1;
-  for (size_t i = 0; i + step <= size; i += step) {
-    uint32_t word = 0;
-    std::memcpy(&word, pattern + i, step);
-    for (size_t bit = 0; bit < 8 * step; bit += 2 * static_cast<size_t>(index_bits)) {
-      const uint32_t pair = word >> bit;
-      if ((pair & mask) >= ((pair >> index_bits) & mask)) return false;
+// The integers 8 q … 8 q + 7 of a chunk of 2 or 3 bits (fips_ort/bits.py), a byte each.
+uint64_t chunk_word(const uint8_t* chunk, int bits, size_t q) {
+  uint64_t low;
+  std::memcpy(&low, chunk + q % 2 * 8, 8);
+  uint64_t word = (low >> (q / 2 * 2)) & (3 * kEveryByte);
+  if (bits == 3) {
+    uint64_t high;
+    std::memcpy(&high, chunk + 16, 8);
+    word |= ((high >> q) & kEveryByte) << 2;
+  }
+  return word;
+}
+
+// In a 2:m pattern, the indices in the first chunk of each pair of chunks are smaller than those in the second, but for
+// the rows that fill up the last tile. Two rows take 8 integers.
+bool pairs_ascend(const uint8_t* pattern, const Segment& segment, size_t steps, int bits) {
+  const size_t chunk_bytes = 8 * static_cast<size_t>(bits);
+  for (size_t tile = 0; tile < segment.tiles(); ++tile) {
+    const size_t rows = std::min(kTileRows, segment.rows() - tile * kTileRows);
+    for (size_t step = 0; step < steps; ++step, pattern += 2 * chunk_bytes) {
+      for (size_t row = 0; row < rows; row += 2) {
+        const uint64_t first = chunk_word(pattern, bits, row / 2), second = chunk_word(pattern + chunk_bytes, bits, row / 2);
+        const uint64_t checked = row + 1 < rows ? 0x80 * kEveryByte : 0x80808080u;
+        // The highest bit of a byte survives if its second index is larger.
+        if ((((second | 0x80 * kEveryByte) - first - kEveryByte) & checked) != checked) return false;
+      }
     }
   }
   return true;
@@ -78,6 +95,7 @@ Layout::Layout(const Attributes& a) {
 
   trans_b = a.trans_b != 0;
   midrise = a.midrise != 0;
+  columns_cut = a.segment_axis != 0;
   accuracy_level = static_cast<int>(a.accuracy_level);
   keep = static_cast<size_t>(a.keep);
   of = static_cast<size_t>(a.of);
@@ -116,35 +134,53 @@ Layout::Layout(const Attributes& a) {
 
 bool Layout::needs_mask() const { return sparse() && midrise && segments.front().bits == 8; }
 
+size_t Layout::tiles() const {
+  if (columns_cut) return segments.front().tiles();
+  size_t count = 0;
+  for (const Segment& segment : segments) count += segment.tiles();
+  return count;
+}
+
 StreamIndex::StreamIndex(const Layout& layout, const uint8_t* pattern, size_t pattern_size, size_t codes_size) {
+  const size_t step_columns = kStepGroups * layout.of;
+  // Chunks of a segment: n:m.
+  const auto chunks = [&](const Segment& segment) {
+    return segment.tiles() * (segment.columns() / step_columns) * layout.keep;
+  };
   size_t pattern_bytes = 0;
   for (const Segment& segment : layout.segments) {
-    const size_t stored = layout.of > 1 ? segment.entries() / layout.of * layout.keep : segment.entries();
-    pattern_bytes += packed_size(stored, layout.index_bits());
+    if (layout.n_of_m()) {
+      pattern_bytes += chunks(segment) * 8 * static_cast<size_t>(layout.index_bits());
+    } else if (layout.bitmap()) {
+      pattern_bytes += packed_size(segment.entries(), 1);
+    }
   }
   require_size(pattern_size, pattern_bytes, "pattern");
-  if (layout.keep == 2) {
-    require(pairs_ascend(pattern, pattern_size, layout.index_bits()), "indices of the n:m pattern are not ascending");
-  }
 
-  size_t pattern_start = 0, codes_start = 0;
+  size_t pattern_start = 0, codes_start = 0, tile = 0;
   for (const Segment& segment : layout.segments) {
-    SegmentStart start{pattern_start, codes_start, {}};
-    size_t stored = segment.entries();
+    SegmentStart start{pattern_start, codes_start, tile, {}};
+    const size_t bits = static_cast<size_t>(segment.bits);
     if (layout.bitmap()) {
       const size_t row_bytes = segment.columns() / 8;
-      start.codes_before.reserve(segment.row_end - segment.row_begin);
-      stored = 0;
-      for (size_t row = segment.row_begin; row < segment.row_end; ++row) {
+      start.codes_before.reserve(segment.rows());
+      size_t stored = 0;
+      for (size_t row = 0; row < segment.rows(); ++row) {
         start.codes_before.push_back(stored);
         stored += popcount(pattern + pattern_start, row_bytes);
         pattern_start += row_bytes;
       }
-    } else if (layout.sparse()) {
-      stored = stored / layout.of * layout.keep;
-      pattern_start += packed_size(stored, layout.index_bits());
+      codes_start += packed_size(stored, segment.bits);
+    } else if (layout.n_of_m()) {
+      require(layout.keep == 1 || pairs_ascend(pattern + pattern_start, segment, segment.columns() / step_columns,
+                                               layout.index_bits()),
+              "indices of the n:m pattern are not ascending");
+      pattern_start += chunks(segment) * 8 * static_cast<size_t>(layout.index_bits());
+      codes_start += chunks(segment) * 8 * bits;
+      if (!layout.columns_cut) tile += segment.tiles();
+    } else {
+      codes_start += segment.rows() * segment.row_bytes();
     }
-    codes_start += packed_size(stored, segment.bits);
     starts.push_back(std::move(start));
   }
   require_size(codes_size, codes_start, "codes");

@@ -15,7 +15,11 @@ struct InvalidWeight : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The attributes of a QMatMul or SparseQMatMul node, as in the model. keep = of = 0: dense.
+constexpr size_t kChunk = 64;      // codes that are packed together (fips_ort/bits.py)
+constexpr size_t kTileRows = 16;   // rows of a tile (n:m)
+constexpr size_t kStepGroups = 4;  // groups of a step (n:m)
+
+// The attributes of a node, as in the model. keep = of = 0: dense, 1: bitmap.
 struct Attributes {
   int64_t k, n, trans_b, block_size, segment_axis;
   std::array<int64_t, 4> segments;
@@ -37,8 +41,12 @@ struct Segment {
   size_t row_begin, row_end, column_begin, column_end;
   Encoding encoding;
 
+  size_t rows() const { return row_end - row_begin; }
   size_t columns() const { return column_end - column_begin; }
-  size_t entries() const { return (row_end - row_begin) * columns(); }
+  size_t entries() const { return rows() * columns(); }
+  // Of a dense row.
+  size_t row_bytes() const { return (columns() + kChunk - 1) / kChunk * 8 * static_cast<size_t>(bits); }
+  size_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
 };
 
 // The checked attributes. Stored matrix: rows x columns; segments in storage order, without the empty ones.
@@ -48,31 +56,37 @@ struct Layout {
 
   size_t rows, columns, block_size;
   bool trans_b, midrise;
+  bool columns_cut;  // segments are ranges of columns, else of rows
   int accuracy_level;
   size_t keep, of;
   std::vector<Segment> segments;
 
   bool sparse() const { return keep != 0; }
   bool bitmap() const { return of == 1; }
+  bool n_of_m() const { return of > 1; }
   int index_bits() const { return of == 8 ? 3 : of == 4 ? 2 : of == 1 ? 1 : 0; }
   size_t blocks() const { return columns / block_size; }
+  // n:m: of all segments.
+  size_t tiles() const;
   // No byte is left to mean "absent" beside 256 half-integer levels: decoding then fills a separate mask.
   bool needs_mask() const;
 };
 
-// Where each segment's bytes start. Of a bitmap also how many of a segment's codes come before each of its rows.
+// Where each segment's bytes start. Of n:m also its first tile, of a bitmap how many of a segment's codes come before each
+// of its rows.
 struct StreamIndex {
   // Throws InvalidWeight if the sizes do not follow from the layout or the pattern is malformed.
   StreamIndex(const Layout& layout, const uint8_t* pattern, size_t pattern_size, size_t codes_size);
 
   struct SegmentStart {
-    size_t pattern, codes;              // first byte in each stream
+    size_t pattern, codes;              // first byte of each
+    size_t tile;
     std::vector<uint64_t> codes_before; // bitmap: [rows of the segment]
   };
   std::vector<SegmentStart> starts;
 };
 
-// A weight in memory; nothing is owned. scales: float16 [rows, blocks].
+// A weight in memory; nothing is owned. scales: float16 [rows, blocks], n:m [tiles, blocks, kTileRows].
 struct Weight {
   const Layout* layout;
   const StreamIndex* index;

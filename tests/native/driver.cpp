@@ -4,10 +4,10 @@
 // computed, how many malformed weights refused, and the largest difference in units of the largest expected value.
 // Exits with 1 if one differs by more than its tolerance, if a malformed weight is accepted or a sound one is not.
 //
-// A case is 17 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
-// of, M, bytes of codes, bytes of pattern, 1 if malformed), then codes, pattern and, unless malformed, scales
-// [rows, blocks] float16, A [M, K], bias [N] and the expected Y [M, N] float32. Every array gets an allocation of its own exact size, so
-// that the address sanitizer sees a read past its end.
+// A case is 18 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
+// of, M, bytes of codes, bytes of pattern, number of scales, 1 if malformed), then codes, pattern and, unless malformed,
+// scales float16, A [M, K], bias [N] and the expected Y [M, N] float32. Every array gets an allocation of its own exact
+// size, so that the address sanitizer sees a read past its end.
 
 #include <cmath>
 #include <cstdio>
@@ -66,14 +66,14 @@ struct Case {
 };
 
 Case read_case(File& file) {
-  const std::vector<int64_t> h = file.read<int64_t>(17);
+  const std::vector<int64_t> h = file.read<int64_t>(18);
   const fips::Attributes attributes{h[0], h[1], h[2], h[3], h[4], {h[5], h[6], h[7], h[8]}, h[9], h[10], h[11], h[12]};
   const size_t k = static_cast<size_t>(h[0]), n = static_cast<size_t>(h[1]), m = static_cast<size_t>(h[13]);
-  Case result{attributes, m, h[16] != 0, {}, {}, {}, {}, {}, {}};
+  Case result{attributes, m, h[17] != 0, {}, {}, {}, {}, {}, {}};
   result.codes = file.read<uint8_t>(static_cast<size_t>(h[14]));
   result.pattern = file.read<uint8_t>(static_cast<size_t>(h[15]));
   if (result.malformed) return result;
-  result.scales = file.read<uint16_t>(k * n / static_cast<size_t>(h[3]));
+  result.scales = file.read<uint16_t>(static_cast<size_t>(h[16]));
   result.a = file.read<float>(m * k);
   result.bias = file.read<float>(n);
   result.expected = file.read<float>(m * n);
@@ -107,7 +107,6 @@ bool is_refused(const Case& c) {
 }
 
 int run_all(int argc, char** argv) {
-  constexpr double kTolerance = 5e-6;
   bool sound = true;
   for (int i = 2; i < argc; ++i) {
     const fips::Kernels* kernels = fips::find_kernels(argv[i]);
@@ -121,12 +120,15 @@ int run_all(int argc, char** argv) {
         sound &= is_refused(c);
         ++refused;
       } else {
-        worst = std::fmax(worst, run(c, *kernels));
+        const double difference = run(c, *kernels);
+        // Without transB, level 4 rounds activations to 15 bits.
+        const bool rounds = c.attributes.accuracy_level == 4 && !c.attributes.trans_b;
+        sound &= difference < (rounds ? 2e-4 : 5e-6);
+        worst = std::fmax(worst, difference);
         ++cases;
       }
     }
     std::printf("%s %zu %zu %g\n", kernels->name, cases, refused, worst);
-    sound &= worst < kTolerance;
   }
   return sound ? 0 : 1;
 }

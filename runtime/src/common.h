@@ -1,0 +1,53 @@
+// Small things that all kernels use. Like every header of theirs it is compiled once per instruction set, in a
+// namespace of its own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed bytes are read as little-endian words");
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+inline size_t larger(size_t a, size_t b) { return a < b ? b : a; }
+inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Asks for memory that is read soon; it may lie past the end of the stream.
+inline void prefetch(const uint8_t* p, uintptr_t ahead = 2048) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead));
+}
+
+// The same for `size` bytes.
+inline void prefetch_lines(const uint8_t* p, size_t size) {
+  for (size_t line = 0; line < size; line += 64) prefetch(p + line);
+}
+
+inline float float_from_half(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t rest = half & 0x7fff;
+  uint32_t bits = rest << 13;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  value *= 0x1p112f;  // moves the exponent's bias, and makes subnormal halves normal
+  std::memcpy(&bits, &value, 4);
+  if (rest >= 0x7c00) bits = 0x7f800000 | rest << 13;  // infinity, NaN
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips

@@ -1,0 +1,278 @@
+// Stored codes → one byte per entry, row by row: for the kernels that do not read packed weights directly.
+#pragma once
+
+#include "common.h"
+#include "simd/vec.h"
+#include "weight.h"
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+constexpr uint64_t kEveryByte = 0x0101010101010101u;
+
+constexpr uint64_t low_bits(size_t bits) { return bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1; }
+
+// Part of the stored matrix: whole blocks of columns, all within one segment.
+struct Part {
+  size_t segment, row_begin, row_end, begin, end;
+};
+
+// Calls visit(part) for the parts of rows [row_begin, row_end), columns [begin, end), whole blocks.
+template <typename Visit>
+inline void for_each_part(const Layout& layout, size_t row_begin, size_t row_end, size_t begin, size_t end,
+                          Visit visit) {
+  for (size_t i = 0; i < layout.segments.size(); ++i) {
+    const Segment& s = layout.segments[i];
+    const Part part{i, larger(row_begin, s.row_begin), smaller(row_end, s.row_end), larger(begin, s.column_begin),
+                    smaller(end, s.column_end)};
+    if (part.row_begin < part.row_end && part.begin < part.end) visit(part);
+  }
+}
+
+// Calls visit(std::integral_constant-like bits) with the bit-width as a compile-time constant.
+template <int value>
+struct Bits {
+  static constexpr int kValue = value;
+};
+
+template <typename Visit>
+inline void with_bits(int bits, Visit visit) {
+  switch (bits) {
+    case 8: return visit(Bits<8>{});
+    case 4: return visit(Bits<4>{});
+    case 3: return visit(Bits<3>{});
+    default: return visit(Bits<2>{});
+  }
+}
+
+// --- dense ---------------------------------------------------------------------------------------------------------
+
+// The 64 integers of a chunk as bytes.
+template <int bits>
+inline void unpack_chunk(const uint8_t* chunk, uint8_t* out) {
+#pragma GCC unroll 4
+  for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) Vec::store(out + v * Vec::kBytes, Vec::chunk<bits>(chunk, v));
+}
+
+// Columns [begin, end) of a segment's row.
+template <int bits>
+void decode_dense(const uint8_t* row, size_t begin, size_t end, uint8_t* out) {
+  while (begin < end) {
+    const uint8_t* chunk = row + begin / kChunk * (8 * bits);
+    const size_t offset = begin % kChunk, count = smaller(kChunk - offset, end - begin);
+    if (count == kChunk) {
+      unpack_chunk<bits>(chunk, out);
+    } else {
+      uint8_t all[kChunk];
+      unpack_chunk<bits>(chunk, all);
+      std::memcpy(out, all + offset, count);
+    }
+    begin += count;
+    out += count;
+  }
+}
+
+// --- n:m -----------------------------------------------------------------------------------------------------------
+
+// The integers of row `row` of a tile: its four fields of a chunk, a byte each.
+template <int bits>
+inline uint32_t row_fields(const uint8_t* chunk, size_t row) {
+  if constexpr (bits == 3) {
+    uint32_t high;
+    std::memcpy(&high, chunk + 16 + row % 2 * 4, 4);
+    return row_fields<2>(chunk, row) | ((high >> (row / 2)) & 0x01010101u) << 2;
+  } else {
+    uint32_t word;
+    std::memcpy(&word, chunk + row % (2 * bits) * 4, 4);
+    return (word >> (row / (2 * bits) * bits)) & (static_cast<uint32_t>(low_bits(bits)) * 0x01010101u);
+  }
+}
+
+// Columns [begin, end) of row `row` of a segment, whole steps. `kept` (0 or 1) unless null.
+template <int bits, int index_bits>
+void decode_n_of_m(const Layout& layout, const Segment& segment, const uint8_t* codes, const uint8_t* pattern,
+                   size_t row, size_t begin, size_t end, uint8_t* out, uint8_t* kept) {
+  const Encoding& e = segment.encoding;
+  const size_t step_columns = kStepGroups * layout.of;
+  std::memset(out, static_cast<uint8_t>(e.absent), end - begin);
+  if (kept) std::memset(kept, 0, end - begin);
+  const size_t first = row / kTileRows * (segment.columns() / step_columns);
+  for (size_t step = begin / step_columns; step < end / step_columns; ++step) {
+    for (size_t slot = 0; slot < layout.keep; ++slot) {
+      const size_t chunk = (first + step) * layout.keep + slot;
+      const uint32_t levels = row_fields<bits>(codes + chunk * (8 * bits), row % kTileRows);
+      const uint32_t places = row_fields<index_bits>(pattern + chunk * (8 * index_bits), row % kTileRows);
+      for (size_t group = 0; group < kStepGroups; ++group) {
+        const size_t column = step * step_columns - begin + group * layout.of + ((places >> (8 * group)) & 0xff);
+        const uint32_t level = (levels >> (8 * group)) & 0xff;
+        out[column] = static_cast<uint8_t>((level << e.shift) | (e.ones & 1));
+        if (kept) kept[column] = 1;
+      }
+    }
+  }
+}
+
+// --- bitmap --------------------------------------------------------------------------------------------------------
+
+// Up to 8 bytes; those from `end` on read as zero.
+inline uint64_t read_word(const uint8_t* p, const uint8_t* end) {
+  uint64_t word = 0;
+  if (end - p >= 8) {
+    std::memcpy(&word, p, 8);
+  } else {
+    for (int i = 0; p + i < end; ++i) word |= uint64_t{p[i]} << (8 * i);
+  }
+  return word;
+}
+
+inline uint64_t count_bits(const uint8_t* bytes, size_t size) {
+  uint64_t count = 0;
+  for (size_t i = 0; i < size; i += 8) {
+    count += static_cast<uint64_t>(__builtin_popcountll(read_word(bytes + i, bytes + size)));
+  }
+  return count;
+}
+
+#if defined(__AVX512VBMI2__)
+
+// Spreads 64 codes of a stream at a time: each 64-bit lane gets the bytes of its 8 codes, then each byte its own shift.
+template <int bits>
+struct Spread64 {
+  struct Table {
+    constexpr Table() : source(), shift() {
+      for (size_t j = 0; j < 64; ++j) {
+        source[j] = static_cast<uint8_t>((j / 8 * bits + j % 8) & 63);
+        shift[j] = static_cast<uint8_t>(j % 8 * bits);
+      }
+    }
+    alignas(64) uint8_t source[64];
+    alignas(64) uint8_t shift[64];
+  };
+  static constexpr Table kTable{};
+
+  const __m512i sources = _mm512_load_si512(kTable.source);
+  const __m512i shifts = _mm512_load_si512(kTable.shift);
+
+  // Codes from bit `offset` of `bytes`, in bits `place` and up of the bytes; other bits are undefined.
+  __m512i operator()(__m512i bytes, int offset, int place) const {
+    const __m512i shift = _mm512_add_epi8(shifts, _mm512_set1_epi8(static_cast<char>(offset - place)));
+    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(sources, bytes));
+  }
+};
+
+// `count` entries, the first code of which is number `first_code` of the stream. `kept` (0 or 1) unless null.
+template <int bits>
+void decode_bitmap(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
+                   size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {
+  uint64_t bit = first_code * bits;
+  const Spread64<bits> spread64;
+  const __m512i absent = _mm512_set1_epi64(static_cast<long long>(e.absent));
+  const __m512i ones = _mm512_set1_epi64(static_cast<long long>(e.ones));
+  const __m512i code_bits = _mm512_set1_epi8(static_cast<char>(low_bits(bits) << e.shift));
+  for (size_t i = 0; i < count; i += 64, pattern += 8) {
+    const size_t size = smaller(64, count - i);
+    const uint64_t present = read_word(pattern, pattern + size / 8);
+    prefetch(pattern);
+    const uint8_t* first = codes + bit / 8;
+    prefetch(first);
+    const size_t bytes_left = static_cast<size_t>(codes_end - first);
+    const __m512i bytes =
+        bytes_left >= 64 ? _mm512_loadu_si512(first) : _mm512_maskz_loadu_epi8(low_bits(bytes_left), first);
+    const __m512i values = _mm512_or_si512(
+        _mm512_and_si512(spread64(bytes, static_cast<int>(bit % 8), e.shift), code_bits), ones);
+    _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_mask_expand_epi8(absent, present, values));
+    if (kept) _mm512_mask_storeu_epi8(kept + i, low_bits(size), _mm512_maskz_set1_epi8(present, 1));
+    bit += static_cast<uint64_t>(__builtin_popcountll(present)) * bits;
+  }
+}
+
+#else
+
+// Bit i → byte i, 0x00 or 0xff.
+inline uint64_t byte_mask(uint8_t bits) {
+  const uint64_t single = (bits * kEveryByte) & 0x8040201008040201u;
+  return (((single + 0x7f * kEveryByte) >> 7) & kEveryByte) * 0xff;
+}
+
+// The lowest codes of `word`, in order, to the bytes that are kept.
+template <int bits>
+inline uint64_t deposit(uint64_t word, uint8_t kept, uint64_t mask) {
+#if defined(__BMI2__)
+  (void)kept;
+  return _pdep_u64(word, mask & (low_bits(bits) * kEveryByte));
+#else
+  (void)mask;
+  uint64_t result = 0;
+  for (unsigned rest = kept; rest; rest &= rest - 1) {
+    result |= (word & low_bits(bits)) << (8 * __builtin_ctz(rest));
+    word >>= bits;
+  }
+  return result;
+#endif
+}
+
+// `count` entries, the first code of which is number `first_code` of the stream. `kept` (0 or 1) unless null.
+template <int bits>
+void decode_bitmap(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
+                   size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {
+  uint64_t bit = first_code * bits;
+  for (size_t i = 0; i < count; i += 8) {
+    const uint8_t present = *pattern++;
+    const uint64_t mask = byte_mask(present);
+    const uint64_t values = deposit<bits>(read_word(codes + bit / 8, codes_end) >> (bit % 8), present, mask);
+    const uint64_t word = (((values << e.shift) | e.ones) & mask) | (e.absent & ~mask);
+    std::memcpy(out + i, &word, 8);
+    if (kept) {
+      const uint64_t ones = mask & kEveryByte;
+      std::memcpy(kept + i, &ones, 8);
+    }
+    bit += static_cast<uint64_t>(__builtin_popcount(present)) * bits;
+  }
+}
+
+#endif
+
+// --- any ---------------------------------------------------------------------------------------------------------
+
+// Bytes (Encoding) of a part, a row every `stride` bytes; `kept` (0 or 1, of one row) unless null.
+void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint8_t* kept) {
+  const Layout& layout = *w.layout;
+  const Segment& segment = layout.segments[part.segment];
+  const StreamIndex::SegmentStart& start = w.index->starts[part.segment];
+  const size_t begin = part.begin - segment.column_begin, end = part.end - segment.column_begin;
+  const uint8_t* codes = w.codes + start.codes;
+  const uint8_t* pattern = w.pattern + start.pattern;
+  with_bits(segment.bits, [&](auto width) {
+    constexpr int bits = decltype(width)::kValue;
+    for (size_t row = part.row_begin - segment.row_begin; row < part.row_end - segment.row_begin; ++row, out += stride) {
+      if (!layout.sparse()) {
+        decode_dense<bits>(codes + row * segment.row_bytes(), begin, end, out);
+      } else if (layout.bitmap()) {
+        const uint8_t* bitmap = pattern + row * segment.columns() / 8;
+        const uint64_t first = start.codes_before[row] + count_bits(bitmap, begin / 8);
+        decode_bitmap<bits>(codes, w.codes + w.codes_size, first, bitmap + begin / 8, end - begin, segment.encoding,
+                            out, kept);
+      } else if (layout.of == 4) {
+        decode_n_of_m<bits, 2>(layout, segment, codes, pattern, row, begin, end, out, kept);
+      } else {
+        decode_n_of_m<bits, 3>(layout, segment, codes, pattern, row, begin, end, out, kept);
+      }
+    }
+  });
+}
+
+// Where the scale of a row's block is; the following blocks are `scale_step` further each.
+inline const uint16_t* first_scale(const Weight& w, size_t segment, size_t row) {
+  const Layout& layout = *w.layout;
+  if (!layout.n_of_m()) return w.scales + row * layout.blocks();
+  const size_t in_segment = row - layout.segments[segment].row_begin;
+  const size_t tile = w.index->starts[segment].tile + in_segment / kTileRows;
+  return w.scales + tile * layout.blocks() * kTileRows + in_segment % kTileRows;
+}
+
+inline size_t scale_step(const Layout& layout) { return layout.n_of_m() ? kTileRows : 1; }
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips

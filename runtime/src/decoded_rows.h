@@ -1,0 +1,85 @@
+// Outputs four at a time, each from a stored row that has been decoded to bytes: for layouts without kernels of their own,
+// and for few rows of float32 activations.
+#pragma once
+
+#include "decode.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+constexpr size_t kDecodedRows = 2;  // rows of rounded activations at a time
+
+// kDotOutputs decoded rows: a byte u of block b means (u - biases[b]) * scales[b]. After the last block scales are zero
+// up to a multiple of kLanes, and biases finite. Outputs past the end repeat the last row: computed, never stored.
+struct DecodedRows {
+  const uint8_t* bytes[kDotOutputs];
+  const float* scales[kDotOutputs];
+  const float* biases[kDotOutputs];
+  float* products;  // room for kDecodedRows * kDotOutputs times block_stride floats
+};
+
+// Scratch memory of decode_rows: bytes, scales and biases of each row, products. Rows of floats have room for one
+// vector that starts at the last block.
+size_t decoded_floats(const Layout& layout) { return round_up(layout.blocks(), kLanes) + kLanes; }
+
+size_t decoded_bytes(const Layout& layout) {
+  return kDotOutputs * (round_up(layout.columns, 64) + (2 + kDecodedRows) * decoded_floats(layout) * sizeof(float));
+}
+
+DecodedRows decode_rows(const Weight& w, size_t first, size_t outputs, void* scratch) {
+  const Layout& layout = *w.layout;
+  const size_t blocks = layout.blocks(), padded_blocks = round_up(blocks, kLanes);
+  const size_t byte_stride = round_up(layout.columns, 64), float_stride = decoded_floats(layout);
+  uint8_t* bytes = static_cast<uint8_t*>(scratch);
+  float* scales = reinterpret_cast<float*>(bytes + kDotOutputs * byte_stride);
+  float* biases = scales + kDotOutputs * float_stride;
+  for_each_part(layout, first, first + outputs, 0, layout.columns, [&](const Part& part) {
+    const Encoding& e = layout.segments[part.segment].encoding;
+    const size_t begin = part.begin / layout.block_size;
+    const size_t end = part.end == layout.columns ? padded_blocks : part.end / layout.block_size;
+    for (size_t row = part.row_begin; row < part.row_end; ++row) {
+      const size_t place = (row - first) * float_stride;
+      // The last vector may reach into the next part of the row, which is written later.
+      for (size_t block = begin; block < end; block += kLanes) {
+        const size_t count = block < blocks ? blocks - block : 0;
+        const uint16_t* halves = first_scale(w, part.segment, row) + block * scale_step(layout);
+        store(scales + place + block, floats_from_halves(halves, count, scale_step(layout)) * e.unit);
+        store(biases + place + block, broadcast(e.bias));
+      }
+    }
+    decode(w, part, bytes + (part.row_begin - first) * byte_stride + part.begin, byte_stride, nullptr);
+  });
+  DecodedRows decoded;
+  for (size_t j = 0; j < kDotOutputs; ++j) {
+    const size_t row = smaller(j, outputs - 1);
+    decoded.bytes[j] = bytes + row * byte_stride;
+    decoded.scales[j] = scales + row * float_stride;
+    decoded.biases[j] = biases + row * float_stride;
+  }
+  decoded.products = biases + kDotOutputs * float_stride;
+  return decoded;
+}
+
+// Outputs of a tile, with decoded rows: `kernel` takes `rows` rows of A at a time, `single` the rest one by one.
+using DecodedKernel = void (*)(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs);
+
+template <size_t rows>
+void decoded_tile(const Task& task, size_t tile, void* scratch, DecodedKernel kernel, DecodedKernel single) {
+  const size_t tile_end = smaller((tile + 1) * task.tile_outputs, task.weight->layout->rows);
+  for (size_t first = tile * task.tile_outputs; first < tile_end; first += kDotOutputs) {
+    const size_t outputs = smaller(kDotOutputs, tile_end - first);
+    const DecodedRows decoded = decode_rows(*task.weight, first, outputs, scratch);
+    for (size_t i = 0; i < task.m;) {
+      const bool full = task.m - i >= rows;
+      (full ? kernel : single)(task, decoded, i, first, outputs);
+      i += full ? rows : 1;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips

@@ -1,0 +1,299 @@
+// Products with activations of float32 (accuracy_level 0), of every layout. Weights are decoded, to a buffer of floats where
+// many rows of activations share it, else to bytes.
+#pragma once
+
+#include "decode.h"
+#include "decoded_rows.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+// Columns [begin, end) of a row, whole blocks, as the floats they stand for. bytes, kept: room for end - begin.
+void decode_floats(const Weight& w, size_t row, size_t begin, size_t end, uint8_t* bytes, uint8_t* kept, float* out) {
+  const Layout& layout = *w.layout;
+  uint8_t* mask = layout.needs_mask() ? kept : nullptr;
+  for_each_part(layout, row, row + 1, begin, end, [&](const Part& part) {
+    const Encoding& e = layout.segments[part.segment].encoding;
+    const uint16_t* scales = first_scale(w, part.segment, row);
+    decode(w, part, bytes, 0, mask);
+    for (size_t block = part.begin; block < part.end; block += layout.block_size) {
+      const float scale = float_from_half(scales[block / layout.block_size * scale_step(layout)]) * e.unit;
+      const uint8_t* in = bytes + (block - part.begin);
+      float* values = out + (block - begin);
+      for (size_t i = 0; i < layout.block_size; ++i) {
+        values[i] = (static_cast<float>(static_cast<int>(in[i])) - e.bias) * scale;
+      }
+      if (mask) {
+        const uint8_t* stored = mask + (block - part.begin);
+        for (size_t i = 0; i < layout.block_size; ++i) values[i] = stored[i] ? values[i] : 0.0f;
+      }
+    }
+  });
+}
+
+// --- B = S.T: a row of the stored matrix is one output ---------------------------------------------------------
+
+// y[i][j] += dot(a[i], b[j]) over `depth` columns, a multiple of kLanes.
+template <size_t rows>
+void dot_kernel(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t depth, size_t outputs,
+                float* y, size_t y_stride) {
+  Vector acc[rows][kDotOutputs] = {};
+  for (size_t k = 0; k < depth; k += kLanes) {
+    Vector weights[kDotOutputs];
+    for (size_t j = 0; j < kDotOutputs; ++j) weights[j] = load(b + j * b_stride + k);
+    for (size_t i = 0; i < rows; ++i) {
+      const Vector x = load(a + i * a_stride + k);
+      for (size_t j = 0; j < kDotOutputs; ++j) acc[i][j] += x * weights[j];
+    }
+  }
+  for (size_t i = 0; i < rows; ++i) {
+    for (size_t j = 0; j < outputs; ++j) y[i * y_stride + j] += sum_lanes(acc[i][j]);
+  }
+}
+
+size_t dot_depth(const Layout& layout) {
+  const size_t depth = larger(layout.block_size, kDepth / layout.block_size * layout.block_size);
+  return smaller(depth, layout.columns);
+}
+
+void dot_tile(const Task& task, size_t tile, float* weights, uint8_t* bytes, uint8_t* kept) {
+  const Weight& w = *task.weight;
+  const Layout& layout = *w.layout;
+  const size_t n = layout.rows;
+  const size_t first = tile * task.tile_outputs;
+  const size_t outputs = smaller(task.tile_outputs, n - first);
+  for (size_t i = 0; i < task.m; ++i) {
+    for (size_t j = 0; j < outputs; ++j) task.y[i * n + first + j] = task.bias ? task.bias[first + j] : 0.0f;
+  }
+  const size_t depth = dot_depth(layout);
+  const size_t stride = round_up(depth, kLanes);
+  for (size_t begin = 0; begin < layout.columns; begin += depth) {
+    const size_t end = smaller(begin + depth, layout.columns);
+    const size_t padded = round_up(end - begin, kLanes);
+    for (size_t j = 0; j < round_up(outputs, kDotOutputs); ++j) {
+      float* row = weights + j * stride;
+      size_t filled = 0;
+      if (j < outputs) {
+        decode_floats(w, first + j, begin, end, bytes, kept, row);
+        filled = end - begin;
+      }
+      std::memset(row + filled, 0, (padded - filled) * sizeof(float));
+    }
+    const float* a = task.a + begin;
+    for (size_t i = 0; i < task.m;) {
+      const bool full = task.m - i >= kDotRows;
+      for (size_t j = 0; j < outputs; j += kDotOutputs) {
+        (full ? dot_kernel<kDotRows> : dot_kernel<1>)(a + i * task.a_stride, task.a_stride, weights + j * stride,
+                                                      stride, padded, smaller(kDotOutputs, outputs - j),
+                                                      task.y + i * n + first + j, n);
+      }
+      i += full ? kDotRows : 1;
+    }
+  }
+}
+
+// --- B = S: a row of the stored matrix is one step of the sum --------------------------------------------------
+
+// y[i][j] += sum over k of a[i][k] * b[k][j], for kOuterOutputs outputs of which the first `outputs` exist.
+template <size_t rows>
+void outer_kernel(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t depth, size_t outputs,
+                  float* y, size_t y_stride) {
+  Vector acc[rows][2] = {};
+  for (size_t k = 0; k < depth; ++k) {
+    const Vector left = load(b + k * b_stride), right = load(b + k * b_stride + kLanes);
+    for (size_t i = 0; i < rows; ++i) {
+      const float x = a[i * a_stride + k];
+      acc[i][0] += x * left;
+      acc[i][1] += x * right;
+    }
+  }
+  for (size_t i = 0; i < rows; ++i) {
+    float* out = y + i * y_stride;
+    if (outputs == kOuterOutputs) {
+      store(out, load(out) + acc[i][0]);
+      store(out + kLanes, load(out + kLanes) + acc[i][1]);
+    } else {
+      float sums[kOuterOutputs];
+      store(sums, acc[i][0]);
+      store(sums + kLanes, acc[i][1]);
+      for (size_t j = 0; j < outputs; ++j) out[j] += sums[j];
+    }
+  }
+}
+
+void outer_tile(const Task& task, size_t tile, float* weights, uint8_t* bytes, uint8_t* kept) {
+  const Weight& w = *task.weight;
+  const Layout& layout = *w.layout;
+  const size_t n = layout.columns;
+  const size_t first = tile * task.tile_outputs;
+  const size_t outputs = smaller(task.tile_outputs, n - first);
+  const size_t stride = round_up(task.tile_outputs, kOuterOutputs);
+  for (size_t i = 0; i < task.m; ++i) {
+    for (size_t j = 0; j < outputs; ++j) task.y[i * n + first + j] = task.bias ? task.bias[first + j] : 0.0f;
+  }
+  for (size_t begin = 0; begin < layout.rows; begin += kOuterDepth) {
+    const size_t depth = smaller(kOuterDepth, layout.rows - begin);
+    for (size_t k = 0; k < depth; ++k) {
+      float* row = weights + k * stride;
+      decode_floats(w, begin + k, first, first + outputs, bytes, kept, row);
+      std::memset(row + outputs, 0, (stride - outputs) * sizeof(float));
+    }
+    const float* a = task.a + begin;
+    for (size_t i = 0; i < task.m;) {
+      const bool full = task.m - i >= kOuterRows;
+      for (size_t j = 0; j < outputs; j += kOuterOutputs) {
+        (full ? outer_kernel<kOuterRows> : outer_kernel<1>)(a + i * task.a_stride, task.a_stride, weights + j, stride,
+                                                            depth, smaller(kOuterOutputs, outputs - j),
+                                                            task.y + i * n + first + j, n);
+      }
+      i += full ? kOuterRows : 1;
+    }
+  }
+}
+
+// --- few rows of activations: decoded bytes are multiplied without a buffer of floats -------------------------------
+
+inline Vector floats_from_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(
+      _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector>(
+      _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  Vector v;
+  for (size_t i = 0; i < kLanes; ++i) v[i] = static_cast<float>(static_cast<int>(p[i]));
+  return v;
+#endif
+}
+
+bool is_direct(const Task& task) {
+  const Layout& layout = *task.weight->layout;
+  return task.m <= kDirectRows && !layout.needs_mask() && layout.block_size % kLanes == 0;
+}
+
+// B = S.T
+template <size_t rows>
+void direct_dot_kernel(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs) {
+  const Layout& layout = *task.weight->layout;
+  Vector acc[rows][kDotOutputs] = {};
+  for (size_t block = 0; block < layout.blocks(); ++block) {
+    Vector sums[rows][kDotOutputs] = {};
+    const size_t end = (block + 1) * layout.block_size;
+    for (size_t k = block * layout.block_size; k < end; k += kLanes) {
+      Vector x[rows];
+      for (size_t r = 0; r < rows; ++r) x[r] = load(task.a + (i + r) * task.a_stride + k);
+      for (size_t j = 0; j < kDotOutputs; ++j) {
+        const Vector weights = floats_from_bytes(decoded.bytes[j] + k) - decoded.biases[j][block];
+        for (size_t r = 0; r < rows; ++r) sums[r][j] += x[r] * weights;
+      }
+    }
+    for (size_t r = 0; r < rows; ++r) {
+      for (size_t j = 0; j < kDotOutputs; ++j) acc[r][j] += sums[r][j] * decoded.scales[j][block];
+    }
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t j = 0; j < outputs; ++j) {
+      const float bias = task.bias ? task.bias[first + j] : 0.0f;
+      task.y[(i + r) * layout.rows + first + j] = sum_lanes(acc[r][j]) + bias;
+    }
+  }
+}
+
+// B = S: y[i][j] += sum over the part's rows k of a[i][k] * scales[k] * (bytes[k][j] - bias), for `vectors` vectors of
+// columns of one block.
+template <size_t rows, size_t vectors>
+void direct_outer_kernel(const float* a, size_t a_stride, const uint8_t* bytes, size_t stride, const float* scales,
+                         float bias, size_t depth, float* y, size_t y_stride) {
+  Vector acc[rows][vectors] = {};
+  for (size_t k = 0; k < depth; ++k) {
+    Vector weights[vectors];
+    for (size_t v = 0; v < vectors; ++v) weights[v] = floats_from_bytes(bytes + k * stride + v * kLanes) - bias;
+    for (size_t i = 0; i < rows; ++i) {
+      const Vector x = broadcast(a[i * a_stride + k] * scales[k]);
+      for (size_t v = 0; v < vectors; ++v) acc[i][v] += x * weights[v];
+    }
+  }
+  for (size_t i = 0; i < rows; ++i) {
+    for (size_t v = 0; v < vectors; ++v) {
+      float* out = y + i * y_stride + v * kLanes;
+      store(out, load(out) + acc[i][v]);
+    }
+  }
+}
+
+void direct_outer_tile(const Task& task, size_t tile, uint8_t* bytes) {
+  constexpr size_t kVectors = 4;
+  const Weight& w = *task.weight;
+  const Layout& layout = *w.layout;
+  const size_t n = layout.columns;
+  const size_t first = tile * task.tile_outputs;
+  const size_t last = smaller(first + task.tile_outputs, n);
+  for (size_t i = 0; i < task.m; ++i) {
+    for (size_t j = first; j < last; ++j) task.y[i * n + j] = task.bias ? task.bias[j] : 0.0f;
+  }
+  for (size_t begin = 0; begin < layout.rows; begin += kOuterDepth) {
+    for_each_part(layout, begin, smaller(begin + kOuterDepth, layout.rows), first, last, [&](const Part& part) {
+      const Encoding& e = layout.segments[part.segment].encoding;
+      const size_t stride = part.end - part.begin, depth = part.row_end - part.row_begin;
+      decode(w, part, bytes, stride, nullptr);
+      for (size_t block = part.begin; block < part.end; block += layout.block_size) {
+        float scales[kOuterDepth];
+        for (size_t k = 0; k < depth; ++k) {
+          const uint16_t* row_scales = first_scale(w, part.segment, part.row_begin + k);
+          scales[k] = e.unit * float_from_half(row_scales[block / layout.block_size * scale_step(layout)]);
+        }
+        for (size_t j = block; j < block + layout.block_size;) {
+          const bool wide = block + layout.block_size - j >= kVectors * kLanes;
+          for (size_t i = 0; i < task.m;) {
+            const bool full = task.m - i >= kDirectOuterRows;
+            const auto kernel = full ? (wide ? direct_outer_kernel<kDirectOuterRows, kVectors>
+                                             : direct_outer_kernel<kDirectOuterRows, 1>)
+                                     : (wide ? direct_outer_kernel<1, kVectors> : direct_outer_kernel<1, 1>);
+            kernel(task.a + i * task.a_stride + part.row_begin, task.a_stride, bytes + (j - part.begin), stride, scales,
+                   e.bias, depth, task.y + i * n + j, n);
+            i += full ? kDirectOuterRows : 1;
+          }
+          j += wide ? kVectors * kLanes : kLanes;
+        }
+      }
+    });
+  }
+}
+
+// --- whole tiles -------------------------------------------------------------------------------------------------
+
+size_t float_scratch_bytes(const Task& task) {
+  const Layout& layout = *task.weight->layout;
+  if (is_direct(task)) return layout.trans_b ? decoded_bytes(layout) : kOuterDepth * task.tile_outputs;
+  if (layout.trans_b) {
+    const size_t depth = dot_depth(layout);
+    return task.tile_outputs * round_up(depth, kLanes) * sizeof(float) + 2 * depth;
+  }
+  return kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float) + 2 * task.tile_outputs;
+}
+
+void float_tile(const Task& task, size_t tile, void* scratch) {
+  const Layout& layout = *task.weight->layout;
+  uint8_t* memory = static_cast<uint8_t*>(scratch);
+  if (is_direct(task)) {
+    if (!layout.trans_b) return direct_outer_tile(task, tile, memory);
+    return decoded_tile<kDirectDotRows>(task, tile, scratch, direct_dot_kernel<kDirectDotRows>, direct_dot_kernel<1>);
+  }
+  float* weights = static_cast<float*>(scratch);
+  if (layout.trans_b) {
+    const size_t depth = dot_depth(layout);
+    uint8_t* bytes = memory + task.tile_outputs * round_up(depth, kLanes) * sizeof(float);
+    dot_tile(task, tile, weights, bytes, bytes + depth);
+  } else {
+    uint8_t* bytes = memory + kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float);
+    outer_tile(task, tile, weights, bytes, bytes + task.tile_outputs);
+  }
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips

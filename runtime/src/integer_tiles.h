@@ -1,0 +1,264 @@
+// Rounded activations times an n:m weight with groups of 4, B = S.T. A step's 16 activations are a table in a register, from
+// which the index of every kept entry picks its own; so only kept entries are multiplied. Few rows of activations read the
+// packed chunks directly; many share a block of weights that has been unpacked.
+#pragma once
+
+#include "decode.h"
+#include "integer_dense.h"
+#include "kernels.h"
+#include "simd/vec.h"
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+constexpr size_t kParts = kChunk / Vec::kBytes;  // vectors of a chunk; also of floats for the 16 rows of a tile
+constexpr size_t kStepColumns = 4 * kStepGroups;
+constexpr size_t kFewTileRows = 2;
+constexpr size_t kUnpackedRows = Vec::kRegisters == 32 ? 4 : 2;  // rows of activations at a time: many rows
+static_assert(kParts * Vec::kLanes == kTileRows, "lanes of a chunk's sums are the rows of a tile");
+
+bool tiles_supported(const Layout& layout, size_t) {
+  return layout.trans_b && layout.n_of_m() && layout.of == 4 && layout.segments.front().bits < 8;
+}
+
+// Whether `m` rows of activations are wanted as unsigned bytes, 128 more than their codes.
+bool tiles_want_offset(size_t m) { return !Vec::kBothSigned && m > kFewTileRows; }
+
+// What to add to the indices of a vector: where the group of every byte starts among the 16 activations.
+inline Vec::Bytes group_starts() {
+  const uint8_t starts[4] = {0, 4, 8, 12};
+  return Vec::repeat4(starts);
+}
+
+// The codes, pattern and scales of a tile, at a segment's first block.
+struct TileStreams {
+  const uint8_t* codes;
+  const uint8_t* pattern;
+};
+
+// --- few rows --------------------------------------------------------------------------------------------------
+
+// acc += the products of `rows` rows of A with the 16 rows of a tile, over the blocks of one segment. scales: of the tile.
+// kSteps: of a block, if known at compile time, else 0.
+template <int bits, size_t keep, size_t rows, size_t kSteps>
+void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin, size_t block_end,
+              float bias, Vec::Floats (&acc)[rows][kParts]) {
+  const Layout& layout = *task.weight->layout;
+  const size_t steps = kSteps ? kSteps : layout.block_size / kStepColumns;
+  const Vec::Bytes starts = group_starts(), ones = Vec::fill(1), place_bits = Vec::fill(3);
+  for (size_t block = block_begin; block < block_end; ++block) {
+    const int8_t* a = task.block_codes(i, block);
+    // Sums of level times activation, then of the activations that were picked.
+    constexpr size_t kSums = rows * kParts;
+    Vec::Ints totals[2 * kSums];
+    sum_in_runs<Vec, rows == 1 ? 2 : 1>(steps, Vec::adds((1 << bits) - 1, 127) / keep, totals, [&](size_t step, auto& sums) {
+      Vec::Bytes tables[rows];
+      for (size_t r = 0; r < rows; ++r) tables[r] = Vec::repeat16(a + (r * steps + step) * kStepColumns);
+#pragma GCC unroll 2
+      for (size_t slot = 0; slot < keep; ++slot, at.codes += 8 * bits, at.pattern += 16) {
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kParts; ++v) {
+          const Vec::Bytes index = Vec::and_or(Vec::pairs(at.pattern, v), place_bits, starts);
+          const Vec::Bytes levels = Vec::chunk<bits>(at.codes, v);
+          for (size_t r = 0; r < rows; ++r) {
+            const Vec::Bytes picked = Vec::select(tables[r], index);
+            Vec::add(sums[r * kParts + v], levels, picked);
+            Vec::add(sums[kSums + r * kParts + v], ones, picked);
+          }
+        }
+      }
+    });
+    prefetch_lines(at.codes, steps * keep * 8 * bits);
+    prefetch_lines(at.pattern, steps * keep * 16);
+    for (size_t v = 0; v < kParts; ++v) {
+      const Vec::Floats scale = Vec::halves(scales + block * kTileRows + v * Vec::kLanes);
+      for (size_t r = 0; r < rows; ++r) {
+        const size_t n = r * kParts + v;
+        const Vec::Floats product = Vec::multiply(scale, Vec::set(task.scales[(i + r) * task.block_stride + block]));
+        const Vec::Floats level_sum = Vec::multiply_add(Vec::floats(totals[kSums + n]), Vec::set(-bias), Vec::floats(totals[n]));
+        acc[r][v] = Vec::multiply_add(level_sum, product, acc[r][v]);
+      }
+    }
+  }
+}
+
+template <int bits, size_t keep, size_t rows>
+void tile_dot(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin, size_t block_end,
+              float bias, Vec::Floats (&acc)[rows][kParts]) {
+  (task.weight->layout->block_size == 8 * kStepColumns ? tile_dot_steps<bits, keep, rows, 8>
+                                                       : tile_dot_steps<bits, keep, rows, 0>)(
+      task, i, at, scales, block_begin, block_end, bias, acc);
+}
+
+// --- many rows -------------------------------------------------------------------------------------------------
+
+// A block of a tile: for every chunk 64 indices among the step's 16 activations, and 64 signed levels, doubled if midrise.
+struct UnpackedBlock {
+  uint8_t* index;
+  uint8_t* levels;
+  float offsets[kTileRows];  // of each row: 128 times the sum of its levels if activations are unsigned, else 0
+};
+
+template <int bits>
+void unpack_block(TileStreams at, size_t chunks, bool midrise, UnpackedBlock& block) {
+  const Vec::Bytes starts = group_starts(), ones = Vec::fill(1);
+  const int zero_point = midrise ? (1 << bits) - 1 : 1 << (bits - 1);
+  const Vec::Bytes minus_zero = Vec::fill(static_cast<uint8_t>(-zero_point));
+  Vec::Ints sums[kParts];
+  for (size_t v = 0; v < kParts; ++v) sums[v] = Vec::zero_ints();
+  for (size_t chunk = 0; chunk < chunks; ++chunk) {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kParts; ++v) {
+      const size_t place = chunk * kChunk + v * Vec::kBytes;
+      Vec::store(block.index + place, Vec::bit_or(Vec::chunk<2>(at.pattern + 16 * chunk, v), starts));
+      Vec::Bytes levels = Vec::chunk<bits>(at.codes + 8 * bits * chunk, v);
+      if (midrise) levels = Vec::add(levels, levels);
+      levels = Vec::add(levels, minus_zero);
+      Vec::store(block.levels + place, levels);
+      sums[v] = Vec::dot(sums[v], ones, levels);
+    }
+  }
+  const float offset = Vec::kBothSigned ? 0.0f : 128.0f;
+  for (size_t v = 0; v < kParts; ++v) {
+    Vec::store_floats(block.offsets + v * Vec::kLanes,
+                      Vec::multiply(Vec::floats(sums[v]), Vec::set(offset)));
+  }
+}
+
+// y [rows][kTileRows] += the products of `rows` rows of A with an unpacked block. scales: of the tile's rows.
+template <int bits, size_t keep, size_t rows>
+void unpacked_kernel(const Task& task, size_t i, size_t block, const UnpackedBlock& unpacked, const float* scales,
+                     float* y) {
+  const Layout& layout = *task.weight->layout;
+  const size_t steps = layout.block_size / kStepColumns;
+  const int8_t* a = task.block_codes(i, block);
+  Vec::Ints totals[rows * kParts];
+  sum_in_runs<Vec, 1>(steps, Vec::adds(255, (1 << bits) - 1) / keep, totals, [&](size_t step, auto& sums) {
+    Vec::Bytes tables[rows];
+    for (size_t r = 0; r < rows; ++r) tables[r] = Vec::repeat16(a + (r * steps + step) * kStepColumns);
+#pragma GCC unroll 2
+    for (size_t slot = 0; slot < keep; ++slot) {
+#pragma GCC unroll 4
+      for (size_t v = 0; v < kParts; ++v) {
+        const size_t place = (step * keep + slot) * kChunk + v * Vec::kBytes;
+        const Vec::Bytes index = Vec::load(unpacked.index + place), levels = Vec::load(unpacked.levels + place);
+        for (size_t r = 0; r < rows; ++r) Vec::add(sums[r * kParts + v], Vec::select(tables[r], index), levels);
+      }
+    }
+  });
+  for (size_t v = 0; v < kParts; ++v) {
+    const Vec::Floats scale = Vec::load_floats(scales + v * Vec::kLanes);
+    const Vec::Floats offset = Vec::load_floats(unpacked.offsets + v * Vec::kLanes);
+    for (size_t r = 0; r < rows; ++r) {
+      const Vec::Floats a_scale = Vec::set(task.scales[(i + r) * task.block_stride + block]);
+      const Vec::Floats level_sum = Vec::multiply_add(offset, Vec::set(-1.0f), Vec::floats(totals[r * kParts + v]));
+      float* out = y + r * kTileRows + v * Vec::kLanes;
+      Vec::store_floats(out, Vec::multiply_add(Vec::multiply(level_sum, a_scale), scale, Vec::load_floats(out)));
+    }
+  }
+}
+
+template <int bits, size_t keep>
+void tile_many_rows(const Task& task, TileStreams at, const uint16_t* scales, size_t block_begin, size_t block_end,
+                    UnpackedBlock& unpacked, float* y) {
+  const Layout& layout = *task.weight->layout;
+  const size_t chunks = layout.block_size / kStepColumns * keep;
+  for (size_t block = block_begin; block < block_end; ++block) {
+    unpack_block<bits>(at, chunks, layout.midrise, unpacked);
+    at.codes += chunks * 8 * bits;
+    at.pattern += chunks * 16;
+    float row_scales[kTileRows];
+    const float unit = layout.midrise ? 0.5f : 1.0f;
+    for (size_t row = 0; row < kTileRows; ++row) row_scales[row] = unit * float_from_half(scales[block * kTileRows + row]);
+    size_t i = 0;
+    for (; i + kUnpackedRows <= task.m; i += kUnpackedRows) {
+      unpacked_kernel<bits, keep, kUnpackedRows>(task, i, block, unpacked, row_scales, y + i * kTileRows);
+    }
+    for (; i < task.m; ++i) unpacked_kernel<bits, keep, 1>(task, i, block, unpacked, row_scales, y + i * kTileRows);
+  }
+}
+
+// --- tiles -----------------------------------------------------------------------------------------------------
+
+// Visits, for every tile of 16 stored rows that holds some of the rows [first, last), the parts of it in each segment:
+// visit(segment's place, tile within it), between start(tile's first row) and finish(tile's first row, segment's end).
+struct TileScratch {
+  UnpackedBlock unpacked;
+  float* y;  // [m][kTileRows]
+};
+
+size_t tiles_scratch_bytes(const Task& task) {
+  const size_t block_bytes = task.weight->layout->block_size / kStepColumns * task.weight->layout->keep * kChunk;
+  return 2 * block_bytes + task.m * kTileRows * sizeof(float);
+}
+
+// The outputs of tile number `tile` of segment `own` (of its rows; of all, if the columns are cut), to scratch.y.
+void compute_tile(const Task& task, size_t own, size_t tile, TileScratch& scratch) {
+  const Weight& w = *task.weight;
+  const Layout& layout = *w.layout;
+  const bool few = task.m <= kFewTileRows;
+  if (!few) std::memset(scratch.y, 0, task.m * kTileRows * sizeof(float));
+  Vec::Floats acc[kFewTileRows][1][kParts];
+  Vec::Floats both[kFewTileRows][kParts];
+  for (size_t r = 0; r < kFewTileRows; ++r) {
+    for (size_t v = 0; v < kParts; ++v) acc[r][0][v] = both[r][v] = Vec::zero();
+  }
+  for (size_t s = layout.columns_cut ? 0 : own; s < (layout.columns_cut ? layout.segments.size() : own + 1); ++s) {
+    const Segment& segment = layout.segments[s];
+    const StreamIndex::SegmentStart& start = w.index->starts[s];
+    const size_t chunks = segment.columns() / kStepColumns * layout.keep;
+    const TileStreams at{w.codes + start.codes + tile * chunks * 8 * static_cast<size_t>(segment.bits),
+                         w.pattern + start.pattern + tile * chunks * 16};
+    const uint16_t* scales = w.scales + (start.tile + tile) * layout.blocks() * kTileRows;
+    const size_t begin = segment.column_begin / layout.block_size, end = segment.column_end / layout.block_size;
+    const float bias = static_cast<float>(1 << (segment.bits - 1)) - (layout.midrise ? 0.5f : 0.0f);
+    with_bits(segment.bits, [&](auto width) {
+      constexpr int bits = decltype(width)::kValue;
+      if constexpr (bits < 8) {
+        if (!few) {
+          (layout.keep == 1 ? tile_many_rows<bits, 1> : tile_many_rows<bits, 2>)(task, at, scales, begin, end,
+                                                                                 scratch.unpacked, scratch.y);
+        } else if (task.m == 2) {
+          (layout.keep == 1 ? tile_dot<bits, 1, 2> : tile_dot<bits, 2, 2>)(task, 0, at, scales, begin, end, bias, both);
+        } else {
+          (layout.keep == 1 ? tile_dot<bits, 1, 1> : tile_dot<bits, 2, 1>)(task, 0, at, scales, begin, end, bias, acc[0]);
+        }
+      }
+    });
+  }
+  if (!few) return;
+  for (size_t r = 0; r < task.m; ++r) {
+    for (size_t v = 0; v < kParts; ++v) {
+      Vec::store_floats(scratch.y + r * kTileRows + v * Vec::kLanes, task.m == 2 ? both[r][v] : acc[r][0][v]);
+    }
+  }
+}
+
+void tiles_tile(const Task& task, size_t tile, void* memory) {
+  const Layout& layout = *task.weight->layout;
+  const size_t block_bytes = layout.block_size / kStepColumns * layout.keep * kChunk;
+  uint8_t* bytes = static_cast<uint8_t*>(memory);
+  TileScratch scratch{{bytes, bytes + block_bytes, {}}, reinterpret_cast<float*>(bytes + 2 * block_bytes)};
+  const size_t first = tile * task.tile_outputs, last = smaller(first + task.tile_outputs, layout.rows);
+  for (size_t s = 0; s < (layout.columns_cut ? 1 : layout.segments.size()); ++s) {
+    const size_t row_begin = layout.segments[s].row_begin, row_end = layout.segments[s].row_end;
+    const size_t begin = larger(first, row_begin), end = smaller(last, row_end);
+    for (size_t row = begin; row < end;) {
+      const size_t stored = (row - row_begin) / kTileRows;
+      const size_t tile_begin = row_begin + stored * kTileRows, tile_end = smaller(tile_begin + kTileRows, end);
+      compute_tile(task, s, stored, scratch);
+      for (size_t i = 0; i < task.m; ++i) {
+        for (size_t j = row; j < tile_end; ++j) {
+          const float bias = task.bias ? task.bias[j] : 0.0f;
+          task.y[i * layout.rows + j] = scratch.y[i * kTileRows + (j - tile_begin)] + bias;
+        }
+      }
+      row = tile_end;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips

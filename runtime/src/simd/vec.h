@@ -1,0 +1,51 @@
+// The widest vectors of the instruction set this is compiled for.
+#pragma once
+
+#if defined(__AVX512VBMI__)
+#include "vec32.h"
+#include "vec64.h"
+#elif defined(__AVX2__)
+#include "vec32.h"
+#else
+#include "vec16.h"
+#endif
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+#if defined(__AVX512VBMI__)
+using Vec = Vec64;
+#elif defined(__AVX2__)
+using Vec = Vec32;
+#else
+using Vec = Vec16;
+#endif
+
+// Sums over `count` steps, in runs that are short enough for V::Sum: calls step(i, sums) for every i below `count`, in order,
+// and leaves the totals. chains: sets of sums that take turns, so that one product need not wait for the one before.
+template <typename V, size_t chains, size_t kSums, typename Step>
+inline __attribute__((always_inline)) void sum_in_runs(size_t count, size_t steps_per_run,
+                                                       typename V::Ints (&totals)[kSums], Step step) {
+  for (auto& total : totals) total = V::zero_ints();
+  for (size_t i = 0; i < count;) {
+    const size_t end = V::kUnlimited || chains * steps_per_run >= count - i ? count : i + chains * steps_per_run;
+    typename V::Sum sums[chains][kSums];
+    for (auto& chain : sums) {
+      for (auto& sum : chain) sum = V::zero_sum();
+    }
+    for (; i + chains <= end; i += chains) {
+      for (size_t chain = 0; chain < chains; ++chain) step(i + chain, sums[chain]);
+    }
+    if constexpr (chains > 1) {
+      for (; i < end; ++i) step(i, sums[0]);
+    }
+    for (size_t n = 0; n < kSums; ++n) {
+      for (auto& chain : sums) totals[n] = V::add_ints(totals[n], V::total(chain[n]));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips
