@@ -72,7 +72,7 @@ def test_chunks_by_hand() -> None:
 def test_chunks_refuse_what_they_cannot_hold() -> None:
     with pytest.raises(ValueError, match="value 4 does not fit in 2 bits"):
         pack_chunks(np.full(64, 4, np.uint8), 2)
-    with pytest.raises(ValueError, match="chunks hold 64 integers of .* bits, got 32 of 2 bits"):
+    with pytest.raises(ValueError, match=r"chunks hold 64 integers of .* bits, got 32 of 2 bits"):
         pack_chunks(np.zeros(32, np.uint8), 2)
     with pytest.raises(ValueError, match="got 64 of 5 bits"):
         pack_chunks(np.zeros(64, np.uint8), 5)

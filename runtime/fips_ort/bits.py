@@ -26,7 +26,8 @@ def pack_chunks(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """
     _check_range(values, bits)
     if bits not in PLANES or values.shape[-1] != CHUNK:
-        raise ValueError(f"chunks hold {CHUNK} integers of {sorted(PLANES)} bits, got {values.shape[-1]} of {bits} bits")
+        given = f"{values.shape[-1]} of {bits} bits"
+        raise ValueError(f"chunks hold {CHUNK} integers of {sorted(PLANES)} bits, got {given}")
     parts, low = [], 0
     for plane in PLANES[bits]:
         fields = (values >> low) & np.uint8((1 << plane) - 1)

@@ -8,7 +8,7 @@ streams). Levels are stored as ``q + 2**(bits-1)``.
   chunk of a row is filled up with zeros. ``pattern`` is empty.
 - *n:m*: only kept entries are stored. A *tile* is 16 consecutive rows (the last one of a segment is filled up with
   zeros); a *step* is 4 consecutive groups of m columns. ``codes`` has tile after tile, in a tile step after step, in
-  a step for each of the n kept entries of a group, in ascending order, one chunk with the 16 rows' 4 groups, row by row.
+  a step for each of the n kept entries of a group, in ascending order, one chunk: the 16 rows' 4 groups, row by row.
   ``pattern`` has chunks in the same order, with each entry's index within its group: 2 bits for m = 4, 3 for m = 8.
 - *Bitmap*: ``codes`` is a stream of the kept entries in row-major order, ``pattern`` a stream of one bit per entry,
   1 = kept.
@@ -71,12 +71,12 @@ def pack(levels: NDArray[np.int8], scales: NDArray[np.float16], mask: NDArray[np
         raise ValueError(f"scales have shape {scales.shape}, expected {layout.scales_shape}")
     code_parts, pattern_parts = [], []
     for bits, rows, columns in layout.submatrices():
-        codes = levels[rows, columns].astype(np.int16) + (1 << (bits - 1))
+        shifted = levels[rows, columns].astype(np.int16) + (1 << (bits - 1))
         kept = None if mask is None else mask[rows, columns]
-        stored = codes if kept is None else codes[kept]
+        stored = shifted if kept is None else shifted[kept]
         if stored.size and (stored.min() < 0 or stored.max() >> bits):
             raise ValueError(f"levels outside the range of {bits} bits")
-        codes = codes.astype(np.uint8)
+        codes = shifted.astype(np.uint8)
         if kept is None:
             code_parts.append(pack_chunks(_in_chunks(codes), bits))
         elif layout.pattern.is_n_of_m:

@@ -1,0 +1,149 @@
+"""Measurements: turns of all variants in one case, and the figures that follow from their times."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import onnxruntime
+
+from benchmarks.graph import Graph
+from benchmarks.shapes import Shape
+from benchmarks.timing import BoundRun, interleave, open_session
+from benchmarks.variants import BASELINES, GROUP, Variant, basis_variants, mlp_variants, product_variants
+from pipeline.progress import Progress
+
+KINDS: dict[str, Callable[[Shape], list[Variant]]] = {
+    "mlp": mlp_variants,
+    "product": product_variants,
+    "basis": basis_variants,
+}
+"""What is compared, by name: whole MLPs, the product [M, d] × [d, hidden size], the product with a basis as B = S."""
+WEIGHTS = ("cold", "warm")
+Measurement = dict[str, Any]
+"""One variant in one case, as in the JSON; keys with figures: see :func:`_figures`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Variants of one shape that take turns, with cold or with warm weights."""
+
+    kind: str
+    shape: str
+    weights: str
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.kind} {self.weights}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every comparison is measured with.
+
+    ``rows``: of the activations, M. ``seconds``: for a number of rows and threads, about. ``cold_bytes``: of cold
+    weights, all variants together, at least. ``bandwidth``: number of threads → bytes per second that they read.
+    """
+
+    rows: Sequence[int]
+    seconds: float
+    cold_bytes: int
+    bandwidth: Mapping[int, float]
+
+
+def measure(comparison: Comparison, variants: Sequence[Variant], settings: Settings) -> list[Measurement]:
+    """All variants at every number of threads and rows. Raises RuntimeError for an output that is not finite."""
+    layers = 1 if comparison.weights == "warm" else _cold_layers(variants, settings.cold_bytes)
+    cases = len(settings.bandwidth) * len(settings.rows)
+    measurements: list[Measurement] = []
+    with tempfile.TemporaryDirectory() as folder, Progress().task(str(comparison), cases) as advance:
+        models = _save_models(Path(folder), variants, layers)
+        for threads, bandwidth in settings.bandwidth.items():
+            sessions = {name: open_session(model, threads) for name, model in models.items()}
+            for rows in settings.rows:
+                times = _times(comparison, sessions, rows, settings.seconds)
+                for variant in variants:
+                    case = {
+                        "shape": comparison.shape,
+                        "comparison": comparison.kind,
+                        "weights": comparison.weights,
+                        "threads": threads,
+                        "rows": rows,
+                        "variant": variant.name,
+                        "layers": layers,
+                        "file_bytes": sum(file.stat().st_size for file in models[variant.name].parent.iterdir()),
+                    }
+                    measurements.append(case | _figures(variant, times, layers, rows, bandwidth))
+                advance(1, "")
+    return measurements
+
+
+def run_overhead(folder: Path) -> float:
+    """Seconds of a run that computes next to nothing, which every warm time contains."""
+    graph = Graph(1)
+    graph.output(graph.node("Neg", [graph.input]), 1)
+    graph.save(folder / "overhead.onnx")
+    run = BoundRun(open_session(folder / "overhead.onnx", 1), 1)
+    return median(interleave({"": run}, 0.0, warm=True)[""])
+
+
+def _cold_layers(variants: Sequence[Variant], cold_bytes: int) -> int:
+    """Layers of a model, whole groups, such that the weights of all variants together take ``cold_bytes``: as they take
+    turns, each finds that all others were read since its own were."""
+    return GROUP * ceil(cold_bytes / (GROUP * sum(variant.stored_bytes for variant in variants)))
+
+
+def _save_models(folder: Path, variants: Sequence[Variant], layers: int) -> dict[str, Path]:
+    """One model a variant, in a folder of its own."""
+    paths = {}
+    for index, variant in enumerate(variants):
+        paths[variant.name] = folder / str(index) / "model.onnx"
+        paths[variant.name].parent.mkdir()
+        variant.graph(layers).save(paths[variant.name])
+    return paths
+
+
+def _times(
+    comparison: Comparison, sessions: Mapping[str, onnxruntime.InferenceSession], rows: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of whole runs (see :func:`benchmarks.timing.interleave`), after a check of their outputs."""
+    runs = {name: BoundRun(session, rows) for name, session in sessions.items()}
+    for name, run in runs.items():
+        run()
+        if not run.finite():
+            raise RuntimeError(f"{comparison}: {name} has an output that is not finite")
+    return interleave(runs, seconds, warm=comparison.weights == "warm")
+
+
+def _figures(
+    variant: Variant, times: Mapping[str, list[float]], layers: int, rows: int, bandwidth: float
+) -> Measurement:
+    """``milliseconds``: of one layer (a MLP or a product), one entry a round, with median, least and greatest.
+
+    ``ratios``: baseline → median over the rounds of the baseline's time by the variant's; above 1 the variant is
+    faster. At one row, ``bytes_per_second`` of ``bytes_read`` (weights that the ops read, a basis for each product) and
+    its ``bandwidth_fraction``; the same with ``stored`` of ``stored_bytes``, which is what memory has to deliver if all
+    layers of a group find a basis in the cache after the first one.
+    """
+    own = [value / layers for value in times[variant.name]]
+    figures: Measurement = {
+        "dense_weights": variant.weights,
+        "stored_bytes": variant.stored_bytes,
+        "stored_bits": 8 * variant.stored_bytes / variant.weights,
+        "bytes_read": variant.bytes_read,
+        "median_ms": 1e3 * median(own),
+        "min_ms": 1e3 * min(own),
+        "max_ms": 1e3 * max(own),
+        "milliseconds": [1e3 * value for value in own],
+        "ratios": {
+            baseline: median(theirs / ours for theirs, ours in zip(times[baseline], times[variant.name], strict=True))
+            for baseline in BASELINES
+        },
+    }
+    if rows == 1:
+        for prefix, size in (("", variant.bytes_read), ("stored_", variant.stored_bytes)):
+            speed = size / median(own)
+            figures |= {f"{prefix}bytes_per_second": speed, f"{prefix}bandwidth_fraction": speed / bandwidth}
+    return figures
