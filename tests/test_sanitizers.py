@@ -11,7 +11,7 @@ import pytest
 from isa import available_isas
 from op_samples import PATTERNS, layouts, random_weight
 
-from fips_ort.layout import Layout, Pattern
+from fips_ort.layout import BIT_WIDTHS, Layout, Pattern
 from fips_ort.ops import node_attributes
 from fips_ort.packed import PackedWeight
 from fips_ort.reference import q_matmul
@@ -30,14 +30,17 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "driver"
 
 
-def header(weight: PackedWeight, attributes: dict[str, int], m: int, malformed: bool) -> bytes:
+SOUND, MALFORMED, ANYTHING = 0, 1, 2
+
+
+def header(weight: PackedWeight, attributes: dict[str, int], m: int, kind: int) -> bytes:
     names = (
         "K", "N", "transB", "block_size", "segment_axis", "size_8bit", "size_4bit", "size_3bit", "size_2bit",
         "midrise", "accuracy_level", "keep", "of",
     )
     pattern = {"keep": weight.layout.pattern.keep, "of": weight.layout.pattern.of} | attributes
     values = [pattern[name] for name in names]
-    values += [m, weight.codes.size, weight.pattern.size, weight.scales.size, malformed]
+    values += [m, weight.codes.size, weight.pattern.size, weight.scales.size, kind]
     return np.array(values, np.int64).tobytes()
 
 
@@ -47,14 +50,14 @@ def sound_case(weight: PackedWeight, trans_b: bool, accuracy_level: int, m: int,
     bias = rng.standard_normal(attributes["N"]).astype(np.float32)
     y = q_matmul(a, weight, trans_b=trans_b, bias=bias, accuracy_level=accuracy_level)
     arrays = [weight.codes, weight.pattern, weight.scales, a, bias, y]
-    return header(weight, attributes, m, False) + b"".join(array.tobytes() for array in arrays)
+    return header(weight, attributes, m, SOUND) + b"".join(array.tobytes() for array in arrays)
 
 
 def malformed_case(weight: PackedWeight, stream: str = "", value: np.ndarray | None = None, **changes: int) -> bytes:
     """A weight with one stream or some attributes replaced."""
     streams = {"codes": weight.codes, "pattern": weight.pattern} | ({stream: value} if stream else {})
     attributes = node_attributes(weight.layout, True, 0) | changes
-    values = np.frombuffer(header(weight, attributes, 1, True), np.int64).copy()
+    values = np.frombuffer(header(weight, attributes, 1, MALFORMED), np.int64).copy()
     values[14:16] = streams["codes"].size, streams["pattern"].size
     return values.tobytes() + streams["codes"].tobytes() + streams["pattern"].tobytes()
 
@@ -110,3 +113,41 @@ def test_kernels_are_clean_and_correct_under_sanitizers(driver: Path, tmp_path: 
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     assert [line[:3] for line in lines] == [[isa, str(len(sound)), str(len(malformed))] for isa in isas]
+
+
+def fuzzed_case(rng: np.random.Generator) -> bytes:
+    """A weight with some attributes changed, its streams of other lengths or with other bytes; or none of it."""
+    pattern = PATTERNS[rng.integers(len(PATTERNS))]
+    layout = list(layouts(pattern, rows_unit=int(rng.integers(1, 20))))[rng.integers(24)]
+    weight = random_weight(rng, layout)
+    attributes = node_attributes(layout, bool(rng.integers(2)), int(rng.choice((0, 4))))
+    attributes |= {"keep": layout.pattern.keep, "of": layout.pattern.of}
+    names = list(attributes)
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        name = names[rng.integers(len(names))]
+        choices = (0, 1, 2, 4, 8, 64, attributes[name] + 1, attributes[name] - 1, -1, 2**31, 2**40, -(2**62))
+        attributes[name] = choices[rng.integers(len(choices))]
+    streams = [weight.codes.copy(), weight.pattern.copy()]
+    for index, stream in enumerate(streams):
+        if rng.random() < 0.2:
+            streams[index] = np.resize(stream, rng.integers(0, 2 * stream.size + 9))
+        elif stream.size and rng.random() < 0.3:
+            stream[rng.integers(0, stream.size, 3)] = rng.integers(0, 256, 3)
+    names = ["K", "N", "transB", "block_size", "segment_axis", *(f"size_{bits}bit" for bits in BIT_WIDTHS), "midrise",
+             "accuracy_level", "keep", "of"]
+    values = [attributes[name] for name in names]
+    values += [int(rng.integers(1, 7)), *(stream.size for stream in streams), 0, ANYTHING]
+    return np.array(values, np.int64).tobytes() + b"".join(stream.tobytes() for stream in streams)
+
+
+def test_no_attributes_and_streams_do_harm(driver: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    count = 3000
+    (tmp_path / "cases").write_bytes(b"".join(fuzzed_case(rng) for _ in range(count)))
+    isas = available_isas()
+    result = subprocess.run([driver, tmp_path / "cases", *isas], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for line in result.stdout.splitlines():
+        _, computed, refused, _ = line.split()
+        assert int(computed) + int(refused) == count
+        assert min(int(computed), int(refused)) > count / 5, "cases of both kinds are wanted"
