@@ -10,6 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 import fips_ort
+from pipeline.idle import wait_until_idle
 
 _LEAST_ROUNDS = 5
 _BLOCK_SECONDS = 0.02
@@ -57,8 +58,7 @@ def interleave(runs: Mapping[str, Callable[[], None]], seconds: float, *, warm: 
 
     Rounds go on for ``seconds``, and there are at least five. ``warm``: a turn is one run that is not counted and as
     many counted ones as fill 20 ms; otherwise it is a single run, which finds in the caches what the turns of all
-    others left there. Every turn waits for the threads of the others to sleep: ONNX Runtime's spin for tens of
-    milliseconds after a run, on cores that the next one needs.
+    others left there. Every turn waits for the threads of the others to sleep (:mod:`pipeline.idle`).
     """
     repeats = {name: _repeats(run) if warm else 1 for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -66,7 +66,7 @@ def interleave(runs: Mapping[str, Callable[[], None]], seconds: float, *, warm: 
     rounds = 0
     while rounds < _LEAST_ROUNDS or time.perf_counter() < end:
         for name, run in runs.items():
-            _wait_until_idle()
+            wait_until_idle()
             if warm:
                 run()
             times[name].append(_seconds(run, repeats[name]))
@@ -107,11 +107,3 @@ def _seconds(run: Callable[[], None], repeats: int) -> float:
 def _repeats(run: Callable[[], None]) -> int:
     return max(1, round(_BLOCK_SECONDS / min(_seconds(run, 1), _seconds(run, 1))))
 
-
-def _wait_until_idle() -> None:
-    """Return once this process uses less than a tenth of a core."""
-    while True:
-        begin, used = time.perf_counter(), time.process_time()
-        time.sleep(0.002)
-        if time.process_time() - used < 0.1 * (time.perf_counter() - begin):
-            return

@@ -22,6 +22,7 @@ from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
 from pipeline.errors import InputError
+from pipeline.idle import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
 from pipeline.recipe import Recipe
 
@@ -126,6 +127,7 @@ def time_generation(
             limit = int(parameters.get_search_options()["max_length"])
             parameters.set_search_options(max_length=min(MAX_LENGTH, limit), do_sample=False)
             generator = onnxruntime_genai.Generator(model, parameters)
+            wait_until_idle()
             begin = time.perf_counter()
             generator.append_tokens([list(prompt)])
             generator.generate_next_token()
