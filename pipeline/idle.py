@@ -1,7 +1,6 @@
 """Waiting for one's own threads before something is timed.
 
-ONNX Runtime's threads go on spinning for some 25 ms after a run, on the cores that the next session needs. Measured with
-two cores and sessions of two threads that take turns: the second was slower than with one thread.
+ONNX Runtime's threads go on spinning for some 25 ms after a run, on the cores that the next session needs.
 """
 
 import time

@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kDenseOutputs = 4;  // outputs at a time: few rows
 constexpr size_t kFewRows = 4;
-constexpr size_t kTurnedRows = Vec::kRegisters == 32 ? 8 : 2;  // rows of activations at a time: many rows
+constexpr size_t kTurnedRows = Vec::kRegisters == 32 ? 8 : 4;  // rows of activations at a time: many rows
 constexpr size_t kTurnedOutputs = 2 * Vec::kLanes;
 
 bool dense_supported(const Layout& layout, size_t) {

@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kParts = kChunk / Vec::kBytes;  // vectors of a chunk; also of floats for the 16 rows of a tile
 constexpr size_t kStepColumns = 4 * kStepGroups;
 constexpr size_t kFewTileRows = 2;
-constexpr size_t kUnpackedRows = Vec::kRegisters == 32 ? 4 : 2;  // rows of activations at a time: many rows
+constexpr size_t kUnpackedRows = Vec::kRegisters == 32 ? 4 : 3;  // rows of activations at a time: many rows
 static_assert(kParts * Vec::kLanes == kTileRows, "lanes of a chunk's sums are the rows of a tile");
 
 bool tiles_supported(const Layout& layout, size_t) {
