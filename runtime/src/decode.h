@@ -245,7 +245,8 @@ void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint
   const uint8_t* pattern = w.pattern + start.pattern;
   with_bits(segment.bits, [&](auto width) {
     constexpr int bits = decltype(width)::kValue;
-    for (size_t row = part.row_begin - segment.row_begin; row < part.row_end - segment.row_begin; ++row, out += stride) {
+    const size_t last = part.row_end - segment.row_begin;
+    for (size_t row = part.row_begin - segment.row_begin; row < last; ++row, out += stride) {
       if (!layout.sparse()) {
         decode_dense<bits>(codes + row * segment.row_bytes(), begin, end, out);
       } else if (layout.bitmap()) {

@@ -1,5 +1,5 @@
-// Products with activations of float32 (accuracy_level 0), of every layout. Weights are decoded, to a buffer of floats where
-// many rows of activations share it, else to bytes.
+// Products with activations of float32 (accuracy_level 0), of every layout. Weights are decoded, to a buffer of floats
+// where many rows of activations share it, else to bytes.
 #pragma once
 
 #include "decode.h"

@@ -1,5 +1,5 @@
-// Rounded activations times a dense weight, B = S.T. Few rows of activations read the packed chunks directly; many share
-// a block of weights that has been decoded and turned so that lanes are outputs.
+// Rounded activations times a dense weight, B = S.T. Few rows of activations read the packed chunks directly; many
+// share a block of weights that has been decoded and turned so that lanes are outputs.
 #pragma once
 
 #include "decode.h"
@@ -123,13 +123,14 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t outputs, con
   }
 }
 
-// Calls visit(begin, end) for the rows [begin, end) below `last` that one segment of rows holds, or for all at once if the
-// columns are cut.
+// Calls visit(begin, end) for the rows [begin, end) below `last` that one segment of rows holds, or for all at once if
+// the columns are cut.
 template <typename Visit>
 inline void for_each_row_range(const Layout& layout, size_t first, size_t last, Visit visit) {
   if (layout.columns_cut) return visit(first, last);
   for (const Segment& s : layout.segments) {
-    if (larger(first, s.row_begin) < smaller(last, s.row_end)) visit(larger(first, s.row_begin), smaller(last, s.row_end));
+    const size_t begin = larger(first, s.row_begin), end = smaller(last, s.row_end);
+    if (begin < end) visit(begin, end);
   }
 }
 
@@ -168,7 +169,8 @@ void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets)
 
 // --- many rows -------------------------------------------------------------------------------------------------
 
-// One block of kTurnedOutputs outputs (`outputs` of them exist), turned: for every 4 columns the 4 bytes of each output.
+// One block of kTurnedOutputs outputs (`outputs` of them exist), turned: for every 4 columns the 4 bytes of each
+// output.
 template <int bits>
 void turn_block(const uint8_t* rows_of_b, size_t row_bytes, size_t chunks, size_t outputs, uint8_t* turned) {
   alignas(64) uint8_t bytes[kTurnedOutputs * kChunk];
@@ -226,22 +228,25 @@ void dense_many_rows(const Task& task, size_t first, size_t last, uint8_t* turne
       std::memset(y, 0, task.m * kTurnedOutputs * sizeof(float));
       for_each_part(layout, j, j + outputs, 0, layout.columns, [&](const Part& part) {
         const Segment& segment = layout.segments[part.segment];
-        const uint8_t* codes = w.codes + w.index->starts[part.segment].codes + (j - segment.row_begin) * segment.row_bytes();
+        const uint8_t* codes =
+            w.codes + w.index->starts[part.segment].codes + (j - segment.row_begin) * segment.row_bytes();
         for (size_t block = part.begin / layout.block_size; block < part.end / layout.block_size; ++block) {
           float scales[kTurnedOutputs] = {};
           for (size_t o = 0; o < outputs; ++o) scales[o] = float_from_half(w.scales[(j + o) * blocks + block]);
           const Vec::Floats vectors[2] = {Vec::load_floats(scales), Vec::load_floats(scales + Vec::kLanes)};
-          const size_t offset = (block - part.begin / layout.block_size) * chunks * 8 * static_cast<size_t>(segment.bits);
+          const size_t chunk = (block - part.begin / layout.block_size) * chunks;
           with_bits(segment.bits, [&](auto width) {
             constexpr int bits = decltype(width)::kValue;
             if constexpr (bits < 8 || Vec::kEightBits) {
-              turn_block<bits>(codes + offset, segment.row_bytes(), chunks, outputs, turned);
+              turn_block<bits>(codes + chunk * (8 * bits), segment.row_bytes(), chunks, outputs, turned);
               const float bias = segment.encoding.bias;
               size_t i = 0;
               for (; i + kTurnedRows <= task.m; i += kTurnedRows) {
                 turned_kernel<bits, kTurnedRows>(task, i, block, turned, vectors, bias, y + i * kTurnedOutputs);
               }
-              for (; i < task.m; ++i) turned_kernel<bits, 1>(task, i, block, turned, vectors, bias, y + i * kTurnedOutputs);
+              for (; i < task.m; ++i) {
+                turned_kernel<bits, 1>(task, i, block, turned, vectors, bias, y + i * kTurnedOutputs);
+              }
             }
           });
         }

@@ -1,5 +1,6 @@
-// Activations times a dense weight, B = S, in integers: a row of the stored matrix is one step of the sum. The scales vary
-// along the sum, so the activations are multiplied with them first, and then rounded to 15 bits in runs of kRun rows.
+// Activations times a dense weight, B = S, in integers: a row of the stored matrix is one step of the sum. The scales
+// vary along the sum, so the activations are multiplied with them first, and then rounded to 15 bits in runs of kRun
+// rows.
 #pragma once
 
 #include <cmath>
@@ -76,7 +77,8 @@ inline void interleave_rows(const uint8_t* row, size_t row_bytes, size_t v, Vec:
   Vec::interleave4(in, out);
 }
 
-// y [4 · kLanes] of part v of a chunk += a run's products, in the order of interleaved columns. totals: of high, of low.
+// y [4 · kLanes] of part v of a chunk += a run's products, in the order of interleaved columns. totals: of high, of
+// low.
 inline void add_run(const Vec::Ints (&totals)[8], const Rounded& a, float bias, float* y) {
   const Vec::Floats scale = Vec::set(a.scale), offset = Vec::set(-bias * a.sum);
   for (size_t q = 0; q < 4; ++q) {
@@ -193,7 +195,9 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
               const float bias = segment.encoding.bias;
               if (task.m == 1) return outer_direct<bits>(chunk, row_bytes, rounded[0], bias, out);
               interleave_chunk<bits>(chunk, row_bytes, interleaved);
-              for (size_t i = 0; i < task.m; ++i) outer_interleaved<bits>(interleaved, rounded[i], bias, out + i * width);
+              for (size_t i = 0; i < task.m; ++i) {
+                outer_interleaved<bits>(interleaved, rounded[i], bias, out + i * width);
+              }
             }
           });
         }

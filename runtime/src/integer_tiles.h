@@ -1,6 +1,6 @@
-// Rounded activations times an n:m weight with groups of 4, B = S.T. A step's 16 activations are a table in a register, from
-// which the index of every kept entry picks its own; so only kept entries are multiplied. Few rows of activations read the
-// packed chunks directly; many share a block of weights that has been unpacked.
+// Rounded activations times an n:m weight with groups of 4, B = S.T. A step's 16 activations are a table in a register,
+// from which the index of every kept entry picks its own; so only kept entries are multiplied. Few rows of activations
+// read the packed chunks directly; many share a block of weights that has been unpacked.
 #pragma once
 
 #include "decode.h"
@@ -31,7 +31,7 @@ inline Vec::Bytes group_starts() {
   return Vec::repeat4(starts);
 }
 
-// The codes, pattern and scales of a tile, at a segment's first block.
+// The codes and pattern of a tile, at a segment's first block.
 struct TileStreams {
   const uint8_t* codes;
   const uint8_t* pattern;
@@ -39,11 +39,11 @@ struct TileStreams {
 
 // --- few rows --------------------------------------------------------------------------------------------------
 
-// acc += the products of `rows` rows of A with the 16 rows of a tile, over the blocks of one segment. scales: of the tile.
-// kSteps: of a block, if known at compile time, else 0.
+// acc += the products of `rows` rows of A with the 16 rows of a tile, over the blocks of one segment. scales: of the
+// tile. kSteps: of a block, if known at compile time, else 0.
 template <int bits, size_t keep, size_t rows, size_t kSteps>
-void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin, size_t block_end,
-              float bias, Vec::Floats (&acc)[rows][kParts]) {
+void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin,
+                    size_t block_end, float bias, Vec::Floats (&acc)[rows][kParts]) {
   const Layout& layout = *task.weight->layout;
   const size_t steps = kSteps ? kSteps : layout.block_size / kStepColumns;
   const Vec::Bytes starts = group_starts(), ones = Vec::fill(1), place_bits = Vec::fill(3);
@@ -52,7 +52,8 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
     // Sums of level times activation, then of the activations that were picked.
     constexpr size_t kSums = rows * kParts;
     Vec::Ints totals[2 * kSums];
-    sum_in_runs<Vec, rows == 1 ? 2 : 1>(steps, Vec::adds((1 << bits) - 1, 127) / keep, totals, [&](size_t step, auto& sums) {
+    constexpr size_t kChains = rows == 1 ? 2 : 1, kStepsPerRun = Vec::adds((1 << bits) - 1, 127) / keep;
+    sum_in_runs<Vec, kChains>(steps, kStepsPerRun, totals, [&](size_t step, auto& sums) {
       Vec::Bytes tables[rows];
       for (size_t r = 0; r < rows; ++r) tables[r] = Vec::repeat16(a + (r * steps + step) * kStepColumns);
 #pragma GCC unroll 2
@@ -76,7 +77,8 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
       for (size_t r = 0; r < rows; ++r) {
         const size_t n = r * kParts + v;
         const Vec::Floats product = Vec::multiply(scale, Vec::set(task.scales[(i + r) * task.block_stride + block]));
-        const Vec::Floats level_sum = Vec::multiply_add(Vec::floats(totals[kSums + n]), Vec::set(-bias), Vec::floats(totals[n]));
+        const Vec::Floats level_sum =
+            Vec::multiply_add(Vec::floats(totals[kSums + n]), Vec::set(-bias), Vec::floats(totals[n]));
         acc[r][v] = Vec::multiply_add(level_sum, product, acc[r][v]);
       }
     }
@@ -93,7 +95,8 @@ void tile_dot(const Task& task, size_t i, TileStreams at, const uint16_t* scales
 
 // --- many rows -------------------------------------------------------------------------------------------------
 
-// A block of a tile: for every chunk 64 indices among the step's 16 activations, and 64 signed levels, doubled if midrise.
+// A block of a tile: for every chunk 64 indices among the step's 16 activations, and 64 signed levels, doubled if
+// midrise.
 struct UnpackedBlock {
   uint8_t* index;
   uint8_t* levels;
@@ -170,7 +173,9 @@ void tile_many_rows(const Task& task, TileStreams at, const uint16_t* scales, si
     at.pattern += chunks * 16;
     float row_scales[kTileRows];
     const float unit = layout.midrise ? 0.5f : 1.0f;
-    for (size_t row = 0; row < kTileRows; ++row) row_scales[row] = unit * float_from_half(scales[block * kTileRows + row]);
+    for (size_t row = 0; row < kTileRows; ++row) {
+      row_scales[row] = unit * float_from_half(scales[block * kTileRows + row]);
+    }
     size_t i = 0;
     for (; i + kUnpackedRows <= task.m; i += kUnpackedRows) {
       unpacked_kernel<bits, keep, kUnpackedRows>(task, i, block, unpacked, row_scales, y + i * kTileRows);
@@ -181,69 +186,81 @@ void tile_many_rows(const Task& task, TileStreams at, const uint16_t* scales, si
 
 // --- tiles -----------------------------------------------------------------------------------------------------
 
-// Visits, for every tile of 16 stored rows that holds some of the rows [first, last), the parts of it in each segment:
-// visit(segment's place, tile within it), between start(tile's first row) and finish(tile's first row, segment's end).
+// Working memory: an unpacked block, and the outputs of a tile, [m][kTileRows].
 struct TileScratch {
   UnpackedBlock unpacked;
-  float* y;  // [m][kTileRows]
+  float* y;
 };
 
+size_t unpacked_bytes(const Layout& layout) { return layout.block_size / kStepColumns * layout.keep * kChunk; }
+
 size_t tiles_scratch_bytes(const Task& task) {
-  const size_t block_bytes = task.weight->layout->block_size / kStepColumns * task.weight->layout->keep * kChunk;
-  return 2 * block_bytes + task.m * kTileRows * sizeof(float);
+  return 2 * unpacked_bytes(*task.weight->layout) + task.m * kTileRows * sizeof(float);
 }
 
-// The outputs of tile number `tile` of segment `own` (of its rows; of all, if the columns are cut), to scratch.y.
-void compute_tile(const Task& task, size_t own, size_t tile, TileScratch& scratch) {
-  const Weight& w = *task.weight;
+// What tile number `tile` has in segment number `s`: visit(bits, streams, scales, first block, end of blocks, zero
+// point).
+template <typename Visit>
+inline void with_tile(const Weight& w, size_t s, size_t tile, Visit visit) {
   const Layout& layout = *w.layout;
-  const bool few = task.m <= kFewTileRows;
-  if (!few) std::memset(scratch.y, 0, task.m * kTileRows * sizeof(float));
-  Vec::Floats acc[kFewTileRows][1][kParts];
-  Vec::Floats both[kFewTileRows][kParts];
-  for (size_t r = 0; r < kFewTileRows; ++r) {
-    for (size_t v = 0; v < kParts; ++v) acc[r][0][v] = both[r][v] = Vec::zero();
+  const Segment& segment = layout.segments[s];
+  const StreamIndex::SegmentStart& start = w.index->starts[s];
+  const size_t chunks = segment.columns() / kStepColumns * layout.keep;
+  with_bits(segment.bits, [&](auto width) {
+    constexpr int bits = decltype(width)::kValue;
+    if constexpr (bits < 8) {
+      const TileStreams at{w.codes + start.codes + tile * chunks * (8 * bits),
+                           w.pattern + start.pattern + tile * chunks * 16};
+      const float zero_point = static_cast<float>(1 << (bits - 1)) - (layout.midrise ? 0.5f : 0.0f);
+      visit(width, at, w.scales + (start.tile + tile) * layout.blocks() * kTileRows,
+            segment.column_begin / layout.block_size, segment.column_end / layout.block_size, zero_point);
+    }
+  });
+}
+
+// The tile's outputs for all of at most kFewTileRows rows of A, from segments [first, last), to y.
+template <size_t rows>
+void few_rows_of_tile(const Task& task, size_t first, size_t last, size_t tile, float* y) {
+  Vec::Floats acc[rows][kParts];
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t v = 0; v < kParts; ++v) acc[r][v] = Vec::zero();
   }
-  for (size_t s = layout.columns_cut ? 0 : own; s < (layout.columns_cut ? layout.segments.size() : own + 1); ++s) {
-    const Segment& segment = layout.segments[s];
-    const StreamIndex::SegmentStart& start = w.index->starts[s];
-    const size_t chunks = segment.columns() / kStepColumns * layout.keep;
-    const TileStreams at{w.codes + start.codes + tile * chunks * 8 * static_cast<size_t>(segment.bits),
-                         w.pattern + start.pattern + tile * chunks * 16};
-    const uint16_t* scales = w.scales + (start.tile + tile) * layout.blocks() * kTileRows;
-    const size_t begin = segment.column_begin / layout.block_size, end = segment.column_end / layout.block_size;
-    const float bias = static_cast<float>(1 << (segment.bits - 1)) - (layout.midrise ? 0.5f : 0.0f);
-    with_bits(segment.bits, [&](auto width) {
+  for (size_t s = first; s < last; ++s) {
+    with_tile(*task.weight, s, tile, [&](auto width, auto... rest) {
       constexpr int bits = decltype(width)::kValue;
-      if constexpr (bits < 8) {
-        if (!few) {
-          (layout.keep == 1 ? tile_many_rows<bits, 1> : tile_many_rows<bits, 2>)(task, at, scales, begin, end,
-                                                                                 scratch.unpacked, scratch.y);
-        } else if (task.m == 2) {
-          (layout.keep == 1 ? tile_dot<bits, 1, 2> : tile_dot<bits, 2, 2>)(task, 0, at, scales, begin, end, bias, both);
-        } else {
-          (layout.keep == 1 ? tile_dot<bits, 1, 1> : tile_dot<bits, 2, 1>)(task, 0, at, scales, begin, end, bias, acc[0]);
-        }
-      }
+      (task.weight->layout->keep == 1 ? tile_dot<bits, 1, rows> : tile_dot<bits, 2, rows>)(task, 0, rest..., acc);
     });
   }
-  if (!few) return;
-  for (size_t r = 0; r < task.m; ++r) {
-    for (size_t v = 0; v < kParts; ++v) {
-      Vec::store_floats(scratch.y + r * kTileRows + v * Vec::kLanes, task.m == 2 ? both[r][v] : acc[r][0][v]);
-    }
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t v = 0; v < kParts; ++v) Vec::store_floats(y + r * kTileRows + v * Vec::kLanes, acc[r][v]);
+  }
+}
+
+// The outputs of tile number `tile` of segment `own` (of its rows; of all rows, if the columns are cut), to scratch.y.
+void compute_tile(const Task& task, size_t own, size_t tile, TileScratch& scratch) {
+  const Layout& layout = *task.weight->layout;
+  const size_t first = layout.columns_cut ? 0 : own, last = layout.columns_cut ? layout.segments.size() : own + 1;
+  if (task.m == 1) return few_rows_of_tile<1>(task, first, last, tile, scratch.y);
+  if (task.m == 2) return few_rows_of_tile<2>(task, first, last, tile, scratch.y);
+  std::memset(scratch.y, 0, task.m * kTileRows * sizeof(float));
+  for (size_t s = first; s < last; ++s) {
+    with_tile(*task.weight, s, tile, [&](auto width, TileStreams at, auto* scales, size_t begin, size_t end, float) {
+      constexpr int bits = decltype(width)::kValue;
+      const auto many_rows = layout.keep == 1 ? tile_many_rows<bits, 1> : tile_many_rows<bits, 2>;
+      many_rows(task, at, scales, begin, end, scratch.unpacked, scratch.y);
+    });
   }
 }
 
 void tiles_tile(const Task& task, size_t tile, void* memory) {
   const Layout& layout = *task.weight->layout;
-  const size_t block_bytes = layout.block_size / kStepColumns * layout.keep * kChunk;
   uint8_t* bytes = static_cast<uint8_t*>(memory);
-  TileScratch scratch{{bytes, bytes + block_bytes, {}}, reinterpret_cast<float*>(bytes + 2 * block_bytes)};
+  uint8_t* levels = bytes + unpacked_bytes(layout);
+  TileScratch scratch{{bytes, levels, {}}, reinterpret_cast<float*>(levels + unpacked_bytes(layout))};
   const size_t first = tile * task.tile_outputs, last = smaller(first + task.tile_outputs, layout.rows);
   for (size_t s = 0; s < (layout.columns_cut ? 1 : layout.segments.size()); ++s) {
-    const size_t row_begin = layout.segments[s].row_begin, row_end = layout.segments[s].row_end;
-    const size_t begin = larger(first, row_begin), end = smaller(last, row_end);
+    const size_t row_begin = layout.segments[s].row_begin;
+    const size_t begin = larger(first, row_begin), end = smaller(last, layout.segments[s].row_end);
     for (size_t row = begin; row < end;) {
       const size_t stored = (row - row_begin) / kTileRows;
       const size_t tile_begin = row_begin + stored * kTileRows, tile_end = smaller(tile_begin + kTileRows, end);

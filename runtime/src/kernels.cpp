@@ -1,6 +1,7 @@
 // The inner loops of one instruction set. This file is compiled once for each, with FIPS_ISA naming it (generic, avx2,
-// avx512, neon, neon_dotprod) and the compiler flags allowing it. Neither it nor the headers of the kernels may instantiate
-// a template of the standard library: the linker could then pick the copy made for a better CPU than the one it runs on.
+// avx512, neon, neon_dotprod) and the compiler flags allowing it. Neither it nor the headers of the kernels may
+// instantiate a template of the standard library: the linker could then pick the copy made for a better CPU than the
+// one it runs on.
 
 #include "kernels.h"
 
@@ -58,7 +59,8 @@ void run_tile(const Task& task, size_t tile, void* scratch) {
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {FIPS_NAME(FIPS_ISA), kLanes, supports_integers, wants_offset, scratch_bytes, run_tile, quantize_block};
+const Kernels kKernels = {FIPS_NAME(FIPS_ISA), kLanes,   supports_integers, wants_offset,
+                          scratch_bytes,       run_tile, quantize_block};
 
 }  // namespace FIPS_ISA
 }  // namespace fips

@@ -68,7 +68,8 @@ bool pairs_ascend(const uint8_t* pattern, const Segment& segment, size_t steps, 
     const size_t rows = std::min(kTileRows, segment.rows() - tile * kTileRows);
     for (size_t step = 0; step < steps; ++step, pattern += 2 * chunk_bytes) {
       for (size_t row = 0; row < rows; row += 2) {
-        const uint64_t first = chunk_word(pattern, bits, row / 2), second = chunk_word(pattern + chunk_bytes, bits, row / 2);
+        const uint64_t first = chunk_word(pattern, bits, row / 2);
+        const uint64_t second = chunk_word(pattern + chunk_bytes, bits, row / 2);
         const uint64_t checked = row + 1 < rows ? 0x80 * kEveryByte : 0x80808080u;
         // The highest bit of a byte survives if its second index is larger.
         if ((((second | 0x80 * kEveryByte) - first - kEveryByte) & checked) != checked) return false;

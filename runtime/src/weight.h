@@ -72,8 +72,8 @@ struct Layout {
   bool needs_mask() const;
 };
 
-// Where each segment's bytes start. Of n:m also its first tile, of a bitmap how many of a segment's codes come before each
-// of its rows.
+// Where each segment's bytes start. Of n:m also its first tile, of a bitmap how many of a segment's codes come before
+// each of its rows.
 struct StreamIndex {
   // Throws InvalidWeight if the sizes do not follow from the layout or the pattern is malformed.
   StreamIndex(const Layout& layout, const uint8_t* pattern, size_t pattern_size, size_t codes_size);

@@ -22,8 +22,9 @@ using Vec = Vec32;
 using Vec = Vec16;
 #endif
 
-// Sums over `count` steps, in runs that are short enough for V::Sum: calls step(i, sums) for every i below `count`, in order,
-// and leaves the totals. chains: sets of sums that take turns, so that one product need not wait for the one before.
+// Sums over `count` steps, in runs that are short enough for V::Sum: calls step(i, sums) for every i below `count`, in
+// order, and leaves the totals. chains: sets of sums that take turns, so that one product need not wait for the one
+// before.
 template <typename V, size_t chains, size_t kSums, typename Step>
 inline __attribute__((always_inline)) void sum_in_runs(size_t count, size_t steps_per_run,
                                                        typename V::Ints (&totals)[kSums], Step step) {

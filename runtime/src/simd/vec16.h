@@ -132,7 +132,7 @@ struct Vec16 {
   static constexpr size_t kLanes = kBytes / 4;      // of Ints and Floats
   static constexpr size_t kRegisters = 16;          // how many vectors the CPU holds
   static constexpr bool kBothSigned = false;        // whether sums read their unsigned bytes as signed ones
-  static constexpr bool kEightBits = true;          // whether they take 255 as an unsigned byte, and one product at least
+  static constexpr bool kEightBits = true;          // whether they take unsigned bytes up to 255
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
   typedef float Floats __attribute__((vector_size(16)));
@@ -197,7 +197,8 @@ struct Vec16 {
     typedef uint16_t UnsignedWords __attribute__((vector_size(16)));
     const Words even = reinterpret_cast<Words>(reinterpret_cast<UnsignedWords>(u) & 255) *
                        ((reinterpret_cast<Words>(s) << 8) >> 8);
-    const Words odd = reinterpret_cast<Words>(reinterpret_cast<UnsignedWords>(u) >> 8) * (reinterpret_cast<Words>(s) >> 8);
+    const Words odd =
+        reinterpret_cast<Words>(reinterpret_cast<UnsignedWords>(u) >> 8) * (reinterpret_cast<Words>(s) >> 8);
     const Ints a = reinterpret_cast<Ints>(even), b = reinterpret_cast<Ints>(odd);
     sum.value += ((a << 16) >> 16) + (a >> 16) + ((b << 16) >> 16) + (b >> 16);
   }
@@ -232,7 +233,8 @@ struct Vec16 {
   }
   static float sum(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
-  // Four rows of columns → four bytes of every column together: within each 16 columns, out[q] has columns 4 q … 4 q + 3.
+  // Four rows of columns → four bytes of every column together: within each 16 columns, out[q] has columns 4 q … 4 q +
+  // 3.
   static void interleave4(const Bytes (&in)[4], Bytes (&out)[4]) {
     uint8_t rows[4][kBytes], columns[4 * kBytes];
     for (size_t i = 0; i < 4; ++i) store(rows[i], in[i]);

@@ -103,8 +103,10 @@ struct Vec64 {
     }
     // a[4 g + c], lane L: rows 4 g … 4 g + 3 of column 4 L + c.
     for (size_t c = 0; c < 4; ++c) {
-      const Bytes low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-      const Bytes high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd), high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+      const Bytes low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+      const Bytes low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+      const Bytes high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+      const Bytes high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
       store(out + c * out_stride, _mm512_shuffle_i32x4(low, low2, 0x88));
       store(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(low, low2, 0xdd));
       store(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(high, high2, 0x88));
