@@ -89,67 +89,99 @@ def _ends(name: str, counts: str) -> str:
 # --- chunks of 64 ----------------------------------------------------------------------------------------------
 
 
-def _plane(name: str, stored: str, bits: int) -> str:
-    """{name} [chunks, 64] uint8 from a plane of chunks, ``stored`` [chunks, 8 · bits]."""
+def _plane(name: str, stored: str, bits: int, shape: str = "chunk_shape") -> str:
+    """{name} [chunks, w] uint8 from a plane of chunks, ``stored`` [chunks, w · bits / 8]. ``shape``: [-1, w]."""
     return f"""
     {name}_columns = Unsqueeze ({stored}, one)
     {name}_places = Constant <value = uint8[{8 // bits}, 1] {{{", ".join(map(str, range(0, 8, bits)))}}}> ()
     {name}_shifted = BitShift <direction = "RIGHT"> ({name}_columns, {name}_places)
     {name}_lowest = Constant <value = {_ints((1 << bits) - 1)}> ()
     {name}_fields = BitwiseAnd ({name}_shifted, {name}_lowest)
-    {name} = Reshape ({name}_fields, chunk_shape)
+    {name} = Reshape <allowzero = 1> ({name}_fields, {shape})
 """
 
 
-def _two_planes(name: str, stored: str) -> str:
-    """The same from ``stored`` [chunks, 24]: a plane of the lower two bits and one of the highest."""
+def _two_planes(
+    name: str, stored: str, low_end: str = "sixteen", high_end: str = "twenty_four", shape: str = "chunk_shape"
+) -> str:
+    """The same from ``stored`` [chunks, 3 · w / 8]: a plane of the lower two bits and one of the highest, with where
+    they end."""
     return f"""
-    {name}_low_bytes = Slice ({stored}, zero, sixteen, one)
-    {name}_high_bytes = Slice ({stored}, sixteen, twenty_four, one)
-    {_plane(f"{name}_low", f"{name}_low_bytes", 2)}
-    {_plane(f"{name}_high", f"{name}_high_bytes", 1)}
+    {name}_low_bytes = Slice ({stored}, zero, {low_end}, one)
+    {name}_high_bytes = Slice ({stored}, {low_end}, {high_end}, one)
+    {_plane(f"{name}_low", f"{name}_low_bytes", 2, shape)}
+    {_plane(f"{name}_high", f"{name}_high_bytes", 1, shape)}
     {name}_two = Constant <value = {_ints(2)}> ()
     {name}_moved = BitShift <direction = "LEFT"> ({name}_high, {name}_two)
     {name} = BitwiseOr ({name}_low, {name}_moved)
 """
 
 
-# Needs chunk_counts [4]. codes_{bits} uint8 [chunks, 64] of each segment.
-_CHUNKS = f"""
+_CHUNK_SIZES = f"""
     sixteen = Constant <value_ints = [16]> ()
     twenty_four = Constant <value_ints = [24]> ()
     chunk_shape = Constant <value_ints = [-1, {CHUNK}]> ()
     chunk_bytes = Mul (widths, eight)
-    byte_counts = Mul (chunk_counts, chunk_bytes)
-    {_ends("byte_ends", "byte_counts")}
-""" + "".join(f"""
+"""
+
+
+def _segment_bytes(bits: int) -> str:
+    """bytes_{bits}: of one segment. Needs byte_counts [4] and byte_ends [5]."""
+    return f"""
     byte_start_{bits} = Gather (byte_ends, index_{bits})
     byte_end_{bits} = Gather (byte_ends, next_{bits})
     bytes_{bits} = Slice (codes, byte_start_{bits}, byte_end_{bits})
-    bytes_shape_{bits} = Constant <value_ints = [-1, {8 * bits}]> ()
-    stored_{bits} = Reshape (bytes_{bits}, bytes_shape_{bits})
-    {_two_planes("codes_3", "stored_3") if bits == 3 else _plane(f"codes_{bits}", f"stored_{bits}", bits)}
-""" for bits in BIT_WIDTHS)
+"""
+
+
+def _chunk_codes(bits: int, stored: str) -> str:
+    """codes_{bits} uint8 [chunks, 64] from ``stored`` [chunks, 8 · bits]."""
+    return _two_planes("codes_3", stored) if bits == 3 else _plane(f"codes_{bits}", stored, bits)
 
 
 def _dense_entries(bits: int) -> str:
+    """Rows are whole chunks, then a shorter one of rest_{bits} columns, which may be 0."""
+    rest = f"rest_codes_{bits}"
+    if bits == 3:
+        rest_codes = _two_planes(rest, "rest_3_bytes", "rest_3_low", "rest_size_3", "rest_shape_3")
+    else:
+        rest_codes = _plane(rest, f"rest_{bits}_bytes", bits, f"rest_shape_{bits}")
     return f"""
-    row_chunks_{bits} = Gather (row_chunks, index_{bits})
-    row_entries_{bits} = Mul (row_chunks_{bits}, chunk)
-    filled_shape_{bits} = Concat <axis = 0> (rows_{bits}, row_entries_{bits})
-    filled_{bits} = Reshape <allowzero = 1> (codes_{bits}, filled_shape_{bits})
-    entry_codes_{bits} = Slice (filled_{bits}, zero, columns_{bits}, one)
+    {_segment_bytes(bits)}
+    row_bytes_{bits} = Gather (row_bytes, index_{bits})
+    stored_shape_{bits} = Concat <axis = 0> (rows_{bits}, row_bytes_{bits})
+    stored_rows_{bits} = Reshape <allowzero = 1> (bytes_{bits}, stored_shape_{bits})
+    whole_chunks_{bits} = Gather (whole_chunks, index_{bits})
+    chunk_bytes_{bits} = Constant <value_ints = [{8 * bits}]> ()
+    whole_size_{bits} = Mul (whole_chunks_{bits}, chunk_bytes_{bits})
+    whole_bytes_{bits} = Slice (stored_rows_{bits}, zero, whole_size_{bits}, one)
+    all_chunks_{bits} = Mul (rows_{bits}, whole_chunks_{bits})
+    whole_shape_{bits} = Concat <axis = 0> (all_chunks_{bits}, chunk_bytes_{bits})
+    stored_{bits} = Reshape <allowzero = 1> (whole_bytes_{bits}, whole_shape_{bits})
+    {_chunk_codes(bits, f"stored_{bits}")}
+    whole_columns_{bits} = Mul (whole_chunks_{bits}, chunk)
+    whole_codes_shape_{bits} = Concat <axis = 0> (rows_{bits}, whole_columns_{bits})
+    whole_codes_{bits} = Reshape <allowzero = 1> (codes_{bits}, whole_codes_shape_{bits})
+    rest_{bits} = Sub (columns_{bits}, whole_columns_{bits})
+    rest_shape_{bits} = Concat <axis = 0> (rows_{bits}, rest_{bits})
+    rest_{bits}_bytes = Slice (stored_rows_{bits}, whole_size_{bits}, row_bytes_{bits}, one)
+    rest_size_{bits} = Sub (row_bytes_{bits}, whole_size_{bits})
+    rest_{bits}_low = Div (rest_{bits}, four)
+    {rest_codes}
+    entry_codes_{bits} = Concat <axis = 1> (whole_codes_{bits}, {rest})
 """
 
 
 # entry_codes_{bits} uint8 [rows, columns] of each segment.
 _DENSE = f"""
+    {_CHUNK_SIZES}
     chunk = Constant <value_ints = [{CHUNK}]> ()
-    chunk_less_one = Constant <value_ints = [{CHUNK - 1}]> ()
-    chunk_reach = Add (segment_columns, chunk_less_one)
-    row_chunks = Div (chunk_reach, chunk)
-    chunk_counts = Mul (segment_rows, row_chunks)
-    {_CHUNKS}
+    four = Constant <value_ints = [4]> ()
+    row_bits = Mul (segment_columns, widths)
+    row_bytes = Div (row_bits, eight)
+    whole_chunks = Div (segment_columns, chunk)
+    byte_counts = Mul (segment_rows, row_bytes)
+    {_ends("byte_ends", "byte_counts")}
     {"".join(_dense_entries(bits) for bits in BIT_WIDTHS)}
 """
 
@@ -168,6 +200,10 @@ def _kept(name: str, chunks: str, bits: int) -> str:
 
 def _n_of_m_entries(bits: int) -> str:
     return f"""
+    {_segment_bytes(bits)}
+    bytes_shape_{bits} = Constant <value_ints = [-1, {8 * bits}]> ()
+    stored_{bits} = Reshape (bytes_{bits}, bytes_shape_{bits})
+    {_chunk_codes(bits, f"stored_{bits}")}
     tiles_{bits} = Gather (tiles, index_{bits})
     steps_{bits} = Gather (steps, index_{bits})
     tiled_shape_{bits} = Concat <axis = 0> (tiles_{bits}, steps_{bits}, keep_1, tile_rows, step_groups)
@@ -216,7 +252,9 @@ _N_OF_M = f"""
     tile_steps = Mul (tiles, steps)
     chunk_counts = Mul (tile_steps, keep_1)
     {_ends("chunk_ends", "chunk_counts")}
-    {_CHUNKS}
+    {_CHUNK_SIZES}
+    byte_counts = Mul (chunk_counts, chunk_bytes)
+    {_ends("byte_ends", "byte_counts")}
     index_bits_by_of = Constant <value_ints = [0, 0, 0, 0, 2, 0, 0, 0, 3]> ()
     index_bits = Gather (index_bits_by_of, of_1)
     index_bytes = Mul (index_bits, eight)

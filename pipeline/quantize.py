@@ -58,14 +58,26 @@ def choose_segments(
         )
     energy = _chunk_energy(group, mlps, chunk, moments)
     order = np.argsort(-energy, kind="stable")
-    values = _open_values(group, mlps, chunk, basis=given[0] is None, projections=given[1] is None)[order]
+    is_bitmap = recipe.compression.pattern == "bitmap" and given[1] is None
+    expected = (1.0 - recipe.compression.target_sparsity) * group.columns * chunk
+    unexpected = _kept_values(group, mlps, chunk)[order] - expected if is_bitmap else np.zeros(order.size)
 
     def bits_with(extra: int) -> NDArray[np.int64]:
         return allocate_bits(energy[order], 2.0 + extra / energy.size)
 
-    # Chunks hold unequal numbers of kept values, so the largest affordable budget is searched, not computed.
+    def cost(extra: int) -> float:
+        """Stored bits beyond 2 bits everywhere. Of a bitmap, chunks keep more or fewer values than all on average."""
+        bits = bits_with(extra)
+        segments = segments_of(bits, chunk)
+        size = group_size(recipe, group, given[0] or segments, given[1] or segments)
+        return 8 * (size.stored - base.stored) + float((bits - 2) @ unexpected)
+
+    # The largest affordable budget is searched, not computed: chunks hold unequal numbers of kept values, and segments
+    # of n:m weights are filled up to whole tiles, so that a larger budget may even take less.
     levels = range((max(BIT_WIDTHS) - 2) * energy.size + 1)
-    affordable = bisect.bisect_right(levels, spare_bits, key=lambda extra: float((bits_with(extra) - 2) @ values)) - 1
+    affordable = bisect.bisect_right(levels, spare_bits, key=cost) - 1
+    while cost(affordable) > spare_bits:
+        affordable -= 1
     segments = segments_of(bits_with(affordable), chunk)
     return given[0] or segments, given[1] or segments
 
@@ -193,17 +205,14 @@ def _basis(mlps: Sequence[FactorizedMLP]) -> Factor:
     return basis
 
 
-def _open_values(
-    group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int, *, basis: bool, projections: bool
-) -> NDArray[np.int64]:
-    """Stored values in each chunk of rank entries, of the kinds of factors asked for: int64 [rank / chunk]."""
-    values = np.full(group.rank, group.width if basis else 0, dtype=np.int64)
-    if projections:
-        for mlp in mlps:
-            for name, projection in mlp.projections.items():
-                assert isinstance(projection, Factor)
-                kept = torch.ones_like(projection.weight) if projection.mask is None else projection.mask
-                values += kept.sum(dim=1 if name == mlp.site.last else 0).long().numpy()
+def _kept_values(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) -> NDArray[np.int64]:
+    """Kept values of all projections in each chunk of rank entries: int64 [rank / chunk]."""
+    values = np.zeros(group.rank, dtype=np.int64)
+    for mlp in mlps:
+        for name, projection in mlp.projections.items():
+            assert isinstance(projection, Factor)
+            kept = torch.ones_like(projection.weight) if projection.mask is None else projection.mask
+            values += kept.sum(dim=1 if name == mlp.site.last else 0).long().numpy()
     return values.reshape(-1, chunk).sum(axis=1)
 
 

@@ -47,11 +47,11 @@ def test_bits_refuse_values_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("bits", sorted(PLANES))
-@given(count=st.integers(0, 3), seed=st.integers(0, 2**32 - 1))
-def test_chunks_unpack_to_what_was_packed(bits: int, count: int, seed: int) -> None:
-    values = np.random.default_rng(seed).integers(0, 1 << bits, (2, count, 64), dtype=np.uint8)
+@given(count=st.integers(0, 3), width=st.sampled_from(range(0, 65, 8)), seed=st.integers(0, 2**32 - 1))
+def test_chunks_unpack_to_what_was_packed(bits: int, count: int, width: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 1 << bits, (2, count, width), dtype=np.uint8)
     chunks = pack_chunks(values, bits)
-    assert chunks.shape == (2, count, 8 * bits)
+    assert chunks.shape == (2, count, width * bits // 8)
     np.testing.assert_array_equal(unpack_chunks(chunks, bits), values)
 
 
@@ -72,8 +72,10 @@ def test_chunks_by_hand() -> None:
 def test_chunks_refuse_what_they_cannot_hold() -> None:
     with pytest.raises(ValueError, match="value 4 does not fit in 2 bits"):
         pack_chunks(np.full(64, 4, np.uint8), 2)
-    with pytest.raises(ValueError, match=r"chunks hold 64 integers of .* bits, got 32 of 2 bits"):
-        pack_chunks(np.zeros(32, np.uint8), 2)
+    with pytest.raises(ValueError, match=r"chunks hold up to 64 integers, in eights, of .* bits; got 36 of 2 bits"):
+        pack_chunks(np.zeros(36, np.uint8), 2)
+    with pytest.raises(ValueError, match="got 72 of 2 bits"):
+        pack_chunks(np.zeros(72, np.uint8), 2)
     with pytest.raises(ValueError, match="got 64 of 5 bits"):
         pack_chunks(np.zeros(64, np.uint8), 5)
 
@@ -128,11 +130,17 @@ def test_n_of_m_by_hand() -> None:
     np.testing.assert_array_equal(dequantize(packed), levels * mask * np.array([[1], [2]]))
 
 
+def test_short_chunks_by_hand() -> None:
+    # 8 integers of 3 bits: 2 bytes of the lower two bits, 4 integers in each; 1 byte of the highest.
+    values = np.array([1, 2, 3, 4, 5, 6, 7, 0], np.uint8)
+    assert pack_chunks(values, 3).tolist() == [0b11_01_11_01, 0b00_10_00_10, 0b1111000]
+
+
 def test_dense_rows_are_cut_into_chunks_by_hand() -> None:
     layout = Layout(2, 96, 32, (0, 0, 32, 64), segment_axis=1)
     levels = np.random.default_rng(0).integers(-2, 2, (2, 96)).astype(np.int8)
     packed = pack(levels, np.ones((2, 3), np.float16), None, layout)
-    left = np.pad((levels[:, :32] + 4).astype(np.uint8), ((0, 0), (0, 32)))
+    left = (levels[:, :32] + 4).astype(np.uint8)
     right = (levels[:, 32:] + 2).astype(np.uint8)
     expected = [pack_chunks(left, 3).reshape(-1), pack_chunks(right, 2).reshape(-1)]
     np.testing.assert_array_equal(packed.codes, np.concatenate(expected))
@@ -144,7 +152,7 @@ def whole(count: int, unit: int) -> int:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_stored_bytes(pattern: str) -> None:
-    """No byte beyond what entries take, but for rows that fill up a chunk or a tile."""
+    """No byte beyond what entries take, but for rows that fill up a tile."""
     rng = np.random.default_rng(0)
     for layout in layouts(pattern):
         weight = random_weight(rng, layout)
@@ -158,7 +166,7 @@ def test_stored_bytes(pattern: str) -> None:
             rows = [layout.rows] if layout.segment_axis else [rows for _, rows, _ in parts]
             assert weight.scales.size == sum(whole(count, 16) for count in rows) * blocks
         elif layout.pattern == DENSE:
-            assert weight.codes.size * 8 == sum(rows * whole(columns, 64) * bits for bits, rows, columns in parts)
+            assert weight.codes.size * 8 == sum(rows * columns * bits for bits, rows, columns in parts)
             assert (weight.pattern.size, weight.scales.size) == (0, layout.rows * blocks)
         else:
             assert weight.pattern.size * 8 == layout.rows * layout.columns

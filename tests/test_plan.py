@@ -277,9 +277,9 @@ def test_layouts() -> None:
 
 def test_sizes_by_hand() -> None:
     group = group_of(64)
-    # Basis 64 x 32 at 4 bits, rows filled up to 64 codes; four projections of 64 x 64 at 2 bits, a quarter kept.
+    # Basis 64 x 32 at 4 bits, four projections of 64 x 64 at 2 bits, a quarter of them kept.
     size = group_size(n_of_m("1:4"), group, (0, 64, 0, 0), (0, 0, 0, 64))
-    assert size.codes == 64 * 64 * 4 // 8 + 4 * 1024 * 2 // 8
+    assert size.codes == 64 * 32 * 4 // 8 + 4 * 1024 * 2 // 8
     assert size.pattern == 4 * 1024 * 2 // 8
     assert size.scales == 2 * (64 * 2 + 4 * 64 * 2)
     assert size.values == 64 * 32 + 4 * 1024
@@ -291,8 +291,7 @@ def test_sizes_by_hand() -> None:
     assert bitmap.scales == 2 * (64 * 2 + 4 * 64 * 4)
     dense = group_size(n_of_m("dense"), group, (0, 64, 0, 0), (0, 0, 32, 32))
     assert dense.pattern == 0
-    # The columns of fc1 are cut into two parts of 32, each filled up to 64; those of fc2 are whole.
-    assert dense.codes == 64 * 64 * 4 // 8 + 4 * 64 * 64 * (3 + 2) // 8 - 2 * 64 * 32 * (3 + 2) // 8
+    assert dense.codes == 64 * 32 * 4 // 8 + 4 * 64 * 32 * (3 + 2) // 8
     assert dense.values == 64 * 32 + 4 * 4096
 
 
@@ -309,5 +308,4 @@ def test_layouts_and_sizes_of_the_dense_baseline() -> None:
     size = group_size(wanted, group, *segments)
     weights = 3 * 32 * 64
     assert (size.values, size.value_bits) == (weights, 3 * weights)
-    # Rows of 32 columns are filled up to 64 codes.
-    assert (size.codes, size.pattern, size.scales) == (3 * (2 * 64 * 64 + 32 * 64) // 8, 0, 2 * weights // 32)
+    assert (size.codes, size.pattern, size.scales) == (3 * weights // 8, 0, 2 * weights // 32)

@@ -9,7 +9,7 @@ entries can be permuted freely, so sorting them by bit-width loses nothing).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fips_ort.bits import CHUNK, packed_size
+from fips_ort.bits import packed_size
 
 BIT_WIDTHS = (8, 4, 3, 2)
 """Bit-widths of the segments, in the order in which they are stored."""
@@ -126,14 +126,16 @@ class Layout:
     def pattern_bytes(self) -> int:
         """Bytes of the stored pattern."""
         if self.pattern.is_n_of_m:
-            return self._chunks() * 8 * self.pattern.index_bits
+            return sum(self._chunks(part) for part in self.submatrices()) * 8 * self.pattern.index_bits
         return sum(packed_size(_entries(part), self.pattern.index_bits) for part in self.submatrices())
 
     def code_bytes(self, kept: Sequence[int] | None = None) -> int:
         """Bytes of the stored codes. ``kept``: of a bitmap, how many entries each non-empty segment keeps."""
         parts = self.submatrices()
-        if self.pattern.keep == 0 or self.pattern.is_n_of_m:
+        if self.pattern.is_n_of_m:
             return sum(self._chunks(part) * 8 * part[0] for part in parts)
+        if self.pattern.keep == 0:
+            return sum(_entries(part) * part[0] // 8 for part in parts)
         if kept is None:
             raise ValueError("the bytes of a bitmap's codes depend on how many entries are kept")
         return sum(packed_size(count, bits) for count, (bits, _, _) in zip(kept, parts, strict=True))
@@ -150,15 +152,10 @@ class Layout:
         """The rows of each non-empty segment, or all rows if the columns are cut."""
         return [slice(0, self.rows)] if self.segment_axis else [rows for _, rows, _ in self.submatrices()]
 
-    def _chunks(self, part: tuple[int, slice, slice] | None = None) -> int:
-        """Chunks of codes in one segment, or in all (dense and n:m)."""
-        if part is None:
-            return sum(self._chunks(each) for each in self.submatrices())
+    def _chunks(self, part: tuple[int, slice, slice]) -> int:
+        """Chunks of codes in one segment (n:m)."""
         _, rows, columns = part
-        count, width = rows.stop - rows.start, columns.stop - columns.start
-        if self.pattern.keep == 0:
-            return count * -(-width // CHUNK)
-        return self.tiles(count) * self.steps(width) * self.pattern.keep
+        return self.tiles(rows.stop - rows.start) * self.steps(columns.stop - columns.start) * self.pattern.keep
 
     def submatrices(self) -> list[tuple[int, slice, slice]]:
         """``(bits, rows, columns)`` of each non-empty segment, in storage order."""

@@ -4,8 +4,8 @@ This file is the specification of the byte formats; the ONNX functions and the n
 against it. ``codes`` and ``pattern`` hold one part per segment, one after another (:mod:`fips_ort.bits` has chunks and
 streams). Levels are stored as ``q + 2**(bits-1)``.
 
-- *Dense*: ``codes`` has the rows of the segment one after another, each in chunks of 64 consecutive columns; the last
-  chunk of a row is filled up with zeros. ``pattern`` is empty.
+- *Dense*: ``codes`` has the rows of the segment one after another, each in chunks of 64 consecutive columns, the last
+  of which may be shorter. ``pattern`` is empty.
 - *n:m*: only kept entries are stored. A *tile* is 16 consecutive rows (the last one of a segment is filled up with
   zeros); a *step* is 4 consecutive groups of m columns. ``codes`` has tile after tile, in a tile step after step, in
   a step for each of the n kept entries of a group, in ascending order, one chunk: the 16 rows' 4 groups, row by row.
@@ -78,7 +78,7 @@ def pack(levels: NDArray[np.int8], scales: NDArray[np.float16], mask: NDArray[np
             raise ValueError(f"levels outside the range of {bits} bits")
         codes = shifted.astype(np.uint8)
         if kept is None:
-            code_parts.append(pack_chunks(_in_chunks(codes), bits))
+            code_parts.append(_pack_rows(codes, bits))
         elif layout.pattern.is_n_of_m:
             groups = kept.reshape(-1, layout.pattern.of)
             if not np.all(groups.sum(axis=1) == layout.pattern.keep):
@@ -106,8 +106,7 @@ def unpack(packed: PackedWeight) -> tuple[NDArray[np.int8], NDArray[np.float16],
         count, width = shape = levels[rows, columns].shape
         kept = np.ones(shape, np.bool_)
         if pattern.keep == 0:
-            chunks = codes.chunks(count * -(-width // CHUNK), bits)
-            stored = chunks.reshape(count, -1)[:, :width].reshape(-1)
+            stored = _unpack_rows(codes.bytes(count * width * bits // 8).reshape(count, -1), bits).reshape(-1)
         elif pattern.is_n_of_m:
             chunks_count = layout.tiles(count) * layout.steps(width) * pattern.keep
             index = _out_of_tiles(patterns.chunks(chunks_count, pattern.index_bits), count, pattern)
@@ -141,10 +140,20 @@ def dequantize(packed: PackedWeight) -> NDArray[np.float32]:
     return values
 
 
-def _in_chunks(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[rows, columns] → [rows, chunks, 64], filled up with zeros."""
+def _pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Rows in chunks: [rows, columns] → [rows, columns · bits / 8]."""
     rows, columns = codes.shape
-    return np.pad(codes, ((0, 0), (0, -columns % CHUNK))).reshape(rows, -1, CHUNK)
+    whole = columns // CHUNK * CHUNK
+    chunks = pack_chunks(codes[:, :whole].reshape(rows, -1, CHUNK), bits).reshape(rows, -1)
+    return np.concatenate([chunks, pack_chunks(codes[:, whole:], bits)], axis=1)
+
+
+def _unpack_rows(stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Inverse of :func:`_pack_rows`."""
+    rows, size = stored.shape
+    whole = size // (8 * bits) * (8 * bits)
+    chunks = unpack_chunks(stored[:, :whole].reshape(rows, -1, 8 * bits), bits).reshape(rows, -1)
+    return np.concatenate([chunks, unpack_chunks(stored[:, whole:], bits)], axis=1)
 
 
 def _in_tiles(kept: NDArray[np.uint8], pattern: Pattern) -> NDArray[np.uint8]:
@@ -205,12 +214,13 @@ class _Reader:
 
     def chunks(self, count: int, bits: int) -> NDArray[np.uint8]:
         """[count, 64]"""
-        return unpack_chunks(self._take(count * 8 * bits).reshape(count, 8 * bits), bits)
+        return unpack_chunks(self.bytes(count * 8 * bits).reshape(count, 8 * bits), bits)
 
     def stream(self, count: int, bits: int) -> NDArray[np.uint8]:
         """[count]"""
-        return unpack_bits(self._take(packed_size(count, bits)), bits, count)
+        return unpack_bits(self.bytes(packed_size(count, bits)), bits, count)
 
-    def _take(self, size: int) -> NDArray[np.uint8]:
+    def bytes(self, size: int) -> NDArray[np.uint8]:
+        """[size]"""
         taken, self.rest = self.rest[:size], self.rest[size:]
         return taken

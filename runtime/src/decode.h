@@ -55,14 +55,38 @@ inline void unpack_chunk(const uint8_t* chunk, uint8_t* out) {
   for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) Vec::store(out + v * Vec::kBytes, Vec::chunk<bits>(chunk, v));
 }
 
-// Columns [begin, end) of a segment's row.
+// One plane of a chunk of `width` integers, number n of them, as in fips_ort/bits.py.
+inline uint8_t plane_field(const uint8_t* plane, size_t bits, size_t width, size_t n) {
+  const size_t size = width / 8 * bits;
+  return static_cast<uint8_t>((plane[n % size] >> (n / size * bits)) & ((1u << bits) - 1));
+}
+
+// The same for a chunk of fewer integers.
 template <int bits>
-void decode_dense(const uint8_t* row, size_t begin, size_t end, uint8_t* out) {
+inline void unpack_short_chunk(const uint8_t* chunk, size_t width, uint8_t* out) {
+  for (size_t n = 0; n < width; ++n) {
+    if constexpr (bits == 3) {
+      const uint8_t high = plane_field(chunk + width / 4, 1, width, n);
+      out[n] = static_cast<uint8_t>(plane_field(chunk, 2, width, n) | high << 2);
+    } else {
+      out[n] = plane_field(chunk, bits, width, n);
+    }
+  }
+}
+
+// Columns [begin, end) of a row of `columns`.
+template <int bits>
+void decode_dense(const uint8_t* row, size_t columns, size_t begin, size_t end, uint8_t* out) {
   while (begin < end) {
     const uint8_t* chunk = row + begin / kChunk * (8 * bits);
     const size_t offset = begin % kChunk, count = smaller(kChunk - offset, end - begin);
+    const size_t width = smaller(kChunk, columns - begin / kChunk * kChunk);
     if (count == kChunk) {
       unpack_chunk<bits>(chunk, out);
+    } else if (width < kChunk) {
+      uint8_t all[kChunk];
+      unpack_short_chunk<bits>(chunk, width, all);
+      std::memcpy(out, all + offset, count);
     } else {
       uint8_t all[kChunk];
       unpack_chunk<bits>(chunk, all);
@@ -248,7 +272,7 @@ void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint
     const size_t last = part.row_end - segment.row_begin;
     for (size_t row = part.row_begin - segment.row_begin; row < last; ++row, out += stride) {
       if (!layout.sparse()) {
-        decode_dense<bits>(codes + row * segment.row_bytes(), begin, end, out);
+        decode_dense<bits>(codes + row * segment.row_bytes(), segment.columns(), begin, end, out);
       } else if (layout.bitmap()) {
         const uint8_t* bitmap = pattern + row * segment.columns() / 8;
         const uint64_t first = start.codes_before[row] + count_bits(bitmap, begin / 8);

@@ -45,7 +45,7 @@ struct Segment {
   size_t columns() const { return column_end - column_begin; }
   size_t entries() const { return rows() * columns(); }
   // Of a dense row.
-  size_t row_bytes() const { return (columns() + kChunk - 1) / kChunk * 8 * static_cast<size_t>(bits); }
+  size_t row_bytes() const { return columns() / 8 * static_cast<size_t>(bits); }
   size_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
 };
 
