@@ -395,7 +395,7 @@ fips_ort.register(options)
 onnxruntime.InferenceSession(sys.argv[2], options)
 before = psutil.Process().memory_info().rss
 session = onnxruntime.InferenceSession(sys.argv[1], options)
-session.run(None, {"A": np.ones((4, 4096), np.float32)})
+session.run(None, {"A": np.ones((4, 8192), np.float32)})
 print(psutil.Process().memory_info().rss - before)
 """
 
@@ -403,9 +403,9 @@ print(psutil.Process().memory_info().rss - before)
 @pytest.mark.parametrize("external", [False, True])
 def test_a_basis_read_by_many_nodes_is_in_memory_once(external: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    layout = Layout.uniform(8192, 4096, 4, 64)
+    layout = Layout.uniform(16384, 8192, 4, 64)
     weight = PackedWeight(
-        layout, rng.integers(0, 256, 16 << 20, dtype=np.uint8), np.zeros(0, np.uint8),
+        layout, rng.integers(0, 256, 64 << 20, dtype=np.uint8), np.zeros(0, np.uint8),
         np.ones(layout.scales_shape, np.float16),
     )
     onnx.save(op_model(weight, True, nodes=NODES), tmp_path / "model.onnx", save_as_external_data=external,
@@ -418,7 +418,7 @@ def test_a_basis_read_by_many_nodes_is_in_memory_once(external: bool, tmp_path: 
     resident = int(result.stdout)
     if external:
         files = sum(path.stat().st_size for path in (tmp_path / "model.onnx", tmp_path / "weights"))
-        activations = 4 * 4 * (4096 + NODES * 8192)
+        activations = 4 * 4 * (8192 + NODES * 16384)
         assert resident < 1.1 * (files + activations)
     else:
         # A file without external data may be held once more, as the parsed model.
