@@ -17,10 +17,15 @@ def library_path() -> Path:
     """
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     prefix = "" if sys.platform == "win32" else "lib"
-    path = Path(__file__).with_name(f"{prefix}fips_ort{suffix}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: install the fips-ort distribution (pip install ./runtime)")
-    return path
+    name = f"{prefix}fips_ort{suffix}"
+    # In an editable installation the package has two folders: the sources', and the one with what was built.
+    folders = sys.modules[__package__].__path__
+    for folder in folders:
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise FileNotFoundError(
+        f"{name} is not in {', '.join(folders)}: install the fips-ort distribution (pip install ./runtime)"
+    )
 
 
 def register(options: onnxruntime.SessionOptions) -> None:
