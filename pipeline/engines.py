@@ -114,7 +114,7 @@ def run_on_ray(commands: Sequence[Command], threads: int, say: Callable[[str], N
         ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
     try:
         remote = ray.remote(num_cpus=threads, max_retries=0)(run_command)
-        waiting = {remote.remote(command, threads, print): command for command in commands}
+        waiting = {remote.remote(command, threads, _print_line): command for command in commands}
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             command = waiting.pop(done)
@@ -126,6 +126,12 @@ def run_on_ray(commands: Sequence[Command], threads: int, say: Callable[[str], N
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _print_line(line: str) -> None:
+    """On a Ray worker, which passes its output on. (Ray puts a function of its own in the place of ``print`` while it
+    starts, and the one that was there before cannot be pickled then.)"""
+    print(line, flush=True)
 
 
 def _complaint(lines: Sequence[str]) -> str:
