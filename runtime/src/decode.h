@@ -30,7 +30,7 @@ inline void for_each_part(const Layout& layout, size_t row_begin, size_t row_end
   }
 }
 
-// Calls visit(std::integral_constant-like bits) with the bit-width as a compile-time constant.
+// A bit-width as a compile-time constant, which with_bits hands to visit(Bits<…>).
 template <int value>
 struct Bits {
   static constexpr int kValue = value;
