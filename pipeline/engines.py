@@ -5,6 +5,7 @@ on the engine, one that crashes takes no other with it, and its memory is its ow
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,7 +34,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status``: exit status. ``message``: the last lines of a command that failed, from its complaint on."""
+    """``status``: exit status; negative: the signal that killed it. ``message``: the last lines of a command that failed,
+    from its complaint on, or what killed it."""
 
     name: str
     status: int
@@ -76,7 +78,7 @@ def run_command(command: Command, threads: int, say: Callable[[str], None]) -> O
             except BaseException:
                 child.kill()
                 raise
-    return Outcome(command.name, child.returncode, "" if child.returncode == 0 else _complaint(lines))
+    return Outcome(command.name, child.returncode, "" if child.returncode == 0 else _complaint(child.returncode, lines))
 
 
 def run_side_by_side(
@@ -134,6 +136,17 @@ def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def _complaint(lines: Sequence[str]) -> str:
+def _complaint(status: int, lines: Sequence[str]) -> str:
+    if status < 0:
+        # Nobody else says so: the process had no time to, and its last line is about what it did before.
+        killer = f"killed by {_signal_name(-status)}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
+        return "\n".join([killer, *(f"last line: {line.strip()}" for line in lines[-1:])])
     begins = [index for index, line in enumerate(lines) if line.startswith(("error: ", "failed: "))]
     return "\n".join(lines[begins[-1] :] if begins else lines[-3:])
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
