@@ -1,8 +1,8 @@
 """Speed and memory of the native kernels beside ONNX Runtime's own: ``python -m benchmarks.kernels``.
 
 Writes ``kernels.json`` and ``kernels.png`` and prints tables. What is compared takes turns in one process, so that
-drifts of the machine's speed hit all alike; ratios are medians over turns. *Warm* weights were read a moment ago;
-*cold* ones were not since more than the last-level cache holds was read, as in a model that is larger than the cache.
+drifts of the machine's speed hit all alike; ratios are medians over turns. *Warm* weights were read a moment ago, those
+of one layer; *cold* ones belong to a model that is larger than the last-level cache.
 """
 
 import argparse
@@ -18,17 +18,21 @@ from benchmarks.plot import mlp_figure
 from benchmarks.shapes import SHAPES
 from benchmarks.table import format_memory, format_table
 from benchmarks.timing import BANDWIDTH_METHOD, read_bandwidth
+from benchmarks.without_avx512 import is_hidden, run_without_avx512
 from pipeline.errors import InputError
 from pipeline.files import write_aside, write_json
 
 _CACHE_SHARE = 1.25
-"""Cold weights of all variants together, of the last-level cache."""
+"""Cold weights of a model, of the last-level cache."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
+    options = _parse(arguments)
     try:
-        _run(_parse(arguments))
+        if options.without_avx512 and not is_hidden():
+            return run_without_avx512("benchmarks.kernels", sys.argv[1:] if arguments is None else arguments)
+        _run(options)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -45,7 +49,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", nargs="+", type=_positive, default=[1, 2])
     add("--rows", nargs="+", type=_positive, help="M, rows of activations; default 1 16 128")
     add("--seconds", type=float, help="about how long to measure a case, five rounds at least; default 2")
-    add("--cold-bytes", type=_positive, help=f"of cold weights; default {_CACHE_SHARE} times the last-level cache")
+    add("--without-avx512", action="store_true", help="as on a CPU with AVX2, for ONNX Runtime's kernels and ours")
+    add("--cold-bytes", type=_positive, help=f"of a cold model; default {_CACHE_SHARE} times the last-level cache")
     options = parser.parse_args(arguments)
     options.rows = options.rows or ([1, 16] if options.quick else [1, 16, 128])
     if options.seconds is None:

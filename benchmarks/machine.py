@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from benchmarks.without_avx512 import HIDDEN_FLAGS, is_hidden
 from pipeline.hardware import describe_hardware
 
 _RELEVANT_FLAGS = ("avx", "amx", "fma", "f16c", "bmi2", "asimd", "sve", "i8mm", "bf16")
@@ -41,5 +42,6 @@ def _instruction_sets() -> list[str]:
         return []
     for line in information.read_text(encoding="utf-8").splitlines():
         if line.startswith(("flags", "Features")):
-            return sorted(flag for flag in line.partition(":")[2].split() if flag.startswith(_RELEVANT_FLAGS))
+            flags = [flag for flag in line.partition(":")[2].split() if flag.startswith(_RELEVANT_FLAGS)]
+            return sorted(flag for flag in flags if not (is_hidden() and flag.startswith(HIDDEN_FLAGS)))
     return []

@@ -43,8 +43,8 @@ class Comparison:
 class Settings:
     """What every comparison is measured with.
 
-    ``rows``: of the activations, M. ``seconds``: for a number of rows and threads, about. ``cold_bytes``: of cold
-    weights, all variants together, at least. ``bandwidth``: number of threads → bytes per second that they read.
+    ``rows``: of the activations, M. ``seconds``: for a number of rows and threads, about. ``cold_bytes``: of a model's
+    cold weights, at least. ``bandwidth``: number of threads → bytes per second that they read.
     """
 
     rows: Sequence[int]
@@ -55,7 +55,8 @@ class Settings:
 
 def measure(comparison: Comparison, variants: Sequence[Variant], settings: Settings) -> list[Measurement]:
     """All variants at every number of threads and rows. Raises RuntimeError for an output that is not finite."""
-    layers = 1 if comparison.weights == "warm" else _cold_layers(variants, settings.cold_bytes)
+    cold_bytes = settings.cold_bytes if comparison.weights == "cold" else 0
+    layers = {variant.name: _layers(variant, cold_bytes) for variant in variants}
     cases = len(settings.bandwidth) * len(settings.rows)
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory() as folder, Progress().task(str(comparison), cases) as advance:
@@ -72,7 +73,7 @@ def measure(comparison: Comparison, variants: Sequence[Variant], settings: Setti
                         "threads": threads,
                         "rows": rows,
                         "variant": variant.name,
-                        "layers": layers,
+                        "layers": layers[variant.name],
                         "file_bytes": sum(file.stat().st_size for file in models[variant.name].parent.iterdir()),
                     }
                     measurements.append(case | _figures(variant, times, layers, rows, bandwidth))
@@ -86,22 +87,23 @@ def run_overhead(folder: Path) -> float:
     graph.output(graph.node("Neg", [graph.input]), 1)
     graph.save(folder / "overhead.onnx")
     run = BoundRun(open_session(folder / "overhead.onnx", 1), 1)
-    return median(interleave({"": run}, 0.0, warm=True)[""])
+    run()
+    return median(interleave({"": run}, 0.0)[""])
 
 
-def _cold_layers(variants: Sequence[Variant], cold_bytes: int) -> int:
-    """Layers of a model, whole groups, such that the weights of all variants together take ``cold_bytes``: as they take
-    turns, each finds that all others were read since its own were."""
-    return GROUP * ceil(cold_bytes / (GROUP * sum(variant.stored_bytes for variant in variants)))
+def _layers(variant: Variant, cold_bytes: int) -> int:
+    """Layers of a model: one, or whole groups whose weights take ``cold_bytes``, so that each is read again after more
+    others than a cache of this size holds."""
+    return GROUP * ceil(cold_bytes / (GROUP * variant.stored_bytes)) or 1
 
 
-def _save_models(folder: Path, variants: Sequence[Variant], layers: int) -> dict[str, Path]:
+def _save_models(folder: Path, variants: Sequence[Variant], layers: Mapping[str, int]) -> dict[str, Path]:
     """One model a variant, in a folder of its own."""
     paths = {}
     for index, variant in enumerate(variants):
         paths[variant.name] = folder / str(index) / "model.onnx"
         paths[variant.name].parent.mkdir()
-        variant.graph(layers).save(paths[variant.name])
+        variant.graph(layers[variant.name]).save(paths[variant.name])
     return paths
 
 
@@ -114,11 +116,15 @@ def _times(
         run()
         if not run.finite():
             raise RuntimeError(f"{comparison}: {name} has an output that is not finite")
-    return interleave(runs, seconds, warm=comparison.weights == "warm")
+    return interleave(runs, seconds)
 
 
 def _figures(
-    variant: Variant, times: Mapping[str, list[float]], layers: int, rows: int, bandwidth: float
+    variant: Variant,
+    times: Mapping[str, Sequence[float]],
+    layers: Mapping[str, int],
+    rows: int,
+    bandwidth: float,
 ) -> Measurement:
     """``milliseconds``: of one layer (a MLP or a product), one entry a round, with median, least and greatest.
 
@@ -127,7 +133,8 @@ def _figures(
     its ``bandwidth_fraction``; the same with ``stored`` of ``stored_bytes``, which is what memory has to deliver if all
     layers of a group find a basis in the cache after the first one.
     """
-    own = [value / layers for value in times[variant.name]]
+    layer_seconds = {name: [run / layers[name] for run in runs] for name, runs in times.items()}
+    own = layer_seconds[variant.name]
     figures: Measurement = {
         "dense_weights": variant.weights,
         "stored_bytes": variant.stored_bytes,
@@ -138,7 +145,7 @@ def _figures(
         "max_ms": 1e3 * max(own),
         "milliseconds": [1e3 * value for value in own],
         "ratios": {
-            baseline: median(theirs / ours for theirs, ours in zip(times[baseline], times[variant.name], strict=True))
+            baseline: median(theirs / ours for theirs, ours in zip(layer_seconds[baseline], own, strict=True))
             for baseline in BASELINES
         },
     }

@@ -7,7 +7,7 @@ from benchmarks.variants import INT4_BLOCK_128
 
 
 def format_table(measurements: Sequence[Measurement]) -> str:
-    """Measurements of one comparison: a line a variant, a column a case.
+    """Measurements of one comparison: a line a variant, a column a case; *layers*: of the model that was run.
 
     A cell holds the median milliseconds of a layer and how many times faster that is than int4 with blocks of 128; at
     one row also GB/s of the weights that are read, and the fraction of what a plain read loop reaches.
@@ -17,11 +17,11 @@ def format_table(measurements: Sequence[Measurement]) -> str:
     names = list(dict.fromkeys(item["variant"] for item in measurements))
     cells = {(item["variant"], item["threads"], item["rows"]): _cell(item) for item in measurements}
     bits = {item["variant"]: f"{item['stored_bits']:.2f}" for item in measurements}
-    lines = [["", "bits", *(f"{threads} thread{'s' * (threads > 1)}, M {rows}" for threads, rows in cases)]]
-    lines += [[name, bits[name], *(cells[name, *case] for case in cases)] for name in names]
+    layers = {item["variant"]: str(item["layers"]) for item in measurements}
+    lines = [["", "bits", "layers", *(f"{threads} thread{'s' * (threads > 1)}, M {rows}" for threads, rows in cases)]]
+    lines += [[name, bits[name], layers[name], *(cells[name, *case] for case in cases)] for name in names]
     widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
-    layers = f"{first['layers']} layers" if first["layers"] > 1 else "1 layer"
-    case = f"{first['shape']} {first['comparison']}, {first['weights']} weights, {layers} in a model"
+    case = f"{first['shape']} {first['comparison']}, {first['weights']} weights"
     title = f"{case}: ms of a layer, × speed of {INT4_BLOCK_128}"
     rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     return "\n".join([title, *rows])

@@ -13,8 +13,10 @@ import fips_ort
 from pipeline.idle import wait_until_idle
 
 _LEAST_ROUNDS = 5
-_BLOCK_SECONDS = 0.02
-"""A measurement of warm weights repeats its run for about so long, and divides."""
+_TURN_SECONDS = 0.02
+"""A turn repeats its run for about so long, and divides."""
+_LONG_SECONDS = 0.5
+"""A run of this length needs no other before it: what threads take to wake up is nothing beside it."""
 BANDWIDTH_METHOD = (
     "numpy.bitwise_or.reduce over uint64, 1 GiB in as many equal parts as threads, one thread a part, best of 5"
 )
@@ -31,7 +33,7 @@ def open_session(model: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 class BoundRun:
-    """A session's run on random activations [rows, K] with outputs that are allocated once."""
+    """A session's run on random activations [rows, K]; outputs of one shape share one piece of memory."""
 
     def __init__(self, session: onnxruntime.InferenceSession, rows: int) -> None:
         columns = session.get_inputs()[0].shape[1]
@@ -39,37 +41,38 @@ class BoundRun:
         self._session = session
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input("X", onnxruntime.OrtValue.ortvalue_from_numpy(values))
-        self._outputs = []
+        self._outputs: dict[tuple[int, int], onnxruntime.OrtValue] = {}
         for output in session.get_outputs():
             shape = (rows, output.shape[1])
-            self._outputs.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32))
-            self._binding.bind_ortvalue_output(output.name, self._outputs[-1])
+            if shape not in self._outputs:
+                self._outputs[shape] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+            self._binding.bind_ortvalue_output(output.name, self._outputs[shape])
 
     def __call__(self) -> None:
         self._session.run_with_iobinding(self._binding)
 
     def finite(self) -> bool:
-        """Whether every output of the last run is finite."""
-        return all(np.isfinite(output.numpy()).all() for output in self._outputs)
+        """Whether what the last run has left is finite."""
+        return all(np.isfinite(output.numpy()).all() for output in self._outputs.values())
 
 
-def interleave(runs: Mapping[str, Callable[[], None]], seconds: float, *, warm: bool) -> dict[str, list[float]]:
+def interleave(runs: Mapping[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
     """Seconds of one run, by name, one entry a round; in a round each name has its turn, in the same order.
 
-    Rounds go on for ``seconds``, and there are at least five. ``warm``: a turn is one run that is not counted and as
-    many counted ones as fill 20 ms; otherwise it is a single run, which finds in the caches what the turns of all
-    others left there. Every turn waits for the threads of the others to sleep (:mod:`pipeline.idle`).
+    ``runs``: they have run before. Rounds go on for ``seconds``, and there are at least five. A turn waits for the
+    threads of the others to sleep (:mod:`pipeline.idle`), wakes its own by a run that is not counted, and counts as
+    many as fill 20 ms. Waking takes milliseconds in a virtual machine, which a text, token after token, pays once.
     """
-    repeats = {name: _repeats(run) if warm else 1 for name, run in runs.items()}
+    lengths = {name: _seconds(run, 1) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < _LEAST_ROUNDS or time.perf_counter() < end:
         for name, run in runs.items():
             wait_until_idle()
-            if warm:
+            if lengths[name] < _LONG_SECONDS:
                 run()
-            times[name].append(_seconds(run, repeats[name]))
+            times[name].append(_seconds(run, max(1, round(_TURN_SECONDS / lengths[name]))))
         rounds += 1
     return times
 
@@ -102,8 +105,3 @@ def _seconds(run: Callable[[], None], repeats: int) -> float:
     for _ in range(repeats):
         run()
     return (time.perf_counter() - begin) / repeats
-
-
-def _repeats(run: Callable[[], None]) -> int:
-    return max(1, round(_BLOCK_SECONDS / min(_seconds(run, 1), _seconds(run, 1))))
-
