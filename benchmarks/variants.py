@@ -62,17 +62,17 @@ def mlp_variants(shape: Shape) -> list[Variant]:
     mlps[FIPS_GRADED] = Mlp(
         packed_operand(Layout(width, shape.graded_rank, _BLOCK, segments, segment_axis=1, midrise=True)),
         packed_operand(Layout(shape.graded_rank, width, _BLOCK, segments, segment_axis=0, midrise=True)),
-        _basis(shape.graded_rank, d),
+        _basis(shape.graded_rank, d, 4),
     )
     mlps[FIPS_DENSE] = Mlp(_uniform(width, d, 3), _uniform(d, width, 3))
     return [_mlp_variant(name, shape, mlp) for name, mlp in mlps.items()]
 
 
 def sparse_mlp(shape: Shape) -> Mlp:
-    """3-bit 1:4 projections over a 4-bit basis."""
+    """3-bit 1:4 projections over a 3-bit basis."""
     width, rank, pattern = shape.hidden_size, shape.sparse_rank, Pattern.parse("1:4")
     first, last = _uniform(width, rank, 3, pattern), _uniform(rank, width, 3, pattern)
-    return Mlp(first, last, _basis(rank, shape.model_size))
+    return Mlp(first, last, _basis(rank, shape.model_size, 3))
 
 
 def product_variants(shape: Shape) -> list[Variant]:
@@ -91,7 +91,7 @@ def basis_variants(shape: Shape) -> list[Variant]:
     """Activations [M, rank] times the basis [rank, d], stored as [rank, d]: the last product of a factorized MLP."""
     rank, d = shape.sparse_rank, shape.model_size
     operands = {name: make(rank, d) for name, make in _MAKE_BASELINE.items()}
-    operands["fips 4-bit, transB 0"] = _basis(rank, d)[1]
+    operands["fips 4-bit, transB 0"] = _basis(rank, d, 4)[1]
     return [_product_variant(name, operand) for name, operand in operands.items()]
 
 
@@ -141,8 +141,8 @@ def _product_variant(name: str, operand: Operand) -> Variant:
     return Variant(name, k * n, operand.nbytes, operand.nbytes, partial(_products_graph, operand))
 
 
-def _basis(rank: int, d: int) -> tuple[Operand, Operand]:
-    layout = Layout.uniform(rank, d, 4, _BLOCK)
+def _basis(rank: int, d: int, bits: int) -> tuple[Operand, Operand]:
+    layout = Layout.uniform(rank, d, bits, _BLOCK)
     return packed_operand(layout, trans_b=True), packed_operand(layout, trans_b=False)
 
 
