@@ -59,10 +59,11 @@ def mlp_variants(shape: Shape) -> list[Variant]:
     mlps[FIPS_SPARSE] = sparse_mlp(shape)
     four, three, two = shape.graded
     segments = (0, four, three, two)
+    rank = shape.graded_rank
     mlps[FIPS_GRADED] = Mlp(
-        packed_operand(Layout(width, shape.graded_rank, _BLOCK, segments, segment_axis=1, midrise=True)),
-        packed_operand(Layout(shape.graded_rank, width, _BLOCK, segments, segment_axis=0, midrise=True)),
-        _basis(shape.graded_rank, d, 4),
+        packed_operand(Layout(width, rank, _BLOCK, segments, segment_axis=1, midrise=True)),
+        packed_operand(Layout(rank, width, _BLOCK, segments, segment_axis=0, midrise=True)),
+        _both_ways(Layout(rank, d, _BLOCK, segments, segment_axis=0)),
     )
     mlps[FIPS_DENSE] = Mlp(_uniform(width, d, 3), _uniform(d, width, 3))
     return [_mlp_variant(name, shape, mlp) for name, mlp in mlps.items()]
@@ -72,7 +73,7 @@ def sparse_mlp(shape: Shape) -> Mlp:
     """3-bit 1:4 projections over a 3-bit basis."""
     width, rank, pattern = shape.hidden_size, shape.sparse_rank, Pattern.parse("1:4")
     first, last = _uniform(width, rank, 3, pattern), _uniform(rank, width, 3, pattern)
-    return Mlp(first, last, _basis(rank, shape.model_size, 3))
+    return Mlp(first, last, _both_ways(Layout.uniform(rank, shape.model_size, 3, _BLOCK)))
 
 
 def product_variants(shape: Shape) -> list[Variant]:
@@ -91,7 +92,7 @@ def basis_variants(shape: Shape) -> list[Variant]:
     """Activations [M, rank] times the basis [rank, d], stored as [rank, d]: the last product of a factorized MLP."""
     rank, d = shape.sparse_rank, shape.model_size
     operands = {name: make(rank, d) for name, make in _MAKE_BASELINE.items()}
-    operands["fips 4-bit, transB 0"] = _basis(rank, d, 4)[1]
+    operands["fips 4-bit, transB 0"] = _both_ways(Layout.uniform(rank, d, 4, _BLOCK))[1]
     return [_product_variant(name, operand) for name, operand in operands.items()]
 
 
@@ -141,8 +142,7 @@ def _product_variant(name: str, operand: Operand) -> Variant:
     return Variant(name, k * n, operand.nbytes, operand.nbytes, partial(_products_graph, operand))
 
 
-def _basis(rank: int, d: int, bits: int) -> tuple[Operand, Operand]:
-    layout = Layout.uniform(rank, d, bits, _BLOCK)
+def _both_ways(layout: Layout) -> tuple[Operand, Operand]:
     return packed_operand(layout, trans_b=True), packed_operand(layout, trans_b=False)
 
 
