@@ -9,7 +9,8 @@ class Shape:
 
     ``model_size``: d, of its input and output. ``hidden_size``: of the vector between its matrices. ``gated``: gate,
     up and down, or fc1 and fc2. ``sparse_rank``: of the basis under 1:4 projections, about 4/3 d. ``graded``: rank
-    entries of graded projections and their basis at 4, 3 and 2 bits. Both ranks are chosen for about 2 stored bits per weight.
+    entries of graded projections and their basis at 4, 3 and 2 bits. Both ranks are chosen for about 2 stored bits per
+    weight.
     """
 
     model_size: int
