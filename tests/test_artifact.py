@@ -321,3 +321,18 @@ def test_an_old_onnxruntime_is_refused(version: str) -> None:
 @pytest.mark.parametrize("version", ["1.17.0", "1.32.0.dev1", "2.0"])
 def test_a_new_onnxruntime_is_accepted(version: str) -> None:
     check_onnxruntime(version)
+
+
+@pytest.mark.parametrize("domain", ["", "com.microsoft"])
+def test_an_op_that_onnxruntime_lacks_is_named(folder: Path, domain: str) -> None:
+    """As an onnxruntime answers that is older than an op of the model, ONNX's or its own."""
+    path = folder / read_manifest(folder).model
+    model = onnx.load(path, load_external_data=False)
+    (node, *_) = (node for node in model.graph.node if node.op_type == "Gelu")
+    node.op_type, node.domain = "Golu", domain
+    onnx.save(model, path)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    next(entry for entry in files if entry["path"] == path.name)["bytes"] = path.stat().st_size
+    edit_manifest(folder, files=files, versions={"onnxruntime": "99.1"})
+    with pytest.raises(ArtifactError, match=r"artifact: onnxruntime \d.* has no op Golu; .* made with 99\.1"):
+        load(folder, verify=False)

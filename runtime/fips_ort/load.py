@@ -12,6 +12,9 @@ from fips_ort.native import register
 MINIMUM_ONNXRUNTIME = (1, 17)
 """The first onnxruntime with API version 17, which the native library asks for."""
 
+_UNKNOWN_OP = re.compile(r"No Op registered for (\w+)|(\w+)\(-?\d+\) is not a registered function/op")
+"""What onnxruntime says of an operator that it does not know, of ONNX's domain or of another."""
+
 
 def load(
     folder: str | Path,
@@ -25,7 +28,7 @@ def load(
     ``native``: register the native kernels with ``session_options`` (which is changed); without them ONNX
     Runtime computes the same with the functions in the model. ``verify``: check the SHA-256 of every file first;
     otherwise only that they are there with the right size. Raises ArtifactError naming the damaged file, or if
-    onnxruntime is older than 1.17.
+    onnxruntime is older than 1.17, or lacks an op of the model.
     """
     check_onnxruntime(onnxruntime.__version__)
     folder = Path(folder)
@@ -35,7 +38,16 @@ def load(
     if native:
         register(options)
     # By path, so that ONNX Runtime maps the shards into memory instead of copying them.
-    return onnxruntime.InferenceSession(str(folder / manifest.model), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(folder / manifest.model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no public class
+        unknown = _UNKNOWN_OP.search(str(error))
+        if unknown is None:
+            raise
+        needed = manifest.versions.get("onnxruntime", "a newer one")
+        raise ArtifactError(
+            f"{folder}: onnxruntime {onnxruntime.__version__} has no op {unknown[1] or unknown[2]}; the artefact was made with {needed}"
+        ) from error
 
 
 def check_onnxruntime(version: str) -> None:
