@@ -12,9 +12,10 @@ import onnxruntime
 
 from benchmarks.graph import Graph
 from benchmarks.shapes import Shape
-from benchmarks.timing import BoundRun, interleave, open_session
+from benchmarks.timing import BoundRun, open_session
 from benchmarks.variants import BASELINES, GROUP, Variant, basis_variants, mlp_variants, product_variants
 from pipeline.progress import Progress
+from pipeline.turns import interleave
 
 KINDS: dict[str, Callable[[Shape], list[Variant]]] = {
     "mlp": mlp_variants,
@@ -110,7 +111,7 @@ def _save_models(folder: Path, variants: Sequence[Variant], layers: Mapping[str,
 def _times(
     comparison: Comparison, sessions: Mapping[str, onnxruntime.InferenceSession], rows: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of whole runs (see :func:`benchmarks.timing.interleave`), after a check of their outputs."""
+    """Seconds of whole runs (see :func:`pipeline.turns.interleave`), after a check of their outputs."""
     runs = {name: BoundRun(session, rows) for name, session in sessions.items()}
     for name, run in runs.items():
         run()

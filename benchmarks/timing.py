@@ -1,8 +1,7 @@
-"""Wall times of sessions that take turns, and how fast this machine reads memory."""
+"""Sessions that can be timed, and how fast this machine reads memory."""
 
 import threading
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 import fips_ort
-from pipeline.idle import wait_until_idle
 
-_LEAST_ROUNDS = 5
-_TURN_SECONDS = 0.02
-"""A turn repeats its run for about so long, and divides."""
-_LONG_SECONDS = 0.5
-"""A run of this length needs no other before it: what threads take to wake up is nothing beside it."""
 BANDWIDTH_METHOD = (
     "numpy.bitwise_or.reduce over uint64, 1 GiB in as many equal parts as threads, one thread a part, best of 5"
 )
@@ -56,27 +49,6 @@ class BoundRun:
         return all(np.isfinite(output.numpy()).all() for output in self._outputs.values())
 
 
-def interleave(runs: Mapping[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of one run, by name, one entry a round; in a round each name has its turn, in the same order.
-
-    ``runs``: they have run before. Rounds go on for ``seconds``, and there are at least five. A turn waits for the
-    threads of the others to sleep (:mod:`pipeline.idle`), wakes its own by a run that is not counted, and counts as
-    many as fill 20 ms. Waking takes milliseconds in a virtual machine, which a text, token after token, pays once.
-    """
-    lengths = {name: _seconds(run, 1) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < _LEAST_ROUNDS or time.perf_counter() < end:
-        for name, run in runs.items():
-            wait_until_idle()
-            if lengths[name] < _LONG_SECONDS:
-                run()
-            times[name].append(_seconds(run, max(1, round(_TURN_SECONDS / lengths[name]))))
-        rounds += 1
-    return times
-
-
 def read_bandwidth(threads: int) -> float:
     """Bytes per second of a plain read loop over memory (see :data:`BANDWIDTH_METHOD`)."""
     parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 8, np.uint64), threads)
@@ -98,10 +70,3 @@ def _read_seconds(parts: list[NDArray[np.uint64]]) -> float:
     for worker in workers:
         worker.join()
     return time.perf_counter() - begin
-
-
-def _seconds(run: Callable[[], None], repeats: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - begin) / repeats

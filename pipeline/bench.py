@@ -1,7 +1,7 @@
 """Speed of sessions beside each other: interleaved runs, medians."""
 
-import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +14,7 @@ from torch import nn
 from exporters.rest import quantize_linears
 from exporters.vision import export_vision
 from fips_ort.load import load
-from pipeline.idle import wait_until_idle
+from pipeline.turns import interleave
 
 DENSE_FLOAT32 = "dense float32, onnxruntime"
 DENSE_INT4 = "dense MatMulNBits 4 bit, onnxruntime"
@@ -25,22 +25,14 @@ PORTABLE = "artefact, portable functions"
 def seconds_per_run(
     sessions: Mapping[str, onnxruntime.InferenceSession], pixel_values: NDArray[np.float32], seconds: float
 ) -> dict[str, float]:
-    """Median wall time of one run of each session on ``pixel_values`` [batch, 3, H, W].
-
-    The sessions take turns, so that drifts of the machine's speed hit all alike; about ``seconds`` in all, at least
-    five rounds after one to warm up.
-    """
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 6 or time.perf_counter() < end:
-        for name, session in sessions.items():
-            wait_until_idle()
-            begin = time.perf_counter()
-            session.run(["logits"], {"pixel_values": pixel_values})
-            times[name].append(time.perf_counter() - begin)
-        rounds += 1
-    return {name: median(values[1:]) for name, values in times.items()}
+    """Median wall time of one run of each session on ``pixel_values`` [batch, 3, H, W], in turns; about ``seconds`` in
+    all."""
+    runs = {
+        name: partial(session.run, ["logits"], {"pixel_values": pixel_values}) for name, session in sessions.items()
+    }
+    for run in runs.values():
+        run()  # allocates what later runs find
+    return {name: median(values) for name, values in interleave(runs, seconds).items()}
 
 
 def artefact_sessions(folder: Path, threads: int) -> dict[str, onnxruntime.InferenceSession]:

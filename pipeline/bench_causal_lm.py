@@ -22,9 +22,9 @@ from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
 from pipeline.errors import InputError
-from pipeline.idle import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
 from pipeline.recipe import Recipe
+from pipeline.turns import wait_until_idle
 
 NATIVE = "artefact, native kernels"
 INT4 = "int4, onnxruntime-genai's builder"

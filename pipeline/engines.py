@@ -34,8 +34,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status``: exit status; negative: the signal that killed it. ``message``: of a command that failed, its last lines
-    from the complaint on, or what killed it."""
+    """``status``: exit status; negative: the signal that killed it. ``message``: of a command that failed, its last
+    lines from the complaint on, or what killed it."""
 
     name: str
     status: int

@@ -44,9 +44,9 @@ def load(
         unknown = _UNKNOWN_OP.search(str(error))
         if unknown is None:
             raise
-        needed = manifest.versions.get("onnxruntime", "a newer one")
+        op, maker = unknown[1] or unknown[2], manifest.versions.get("onnxruntime", "a newer one")
         raise ArtifactError(
-            f"{folder}: onnxruntime {onnxruntime.__version__} has no op {unknown[1] or unknown[2]}; the artefact was made with {needed}"
+            f"{folder}: onnxruntime {onnxruntime.__version__} has no op {op}; the artefact was made with {maker}"
         ) from error
 
 

@@ -30,6 +30,17 @@ inline void for_each_part(const Layout& layout, size_t row_begin, size_t row_end
   }
 }
 
+// Calls visit(begin, end) for the rows [begin, end) below `last` that one segment of rows holds, or for all at once if
+// the columns are cut.
+template <typename Visit>
+inline void for_each_row_range(const Layout& layout, size_t first, size_t last, Visit visit) {
+  if (layout.columns_cut) return visit(first, last);
+  for (const Segment& s : layout.segments) {
+    const size_t begin = larger(first, s.row_begin), end = smaller(last, s.row_end);
+    if (begin < end) visit(begin, end);
+  }
+}
+
 // A bit-width as a compile-time constant, which with_bits hands to visit(Bits<…>).
 template <int value>
 struct Bits {

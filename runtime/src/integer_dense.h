@@ -1,5 +1,4 @@
-// Rounded activations times a dense weight, B = S.T. Few rows of activations read the packed chunks directly; many
-// share a block of weights that has been decoded and turned so that lanes are outputs.
+// Few rows of rounded activations times a dense weight, B = S.T, of which the packed chunks are read directly.
 #pragma once
 
 #include "decode.h"
@@ -10,17 +9,13 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-constexpr size_t kDenseOutputs = 4;  // outputs at a time: few rows
+constexpr size_t kDenseOutputs = 4;  // at a time
 constexpr size_t kFewRows = 4;
-constexpr size_t kTurnedRows = Vec::kRegisters == 32 ? 8 : 4;  // rows of activations at a time: many rows
-constexpr size_t kTurnedOutputs = 2 * Vec::kLanes;
 
-bool dense_supported(const Layout& layout, size_t) {
+bool dense_supported(const Layout& layout, size_t m) {
   const bool bytes_fit = Vec::kEightBits || layout.segments.front().bits < 8;
-  return layout.trans_b && !layout.sparse() && bytes_fit && layout.block_size % kChunk == 0;
+  return m <= kFewRows && layout.trans_b && !layout.sparse() && bytes_fit && layout.block_size % kChunk == 0;
 }
-
-// --- few rows --------------------------------------------------------------------------------------------------
 
 // What the rows of a tile have in one segment.
 struct SegmentRows {
@@ -123,17 +118,6 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t outputs, con
   }
 }
 
-// Calls visit(begin, end) for the rows [begin, end) below `last` that one segment of rows holds, or for all at once if
-// the columns are cut.
-template <typename Visit>
-inline void for_each_row_range(const Layout& layout, size_t first, size_t last, Visit visit) {
-  if (layout.columns_cut) return visit(first, last);
-  for (const Segment& s : layout.segments) {
-    const size_t begin = larger(first, s.row_begin), end = smaller(last, s.row_end);
-    if (begin < end) visit(begin, end);
-  }
-}
-
 void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
@@ -167,113 +151,14 @@ void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets)
   });
 }
 
-// --- many rows -------------------------------------------------------------------------------------------------
-
-// One block of kTurnedOutputs outputs (`outputs` of them exist), turned: for every 4 columns the 4 bytes of each
-// output.
-template <int bits>
-void turn_block(const uint8_t* rows_of_b, size_t row_bytes, size_t chunks, size_t outputs, uint8_t* turned) {
-  alignas(64) uint8_t bytes[kTurnedOutputs * kChunk];
-  if (outputs < kTurnedOutputs) std::memset(bytes, 0, sizeof bytes);
-  for (size_t chunk = 0; chunk < chunks; ++chunk) {
-    for (size_t j = 0; j < outputs; ++j) {
-      unpack_chunk<bits>(rows_of_b + j * row_bytes + chunk * (8 * bits), bytes + j * kChunk);
-    }
-    uint8_t* out = turned + chunk * (kChunk * kTurnedOutputs);
-    for (size_t half = 0; half < 2; ++half) {
-      for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) {
-        Vec::transpose(bytes + half * Vec::kLanes * kChunk + v * Vec::kBytes, kChunk,
-                       out + v * (Vec::kBytes / 4) * (2 * Vec::kBytes) + half * Vec::kBytes, 2 * Vec::kBytes);
-      }
-    }
-  }
-}
-
-// y [rows][kTurnedOutputs] += the products of `rows` rows of A with a turned block. scales: of the outputs.
-template <int bits, size_t rows>
-void turned_kernel(const Task& task, size_t i, size_t block, const uint8_t* turned, const Vec::Floats (&scales)[2],
-                   float bias, float* y) {
-  const Layout& layout = *task.weight->layout;
-  const int8_t* a = task.block_codes(i, block);
-  Vec::Ints totals[rows * 2];
-  sum_in_runs<Vec, 1>(layout.block_size / 4, Vec::adds((1 << bits) - 1, 127), totals, [&](size_t quad, auto& sums) {
-    const Vec::Bytes left = Vec::load(turned + quad * (2 * Vec::kBytes));
-    const Vec::Bytes right = Vec::load(turned + quad * (2 * Vec::kBytes) + Vec::kBytes);
-#pragma GCC unroll 8
-    for (size_t r = 0; r < rows; ++r) {
-      const Vec::Bytes x = Vec::repeat4(a + r * layout.block_size + 4 * quad);
-      Vec::add(sums[2 * r], left, x);
-      Vec::add(sums[2 * r + 1], right, x);
-    }
-  });
-  for (size_t r = 0; r < rows; ++r) {
-    const size_t place = (i + r) * task.block_stride + block;
-    const Vec::Floats a_scale = Vec::set(task.scales[place]), offset = Vec::set(-bias * task.sums[place]);
-    for (size_t h = 0; h < 2; ++h) {
-      float* out = y + r * kTurnedOutputs + h * Vec::kLanes;
-      // (total · scale of A - bias · sum of A) · scale of B
-      const Vec::Floats product = Vec::multiply_add(Vec::floats(totals[2 * r + h]), a_scale, offset);
-      Vec::store_floats(out, Vec::multiply_add(product, scales[h], Vec::load_floats(out)));
-    }
-  }
-}
-
-void dense_many_rows(const Task& task, size_t first, size_t last, uint8_t* turned, float* y) {
-  const Weight& w = *task.weight;
-  const Layout& layout = *w.layout;
-  const size_t chunks = layout.block_size / kChunk, blocks = layout.blocks();
-  for_each_row_range(layout, first, last, [&](size_t row_begin, size_t row_end) {
-    for (size_t j = row_begin; j < row_end; j += kTurnedOutputs) {
-      const size_t outputs = smaller(kTurnedOutputs, row_end - j);
-      std::memset(y, 0, task.m * kTurnedOutputs * sizeof(float));
-      for_each_part(layout, j, j + outputs, 0, layout.columns, [&](const Part& part) {
-        const Segment& segment = layout.segments[part.segment];
-        const uint8_t* codes =
-            w.codes + w.index->starts[part.segment].codes + (j - segment.row_begin) * segment.row_bytes();
-        for (size_t block = part.begin / layout.block_size; block < part.end / layout.block_size; ++block) {
-          float scales[kTurnedOutputs] = {};
-          for (size_t o = 0; o < outputs; ++o) scales[o] = float_from_half(w.scales[(j + o) * blocks + block]);
-          const Vec::Floats vectors[2] = {Vec::load_floats(scales), Vec::load_floats(scales + Vec::kLanes)};
-          const size_t chunk = (block - part.begin / layout.block_size) * chunks;
-          with_bits(segment.bits, [&](auto width) {
-            constexpr int bits = decltype(width)::kValue;
-            if constexpr (bits < 8 || Vec::kEightBits) {
-              turn_block<bits>(codes + chunk * (8 * bits), segment.row_bytes(), chunks, outputs, turned);
-              const float bias = segment.encoding.bias;
-              size_t i = 0;
-              for (; i + kTurnedRows <= task.m; i += kTurnedRows) {
-                turned_kernel<bits, kTurnedRows>(task, i, block, turned, vectors, bias, y + i * kTurnedOutputs);
-              }
-              for (; i < task.m; ++i) {
-                turned_kernel<bits, 1>(task, i, block, turned, vectors, bias, y + i * kTurnedOutputs);
-              }
-            }
-          });
-        }
-      });
-      for (size_t i = 0; i < task.m; ++i) {
-        for (size_t o = 0; o < outputs; ++o) {
-          const float bias = task.bias ? task.bias[j + o] : 0.0f;
-          task.y[i * layout.rows + j + o] = y[i * kTurnedOutputs + o] + bias;
-        }
-      }
-    }
-  });
-}
-
-// --- tiles -----------------------------------------------------------------------------------------------------
-
 size_t dense_scratch_bytes(const Task& task) {
-  if (task.m <= kFewRows) return task.m * (1 + kDenseOutputs) * task.block_stride * sizeof(float);
-  return task.weight->layout->block_size * kTurnedOutputs + task.m * kTurnedOutputs * sizeof(float);
+  return task.m * (1 + kDenseOutputs) * task.block_stride * sizeof(float);
 }
 
 void dense_tile(const Task& task, size_t tile, void* scratch) {
-  const Layout& layout = *task.weight->layout;
-  const size_t first = tile * task.tile_outputs, last = smaller(first + task.tile_outputs, layout.rows);
-  if (task.m <= kFewRows) return dense_few_rows(task, first, last, static_cast<float*>(scratch));
-  uint8_t* turned = static_cast<uint8_t*>(scratch);
-  dense_many_rows(task, first, last, turned, reinterpret_cast<float*>(turned + layout.block_size * kTurnedOutputs));
+  const size_t first = tile * task.tile_outputs;
+  dense_few_rows(task, first, smaller(first + task.tile_outputs, task.weight->layout->rows),
+                 static_cast<float*>(scratch));
 }
 
 }  // namespace

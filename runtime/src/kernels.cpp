@@ -10,6 +10,7 @@
 #include "integer_outer.h"
 #include "integer_rows.h"
 #include "integer_tiles.h"
+#include "integer_turned.h"
 #include "quantize.h"
 
 namespace fips {
@@ -28,6 +29,7 @@ size_t rows_scratch_bytes(const Task& task) { return decoded_bytes(*task.weight-
 const Choice kIntegers[] = {
     {dense_supported, dense_scratch_bytes, dense_tile},
     {tiles_supported, tiles_scratch_bytes, tiles_tile},
+    {turned_supported, turned_scratch_bytes, turned_tile},
     {rows_supported, rows_scratch_bytes, integer_rows},
     {outer_supported, outer_scratch_bytes, outer_integer_tile},
 };
