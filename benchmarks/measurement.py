@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,9 @@ KINDS: dict[str, Callable[[Shape], list[Variant]]] = {
 }
 """What is compared, by name: whole MLPs, the product [M, d] × [d, hidden size], the product with a basis as B = S."""
 WEIGHTS = ("cold", "warm")
+_MANY_ROWS = 32
+"""From so many rows of activations on, weights are read rarely and multiplications take the time: then models of all
+variants together, which take turns, are as large as the cache, for fewer rows each one is."""
 Measurement = dict[str, Any]
 """One variant in one case, as in the JSON; keys with figures: see :func:`_figures`."""
 
@@ -56,11 +59,32 @@ class Settings:
 
 def measure(comparison: Comparison, variants: Sequence[Variant], settings: Settings) -> list[Measurement]:
     """All variants at every number of threads and rows. Raises RuntimeError for an output that is not finite."""
-    cold_bytes = settings.cold_bytes if comparison.weights == "cold" else 0
-    layers = {variant.name: _layers(variant, cold_bytes) for variant in variants}
-    cases = len(settings.bandwidth) * len(settings.rows)
+    few = [rows for rows in settings.rows if rows < _MANY_ROWS]
+    many = [rows for rows in settings.rows if rows >= _MANY_ROWS]
+    warm = comparison.weights == "warm"
     measurements: list[Measurement] = []
-    with tempfile.TemporaryDirectory() as folder, Progress().task(str(comparison), cases) as advance:
+    with Progress().task(str(comparison), len(settings.bandwidth) * len(settings.rows)) as advance:
+        for rows, together in ((few, False), (many, True)):
+            if not rows:
+                continue
+            layers = {
+                variant.name: 1 if warm else _cold_layers(variants if together else [variant], settings.cold_bytes)
+                for variant in variants
+            }
+            measurements += _measure(comparison, variants, replace(settings, rows=rows), layers, lambda: advance(1, ""))
+    return measurements
+
+
+def _measure(
+    comparison: Comparison,
+    variants: Sequence[Variant],
+    settings: Settings,
+    layers: Mapping[str, int],
+    advance: Callable[[], None],
+) -> list[Measurement]:
+    """The same with models of so many layers."""
+    measurements: list[Measurement] = []
+    with tempfile.TemporaryDirectory() as folder:
         models = _save_models(Path(folder), variants, layers)
         for threads, bandwidth in settings.bandwidth.items():
             sessions = {name: open_session(model, threads) for name, model in models.items()}
@@ -78,7 +102,7 @@ def measure(comparison: Comparison, variants: Sequence[Variant], settings: Setti
                         "file_bytes": sum(file.stat().st_size for file in models[variant.name].parent.iterdir()),
                     }
                     measurements.append(case | _figures(variant, times, layers, rows, bandwidth))
-                advance(1, "")
+                advance()
     return measurements
 
 
@@ -92,10 +116,9 @@ def run_overhead(folder: Path) -> float:
     return median(interleave({"": run}, 0.0)[""])
 
 
-def _layers(variant: Variant, cold_bytes: int) -> int:
-    """Layers of a model: one, or whole groups whose weights take ``cold_bytes``, so that each is read again after more
-    others than a cache of this size holds."""
-    return GROUP * ceil(cold_bytes / (GROUP * variant.stored_bytes)) or 1
+def _cold_layers(variants: Sequence[Variant], cold_bytes: int) -> int:
+    """Layers of a model, whole groups, such that the weights of these variants' models together take ``cold_bytes``."""
+    return GROUP * ceil(cold_bytes / (GROUP * sum(variant.stored_bytes for variant in variants)))
 
 
 def _save_models(folder: Path, variants: Sequence[Variant], layers: Mapping[str, int]) -> dict[str, Path]:

@@ -7,7 +7,8 @@ from benchmarks.variants import INT4_BLOCK_128
 
 
 def format_table(measurements: Sequence[Measurement]) -> str:
-    """Measurements of one comparison: a line a variant, a column a case; *layers*: of the model that was run.
+    """Measurements of one comparison: a line a variant, a column a case; *layers*: of the models that were run, with
+    few rows and with many.
 
     A cell holds the median milliseconds of a layer and how many times faster that is than int4 with blocks of 128; at
     one row also GB/s of the weights that are read, and the fraction of what a plain read loop reaches.
@@ -17,7 +18,10 @@ def format_table(measurements: Sequence[Measurement]) -> str:
     names = list(dict.fromkeys(item["variant"] for item in measurements))
     cells = {(item["variant"], item["threads"], item["rows"]): _cell(item) for item in measurements}
     bits = {item["variant"]: f"{item['stored_bits']:.2f}" for item in measurements}
-    layers = {item["variant"]: str(item["layers"]) for item in measurements}
+    layers = {
+        name: "/".join(dict.fromkeys(str(item["layers"]) for item in measurements if item["variant"] == name))
+        for name in names
+    }
     lines = [["", "bits", "layers", *(f"{threads} thread{'s' * (threads > 1)}, M {rows}" for threads, rows in cases)]]
     lines += [[name, bits[name], layers[name], *(cells[name, *case] for case in cases)] for name in names]
     widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]

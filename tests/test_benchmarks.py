@@ -111,14 +111,19 @@ def test_memory_counts_a_shared_basis(result: dict[str, Any]) -> None:
 
 def test_some_cases_with_other_kernels(tmp_path: Path) -> None:
     """More rows and threads, one case only, kernels asked for by the environment."""
-    options = ("--only", "mlp cold", "--threads", "1", "2", "--rows", "1", "3", "--cold-bytes", "1")
+    options = ("--only", "mlp cold", "--threads", "1", "2", "--rows", "1", "40", "--cold-bytes", "2000000")
     child = run_benchmark(*options, "--out", str(tmp_path), FIPS_ORT_ISA="generic")
     assert child.returncode == 0, child.stderr
     result = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
     assert result["machine"]["FIPS_ORT_ISA"] == "generic"
     assert result["memory"] is None
     assert len(result["measurements"]) == len(VARIANTS["mlp"]) * 4
-    assert {item["layers"] for item in result["measurements"]} == {4}
+    by_rows = {
+        rows: {item["variant"]: item for item in result["measurements"] if item["rows"] == rows} for rows in (1, 40)
+    }
+    assert all(item["layers"] * item["stored_bytes"] >= 2_000_000 for item in by_rows[1].values())
+    assert sum(item["layers"] * item["stored_bytes"] for item in by_rows[40].values()) >= 2_000_000
+    assert {item["layers"] for item in by_rows[40].values()} == {4}
     assert all(("bytes_per_second" in item) == (item["rows"] == 1) for item in result["measurements"])
 
 
