@@ -104,8 +104,9 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t outputs, con
     with_bits(segment.bits, [&](auto width) {
       constexpr int bits = decltype(width)::kValue;
       if constexpr (bits < 8 || Vec::kEightBits) {
-        (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, 2>
-         : layout.block_size == kChunk   ? dense_dot<bits, rows, 1>
+        constexpr size_t kOne = Vec::kPlain ? 0 : 1;
+        (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, 2 * kOne>
+         : layout.block_size == kChunk   ? dense_dot<bits, rows, kOne>
                                          : dense_dot<bits, rows, 0>)(task, i, segment, b, products, acc);
       }
     });

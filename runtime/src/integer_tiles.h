@@ -88,7 +88,8 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
 template <int bits, size_t keep, size_t rows>
 void tile_dot(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin, size_t block_end,
               float bias, Vec::Floats (&acc)[rows][kParts]) {
-  (task.weight->layout->block_size == 8 * kStepColumns ? tile_dot_steps<bits, keep, rows, 8>
+  constexpr size_t kUsual = Vec::kPlain ? 0 : 8;
+  (task.weight->layout->block_size == 8 * kStepColumns ? tile_dot_steps<bits, keep, rows, kUsual>
                                                        : tile_dot_steps<bits, keep, rows, 0>)(
       task, i, at, scales, block_begin, block_end, bias, acc);
 }

@@ -20,6 +20,7 @@ namespace {
 
 struct Vec16 {
   static constexpr size_t kBytes = 16, kLanes = 4;
+  static constexpr bool kPlain = false;
   static constexpr size_t kRegisters = 32;
   static constexpr bool kBothSigned = true, kEightBits = false;
   using Bytes = uint8x16_t;
@@ -130,6 +131,7 @@ struct Vec16 {
 struct Vec16 {
   static constexpr size_t kBytes = 16;              // of Bytes
   static constexpr size_t kLanes = kBytes / 4;      // of Ints and Floats
+  static constexpr bool kPlain = true;             // plain C++: code for every block size is large, and no faster
   static constexpr size_t kRegisters = 16;          // how many vectors the CPU holds
   static constexpr bool kBothSigned = false;        // whether sums read their unsigned bytes as signed ones
   static constexpr bool kEightBits = true;          // whether they take unsigned bytes up to 255

@@ -19,6 +19,7 @@ struct Vec32 {
   static constexpr size_t kRegisters = 16;
   static constexpr bool kBothSigned = false, kEightBits = false;
 #endif
+  static constexpr bool kPlain = false;
   using Bytes = __m256i;
   using Ints = __m256i;
   using Floats = __m256;

@@ -15,6 +15,7 @@ struct Vec64 {
   static constexpr size_t kBytes = 64, kLanes = 16;
   static constexpr size_t kRegisters = 32;
   static constexpr bool kBothSigned = false, kEightBits = true;
+  static constexpr bool kPlain = false;
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
