@@ -90,6 +90,7 @@ def _measure(
             sessions = {name: open_session(model, threads) for name, model in models.items()}
             for rows in settings.rows:
                 times = _times(comparison, sessions, rows, settings.seconds)
+                seconds = {name: [run / layers[name] for run in runs] for name, runs in times.items()}
                 for variant in variants:
                     case = {
                         "shape": comparison.shape,
@@ -101,7 +102,7 @@ def _measure(
                         "layers": layers[variant.name],
                         "file_bytes": sum(file.stat().st_size for file in models[variant.name].parent.iterdir()),
                     }
-                    measurements.append(case | _figures(variant, times, layers, rows, bandwidth))
+                    measurements.append(case | _figures(variant, seconds, rows, bandwidth))
                 advance()
     return measurements
 
@@ -144,21 +145,18 @@ def _times(
 
 
 def _figures(
-    variant: Variant,
-    times: Mapping[str, Sequence[float]],
-    layers: Mapping[str, int],
-    rows: int,
-    bandwidth: float,
+    variant: Variant, seconds: Mapping[str, Sequence[float]], rows: int, bandwidth: float
 ) -> Measurement:
-    """``milliseconds``: of one layer (a MLP or a product), one entry a round, with median, least and greatest.
+    """From the seconds of one layer, of all variants.
+
+    ``milliseconds``: of one layer (a MLP or a product), one entry a round, with median, least and greatest.
 
     ``ratios``: baseline → median over the rounds of the baseline's time by the variant's; above 1 the variant is
     faster. At one row, ``bytes_per_second`` of ``bytes_read`` (weights that the ops read, a basis for each product) and
     its ``bandwidth_fraction``; the same with ``stored`` of ``stored_bytes``, which is what memory has to deliver if all
     layers of a group find a basis in the cache after the first one.
     """
-    layer_seconds = {name: [run / layers[name] for run in runs] for name, runs in times.items()}
-    own = layer_seconds[variant.name]
+    own = seconds[variant.name]
     figures: Measurement = {
         "dense_weights": variant.weights,
         "stored_bytes": variant.stored_bytes,
@@ -169,7 +167,7 @@ def _figures(
         "max_ms": 1e3 * max(own),
         "milliseconds": [1e3 * value for value in own],
         "ratios": {
-            baseline: median(theirs / ours for theirs, ours in zip(layer_seconds[baseline], own, strict=True))
+            baseline: median(theirs / ours for theirs, ours in zip(seconds[baseline], own, strict=True))
             for baseline in BASELINES
         },
     }

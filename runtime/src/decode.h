@@ -270,6 +270,9 @@ void decode_bitmap(const uint8_t* codes, const uint8_t* codes_end, uint64_t firs
 
 // --- any ---------------------------------------------------------------------------------------------------------
 
+// Whether integer sums take the bytes of all segments.
+inline bool bytes_fit(const Layout& layout) { return Vec::kEightBits || layout.segments.front().bits < 8; }
+
 // Bytes (Encoding) of a part, a row every `stride` bytes; `kept` (0 or 1, of one row) unless null.
 void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint8_t* kept) {
   const Layout& layout = *w.layout;

@@ -13,8 +13,7 @@ constexpr size_t kDenseOutputs = 4;  // at a time
 constexpr size_t kFewRows = 4;
 
 bool dense_supported(const Layout& layout, size_t m) {
-  const bool bytes_fit = Vec::kEightBits || layout.segments.front().bits < 8;
-  return m <= kFewRows && layout.trans_b && !layout.sparse() && bytes_fit && layout.block_size % kChunk == 0;
+  return m <= kFewRows && layout.trans_b && !layout.sparse() && bytes_fit(layout) && layout.block_size % kChunk == 0;
 }
 
 // What the rows of a tile have in one segment.
@@ -104,9 +103,8 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t outputs, con
     with_bits(segment.bits, [&](auto width) {
       constexpr int bits = decltype(width)::kValue;
       if constexpr (bits < 8 || Vec::kEightBits) {
-        constexpr size_t kOne = Vec::kPlain ? 0 : 1;
-        (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, 2 * kOne>
-         : layout.block_size == kChunk   ? dense_dot<bits, rows, kOne>
+        (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, usual(2)>
+         : layout.block_size == kChunk   ? dense_dot<bits, rows, usual(1)>
                                          : dense_dot<bits, rows, 0>)(task, i, segment, b, products, acc);
       }
     });

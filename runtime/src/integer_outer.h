@@ -19,10 +19,9 @@ constexpr float kLargest = 16256.0f; // 127 · 128: an activation is 128 · high
 constexpr size_t kQuads = kRun / 4;
 
 bool outer_supported(const Layout& layout, size_t m) {
-  const bool bytes_fit = Vec::kEightBits || layout.segments.front().bits < 8;
   // Many rows of A: two sums of bytes are no faster than one of floats without instructions for dot products.
   const bool pays = Vec::kUnlimited || m <= 4;
-  return pays && !layout.trans_b && !layout.sparse() && bytes_fit && layout.block_size % kChunk == 0;
+  return pays && !layout.trans_b && !layout.sparse() && bytes_fit(layout) && layout.block_size % kChunk == 0;
 }
 
 // The activations of one row of A for a run and a block of columns, rounded.

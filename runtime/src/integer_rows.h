@@ -1,4 +1,5 @@
-// Rounded activations times decoded rows, B = S.T: bitmaps, and layouts that the other integer kernels leave.
+// Rounded activations times decoded rows, B = S.T: few rows of them with bitmaps, and layouts that the other integer
+// kernels leave.
 #pragma once
 
 #include "decoded_rows.h"
@@ -79,8 +80,7 @@ void integer_rows(const Task& task, size_t tile, void* scratch) {
 }
 
 bool rows_supported(const Layout& layout, size_t) {
-  const bool bytes_fit = Vec::kEightBits || layout.segments.front().bits < 8;
-  return layout.trans_b && bytes_fit && !layout.needs_mask() && layout.block_size % smaller(32, Vec::kBytes) == 0;
+  return layout.trans_b && bytes_fit(layout) && !layout.needs_mask() && layout.block_size % smaller(32, Vec::kBytes) == 0;
 }
 
 }  // namespace

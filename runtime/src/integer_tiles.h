@@ -6,6 +6,7 @@
 #include "decode.h"
 #include "integer_dense.h"
 #include "kernels.h"
+#include "outputs.h"
 #include "simd/vec.h"
 
 namespace fips {
@@ -88,8 +89,7 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
 template <int bits, size_t keep, size_t rows>
 void tile_dot(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin, size_t block_end,
               float bias, Vec::Floats (&acc)[rows][kParts]) {
-  constexpr size_t kUsual = Vec::kPlain ? 0 : 8;
-  (task.weight->layout->block_size == 8 * kStepColumns ? tile_dot_steps<bits, keep, rows, kUsual>
+  (task.weight->layout->block_size == 8 * kStepColumns ? tile_dot_steps<bits, keep, rows, usual(8)>
                                                        : tile_dot_steps<bits, keep, rows, 0>)(
       task, i, at, scales, block_begin, block_end, bias, acc);
 }
@@ -266,12 +266,7 @@ void tiles_tile(const Task& task, size_t tile, void* memory) {
       const size_t stored = (row - row_begin) / kTileRows;
       const size_t tile_begin = row_begin + stored * kTileRows, tile_end = smaller(tile_begin + kTileRows, end);
       compute_tile(task, s, stored, scratch);
-      for (size_t i = 0; i < task.m; ++i) {
-        for (size_t j = row; j < tile_end; ++j) {
-          const float bias = task.bias ? task.bias[j] : 0.0f;
-          task.y[i * layout.rows + j] = scratch.y[i * kTileRows + (j - tile_begin)] + bias;
-        }
-      }
+      write_outputs(task, row, tile_end - row, scratch.y + (row - tile_begin), kTileRows);
       row = tile_end;
     }
   }

@@ -5,6 +5,7 @@
 #include "decode.h"
 #include "integer_dense.h"
 #include "kernels.h"
+#include "outputs.h"
 #include "simd/vec.h"
 
 namespace fips {
@@ -15,8 +16,7 @@ constexpr size_t kTurnedRows = Vec::kRegisters == 32 ? 8 : 4;  // of activations
 constexpr size_t kTurnedOutputs = 2 * Vec::kLanes;
 
 bool turned_supported(const Layout& layout, size_t m) {
-  const bool bytes_fit = Vec::kEightBits || layout.segments.front().bits < 8;
-  return m > kFewRows && layout.trans_b && bytes_fit && !layout.needs_mask() && layout.block_size % Vec::kBytes == 0;
+  return m > kFewRows && layout.trans_b && bytes_fit(layout) && !layout.needs_mask() && layout.block_size % Vec::kBytes == 0;
 }
 
 // bytes [kTurnedOutputs][size] → for every 4 columns the 4 bytes of each output.
@@ -55,8 +55,9 @@ void turn_block(const Weight& w, const Part& part, size_t row, size_t outputs, s
 // y [rows][kTurnedOutputs] += the products of `rows` rows of A with a turned block. A byte u, at most `largest`, means
 // (u - bias) times the output's scale.
 template <int largest, size_t rows>
-inline __attribute__((always_inline)) void turned_kernel(const Task& task, size_t i, size_t block, const uint8_t* turned, const Vec::Floats (&scales)[2],
-                   float bias, float* y) {
+inline __attribute__((always_inline)) void turned_kernel(const Task& task, size_t i, size_t block,
+                                                         const uint8_t* turned, const Vec::Floats (&scales)[2],
+                                                         float bias, float* y) {
   const Layout& layout = *task.weight->layout;
   const int8_t* a = task.block_codes(i, block);
   Vec::Ints totals[rows * 2];
@@ -115,13 +116,9 @@ void turned_tile(const Task& task, size_t tile, void* scratch) {
         for (size_t column = part.begin; column < part.end; column += size) {
           const size_t block = column / size;
           float scales[kTurnedOutputs] = {};
-          if (layout.n_of_m()) {
-            for (size_t o = 0; o < outputs; ++o) {
-              scales[o] = e.unit * float_from_half(first_scale(w, part.segment, j + o)[block * scale_step(layout)]);
-            }
-          } else {
-            const uint16_t* halves = w.scales + j * layout.blocks() + block;
-            for (size_t o = 0; o < outputs; ++o) scales[o] = e.unit * float_from_half(halves[o * layout.blocks()]);
+          const size_t scale = block * scale_step(layout);
+          for (size_t o = 0; o < outputs; ++o) {
+            scales[o] = e.unit * float_from_half(first_scale(w, part.segment, j + o)[scale]);
           }
           const Vec::Floats vectors[2] = {Vec::load_floats(scales), Vec::load_floats(scales + Vec::kLanes)};
           with_bits(segment.bits, [&](auto width) {
@@ -138,12 +135,7 @@ void turned_tile(const Task& task, size_t tile, void* scratch) {
           });
         }
       });
-      for (size_t i = 0; i < task.m; ++i) {
-        for (size_t o = 0; o < outputs; ++o) {
-          const float bias = task.bias ? task.bias[j + o] : 0.0f;
-          task.y[i * layout.rows + j + o] = y[i * kTurnedOutputs + o] + bias;
-        }
-      }
+      write_outputs(task, j, outputs, y, kTurnedOutputs);
     }
   });
 }

@@ -22,6 +22,9 @@ using Vec = Vec32;
 using Vec = Vec16;
 #endif
 
+// A size that deserves code of its own, for a kernel's template argument; 0: any.
+constexpr size_t usual(size_t size) { return Vec::kPlain ? 0 : size; }
+
 // Sums over `count` steps, in runs that are short enough for V::Sum: calls step(i, sums) for every i below `count`, in
 // order, and leaves the totals. chains: sets of sums that take turns, so that one product need not wait for the one
 // before.
