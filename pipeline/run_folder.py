@@ -23,6 +23,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.files import digest, read_json, write_json, writing
+from pipeline.peak_memory import give_back_memory, peak_rss_bytes
 from pipeline.progress import Progress
 
 LIBRARIES = ("fips-onnx", "fips-ort", "torch", "torchao", "transformers", "numpy", "onnx", "onnx-ir", "onnxruntime")
@@ -40,6 +41,7 @@ class RunFolder:
         self.work = folder / "work"
         self.progress = progress
         self.seconds: dict[str, float] = {}
+        self.peak_rss_bytes: dict[str, int] = {}
         self.reused: list[str] = []
         self.fresh = fresh
 
@@ -72,10 +74,8 @@ class RunFolder:
         """
         key = stage_key(name, settings, before)
         folder = self.work / name
-        done = folder / "stage.json"
         if self.has(name, key) and is_valid(folder):
-            self.seconds[name] = _read(done)["seconds"]
-            self.reused.append(name)
+            self._reuse(name)
             self.progress.say(f"{name}: unchanged, taken from {folder}")
             return key
         with self._wait_for_others(name, key):
@@ -84,8 +84,7 @@ class RunFolder:
                     shutil.rmtree(folder, ignore_errors=True)
                     _link_tree(self.shared / key, folder)
                 if self.has(name, key) and is_valid(folder):
-                    self.seconds[name] = _read(done)["seconds"]
-                    self.reused.append(name)
+                    self._reuse(name)
                     self.progress.say(f"{name}: shared, taken from {self.shared}")
                     return key
             self._compute(name, key, folder, compute)
@@ -113,8 +112,18 @@ class RunFolder:
         with writing(folder):
             compute(folder)
         self.seconds[name] = round(time.monotonic() - begin, 3)
-        write_json(done, {"key": key, "seconds": self.seconds[name], "files": _file_sizes(folder)})
+        self.peak_rss_bytes[name] = peak_rss_bytes()
+        cost = {"seconds": self.seconds[name], "peak_rss_bytes": self.peak_rss_bytes[name]}
+        write_json(done, {"key": key, **cost, "files": _file_sizes(folder)})
         started.unlink()
+        give_back_memory()
+
+    def _reuse(self, name: str) -> None:
+        """Count a result that is there already, with what it took to compute."""
+        done = _read(self.work / name / "stage.json")
+        self.seconds[name] = done["seconds"]
+        self.peak_rss_bytes[name] = done["peak_rss_bytes"]
+        self.reused.append(name)
 
     def _wait_for_others(self, name: str, key: str) -> AbstractContextManager[None]:
         """Hold a stage that other runs may want as well, so that it is computed once."""

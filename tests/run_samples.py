@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from pipeline import cli, deliver, training
+from pipeline.files import read_json
 from pipeline.progress import Advance, Progress
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.run import ARTIFACT, run
@@ -259,48 +260,31 @@ def _kill_at_replace(last: int) -> None:
     os.replace = replace  # type: ignore[assignment]
 
 
-class _MeasuringProgress(Progress):
-    """Sends (stage, largest resident memory in bytes since the one before) as each stage ends."""
-
-    def __init__(self, until: str, results: Connection) -> None:
+class _StoppingProgress(Progress):
+    def __init__(self, until: str) -> None:
         super().__init__()
         self.until = until
-        self.results = results
-        self.stage: str | None = None
 
     def say(self, message: str) -> None:
-        if message.startswith(" "):
-            return
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
-        self.results.send((self.stage or "start", 1024 * peak))
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self.stage = message
         if message == self.until:
             raise StopRun
 
 
 def memory_of_stages(recipe: Recipe, folder: Path, until: str) -> dict[str, int]:
     """Run up to the stage ``until`` in a process of its own: largest resident memory of each stage, in bytes."""
-    reader, writer = _PROCESSES.Pipe(duplex=False)
-    process = _PROCESSES.Process(target=_measure_stages, args=(recipe, folder, until, writer))
+    process = _PROCESSES.Process(target=_run_until, args=(recipe, folder, until))
     process.start()
-    writer.close()
-    peaks: dict[str, int] = {}
-    with contextlib.suppress(EOFError):
-        while True:
-            stage, peak = reader.recv()
-            peaks[stage] = peak
     process.join()
     assert process.exitcode == 0
-    return peaks
+    work = folder / "work"
+    return {
+        path.parent.relative_to(work).as_posix(): read_json(path)["peak_rss_bytes"] for path in work.rglob("stage.json")
+    }
 
 
-def _measure_stages(recipe: Recipe, folder: Path, until: str, results: Connection) -> None:
-    try:
-        run(recipe, folder, _MeasuringProgress(until, results))
-    except StopRun:
-        sys.exit(0)
+def _run_until(recipe: Recipe, folder: Path, until: str) -> None:
+    with contextlib.suppress(StopRun):
+        run(recipe, folder, _StoppingProgress(until))
 
 
 def fips(arguments: list[str], *, file_limit: int | None = None) -> tuple[int, str]:

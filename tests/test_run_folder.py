@@ -37,7 +37,8 @@ def test_result_is_reused(folder: RunFolder) -> None:
     assert stage.found == [["started.json"]]
     assert folder.reused == ["fit"]
     done = read_json(folder.work / "fit" / "stage.json")
-    assert done == {"key": first, "seconds": folder.seconds["fit"], "files": {"result.txt": 6}}
+    cost = {"seconds": folder.seconds["fit"], "peak_rss_bytes": folder.peak_rss_bytes["fit"]}
+    assert done == {"key": first, **cost, "files": {"result.txt": 6}}
     assert not (folder.work / "fit" / "started.json").exists()
 
 

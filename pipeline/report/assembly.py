@@ -1,6 +1,5 @@
 """The report of a run, put together from what its stages left behind."""
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from fips_ort.packed import PackedWeight, unpack
 from pipeline.factorized_mlp import FactorizedMLP
 from pipeline.files import read_json
 from pipeline.hardware import describe_hardware
+from pipeline.peak_memory import peak_rss_bytes
 from pipeline.plan import GroupPlan, Plan, Segments
 from pipeline.recipe import Recipe
 from pipeline.report.schema import SCHEMA_VERSION, Report
@@ -89,7 +89,11 @@ def assemble_report(
         "reconstruction_error": errors,
         "parity": read_json(work / "validate" / "parity.json"),
         "speed": read_json(work / "bench" / "speed.json"),
-        "memory": {**memory, "pipeline_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
+        "memory": {
+            **memory,
+            "pipeline_peak_rss_bytes": max(*folder.peak_rss_bytes.values(), peak_rss_bytes()),
+            "peak_rss_by_stage": folder.peak_rss_bytes,
+        },
         "warnings": [],
         "seconds": folder.seconds,
         "disk_bytes": sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),

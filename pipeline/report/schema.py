@@ -9,7 +9,7 @@ import json
 import math
 from typing import Any, Literal, NotRequired, TypedDict
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Stage = Literal["dense", "factorized", "fitted", "finetuned", "rounded", "qat", "onnx_native", "onnx_portable"]
 STAGES: tuple[Stage, ...] = (
@@ -266,12 +266,14 @@ Speed = ImageSpeed | TokenSpeed
 class Memory(TypedDict):
     """Resident memory: of a process that has loaded the artefact, that runs it, and that made it.
 
-    ``load_rss_by_backend``: backend of a row of ``speed`` → resident memory after loading it.
+    ``peak_rss_by_stage``: the largest resident set of the process that computed a stage, from the end of the stage
+    before on. ``load_rss_by_backend``: backend of a row of ``speed`` → resident memory after loading it.
     """
 
     load_rss_bytes: int
     peak_rss_bytes: int
     pipeline_peak_rss_bytes: int
+    peak_rss_by_stage: dict[str, int]
     load_rss_by_backend: NotRequired[dict[str, int]]
 
 

@@ -483,13 +483,18 @@ def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
 
 def _cost(report: Report) -> Section:
     reused = set(report["reused_stages"])
-    seconds = [
-        (stage, "earlier run" if stage in reused else "this run", format_seconds(value))
-        for stage, value in report["seconds"].items()
+    memory = report["memory"]
+    stages = [
+        (
+            stage,
+            "earlier run" if stage in reused else "this run",
+            format_seconds(seconds),
+            format_bytes(memory["peak_rss_by_stage"][stage]),
+        )
+        for stage, seconds in report["seconds"].items()
     ]
-    total = format_seconds(sum(report["seconds"].values()))
-    seconds.append(("sum", "", total))
-    notes = ["Time and disk include the stages of earlier runs, the peak of memory does not."] if reused else []
+    total, peak = format_seconds(sum(report["seconds"].values())), format_bytes(memory["pipeline_peak_rss_bytes"])
+    stages.append(("whole run", "", total, peak))
     return Section(
         "Cost of the run",
         (),
@@ -498,13 +503,12 @@ def _cost(report: Report) -> Section:
                 ("cost", "amount"),
                 (
                     ("time", total),
-                    ("peak of resident memory", format_bytes(report["memory"]["pipeline_peak_rss_bytes"])),
+                    ("peak of resident memory", peak),
                     ("disk, the work folder", format_bytes(report["disk_bytes"])),
                 ),
             ),
-            Table(("stage", "computed in", "time"), tuple(seconds), 2, total=True),
+            Table(("stage", "computed in", "time", "peak of resident memory"), tuple(stages), 2, total=True),
         ),
-        tuple(notes),
     )
 
 

@@ -28,16 +28,16 @@ def measure_memory(folder: Path, *, native: bool = True) -> dict[str, int]:
 
 
 def _measure(folder: Path, native: bool) -> dict[str, int]:
-    before = _status("VmRSS")
+    before = process_memory("VmRSS")
     session = load(folder, native=native, verify=False)
-    loaded = _status("VmRSS")
+    loaded = process_memory("VmRSS")
     inputs = {name: np.load(folder / file)[:1] for name, file in read_manifest(folder).golden.inputs.items()}
     session.run(None, complete_inputs(session, inputs))
-    return {"load_rss_bytes": loaded - before, "peak_rss_bytes": _status("VmHWM")}
+    return {"load_rss_bytes": loaded - before, "peak_rss_bytes": process_memory("VmHWM")}
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, given there in KiB."""
+def process_memory(field: str) -> int:
+    """Bytes of this process by /proc/self/status: ``VmRSS``, its resident set, or ``VmHWM``, the largest so far."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
