@@ -5,6 +5,7 @@
 #include "decode.h"
 #include "decoded_rows.h"
 #include "kernels.h"
+#include "simd/vec.h"
 #include "vector.h"
 
 namespace fips {
@@ -34,68 +35,7 @@ void decode_floats(const Weight& w, size_t row, size_t begin, size_t end, uint8_
   });
 }
 
-// --- B = S.T: a row of the stored matrix is one output ---------------------------------------------------------
-
-// y[i][j] += dot(a[i], b[j]) over `depth` columns, a multiple of kLanes.
-template <size_t rows>
-void dot_kernel(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t depth, size_t outputs,
-                float* y, size_t y_stride) {
-  Vector acc[rows][kDotOutputs] = {};
-  for (size_t k = 0; k < depth; k += kLanes) {
-    Vector weights[kDotOutputs];
-    for (size_t j = 0; j < kDotOutputs; ++j) weights[j] = load(b + j * b_stride + k);
-    for (size_t i = 0; i < rows; ++i) {
-      const Vector x = load(a + i * a_stride + k);
-      for (size_t j = 0; j < kDotOutputs; ++j) acc[i][j] += x * weights[j];
-    }
-  }
-  for (size_t i = 0; i < rows; ++i) {
-    for (size_t j = 0; j < outputs; ++j) y[i * y_stride + j] += sum_lanes(acc[i][j]);
-  }
-}
-
-size_t dot_depth(const Layout& layout) {
-  const size_t depth = larger(layout.block_size, kDepth / layout.block_size * layout.block_size);
-  return smaller(depth, layout.columns);
-}
-
-void dot_tile(const Task& task, size_t tile, float* weights, uint8_t* bytes, uint8_t* kept) {
-  const Weight& w = *task.weight;
-  const Layout& layout = *w.layout;
-  const size_t n = layout.rows;
-  const size_t first = tile * task.tile_outputs;
-  const size_t outputs = smaller(task.tile_outputs, n - first);
-  for (size_t i = 0; i < task.m; ++i) {
-    for (size_t j = 0; j < outputs; ++j) task.y[i * n + first + j] = task.bias ? task.bias[first + j] : 0.0f;
-  }
-  const size_t depth = dot_depth(layout);
-  const size_t stride = round_up(depth, kLanes);
-  for (size_t begin = 0; begin < layout.columns; begin += depth) {
-    const size_t end = smaller(begin + depth, layout.columns);
-    const size_t padded = round_up(end - begin, kLanes);
-    for (size_t j = 0; j < round_up(outputs, kDotOutputs); ++j) {
-      float* row = weights + j * stride;
-      size_t filled = 0;
-      if (j < outputs) {
-        decode_floats(w, first + j, begin, end, bytes, kept, row);
-        filled = end - begin;
-      }
-      std::memset(row + filled, 0, (padded - filled) * sizeof(float));
-    }
-    const float* a = task.a + begin;
-    for (size_t i = 0; i < task.m;) {
-      const bool full = task.m - i >= kDotRows;
-      for (size_t j = 0; j < outputs; j += kDotOutputs) {
-        (full ? dot_kernel<kDotRows> : dot_kernel<1>)(a + i * task.a_stride, task.a_stride, weights + j * stride,
-                                                      stride, padded, smaller(kDotOutputs, outputs - j),
-                                                      task.y + i * n + first + j, n);
-      }
-      i += full ? kDotRows : 1;
-    }
-  }
-}
-
-// --- B = S: a row of the stored matrix is one step of the sum --------------------------------------------------
+// --- many rows of activations ------------------------------------------------------------------------------------
 
 // y[i][j] += sum over k of a[i][k] * b[k][j], for kOuterOutputs outputs of which the first `outputs` exist.
 template <size_t rows>
@@ -104,12 +44,14 @@ void outer_kernel(const float* a, size_t a_stride, const float* b, size_t b_stri
   Vector acc[rows][2] = {};
   for (size_t k = 0; k < depth; ++k) {
     const Vector left = load(b + k * b_stride), right = load(b + k * b_stride + kLanes);
+#pragma GCC unroll 16
     for (size_t i = 0; i < rows; ++i) {
       const float x = a[i * a_stride + k];
       acc[i][0] += x * left;
       acc[i][1] += x * right;
     }
   }
+#pragma GCC unroll 16
   for (size_t i = 0; i < rows; ++i) {
     float* out = y + i * y_stride;
     if (outputs == kOuterOutputs) {
@@ -124,16 +66,65 @@ void outer_kernel(const float* a, size_t a_stride, const float* b, size_t b_stri
   }
 }
 
+// Outputs [first, first + outputs) of all rows of A += the products of columns [k, k + depth) of A with b [depth][…].
+void add_products(const Task& task, size_t k, size_t depth, const float* b, size_t b_stride, size_t first,
+                  size_t outputs) {
+  const size_t a_stride = task.k(), n = task.n();
+  const float* a = task.a + k;
+  float* y = task.y + first;
+  size_t i = 0;
+  const auto take = [&](auto kernel, size_t rows) {
+    for (; i + rows <= task.m; i += rows) kernel(a + i * a_stride, a_stride, b, b_stride, depth, outputs, y + i * n, n);
+  };
+  take(outer_kernel<kOuterRows>, kOuterRows);
+  take(outer_kernel<kOuterRows / 3>, kOuterRows / 3);
+  take(outer_kernel<1>, 1);
+}
+
+void start_outputs(const Task& task, size_t first, size_t count) {
+  for (size_t i = 0; i < task.m; ++i) {
+    for (size_t j = first; j < first + count; ++j) task.y[i * task.n() + j] = task.bias ? task.bias[j] : 0.0f;
+  }
+}
+
+size_t dot_depth(const Layout& layout) {
+  const size_t depth = larger(layout.block_size, kDepth / layout.block_size * layout.block_size);
+  return smaller(depth, layout.columns);
+}
+
+// B = S.T: a row of the stored matrix is one output, so rows are turned to columns. rows, turned: room for kOuterOutputs
+// of them, each of dot_depth rounded up to whole vectors.
+void dot_tile(const Task& task, size_t tile, float* rows, float* turned, uint8_t* bytes, uint8_t* kept) {
+  const Weight& w = *task.weight;
+  const Layout& layout = *w.layout;
+  const size_t tile_end = smaller((tile + 1) * task.tile_outputs, layout.rows);
+  const size_t depth = dot_depth(layout), stride = round_up(depth, kLanes);
+  for (size_t first = tile * task.tile_outputs; first < tile_end; first += kOuterOutputs) {
+    const size_t outputs = smaller(kOuterOutputs, tile_end - first);
+    start_outputs(task, first, outputs);
+    std::memset(rows + outputs * stride, 0, (kOuterOutputs - outputs) * stride * sizeof(float));
+    for (size_t begin = 0; begin < layout.columns; begin += depth) {
+      const size_t end = smaller(begin + depth, layout.columns);
+      for (size_t j = 0; j < outputs; ++j) decode_floats(w, first + j, begin, end, bytes, kept, rows + j * stride);
+      for (size_t k = 0; k < end - begin; k += kLanes) {
+        for (size_t j = 0; j < kOuterOutputs; j += kLanes) {
+          Vec::transpose(reinterpret_cast<const uint8_t*>(rows + j * stride + k), stride * sizeof(float),
+                         reinterpret_cast<uint8_t*>(turned + k * kOuterOutputs + j), kOuterOutputs * sizeof(float));
+        }
+      }
+      add_products(task, begin, end - begin, turned, kOuterOutputs, first, outputs);
+    }
+  }
+}
+
+// B = S: a row of the stored matrix is one step of the sum.
 void outer_tile(const Task& task, size_t tile, float* weights, uint8_t* bytes, uint8_t* kept) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const size_t n = layout.columns;
   const size_t first = tile * task.tile_outputs;
-  const size_t outputs = smaller(task.tile_outputs, n - first);
+  const size_t outputs = smaller(task.tile_outputs, layout.columns - first);
   const size_t stride = round_up(task.tile_outputs, kOuterOutputs);
-  for (size_t i = 0; i < task.m; ++i) {
-    for (size_t j = 0; j < outputs; ++j) task.y[i * n + first + j] = task.bias ? task.bias[first + j] : 0.0f;
-  }
+  start_outputs(task, first, outputs);
   for (size_t begin = 0; begin < layout.rows; begin += kOuterDepth) {
     const size_t depth = smaller(kOuterDepth, layout.rows - begin);
     for (size_t k = 0; k < depth; ++k) {
@@ -141,15 +132,8 @@ void outer_tile(const Task& task, size_t tile, float* weights, uint8_t* bytes, u
       decode_floats(w, begin + k, first, first + outputs, bytes, kept, row);
       std::memset(row + outputs, 0, (stride - outputs) * sizeof(float));
     }
-    const float* a = task.a + begin;
-    for (size_t i = 0; i < task.m;) {
-      const bool full = task.m - i >= kOuterRows;
-      for (size_t j = 0; j < outputs; j += kOuterOutputs) {
-        (full ? outer_kernel<kOuterRows> : outer_kernel<1>)(a + i * task.a_stride, task.a_stride, weights + j, stride,
-                                                            depth, smaller(kOuterOutputs, outputs - j),
-                                                            task.y + i * n + first + j, n);
-      }
-      i += full ? kOuterRows : 1;
+    for (size_t j = 0; j < outputs; j += kOuterOutputs) {
+      add_products(task, begin, depth, weights + j, stride, first + j, smaller(kOuterOutputs, outputs - j));
     }
   }
 }
@@ -185,7 +169,7 @@ void direct_dot_kernel(const Task& task, const DecodedRows& decoded, size_t i, s
     const size_t end = (block + 1) * layout.block_size;
     for (size_t k = block * layout.block_size; k < end; k += kLanes) {
       Vector x[rows];
-      for (size_t r = 0; r < rows; ++r) x[r] = load(task.a + (i + r) * task.a_stride + k);
+      for (size_t r = 0; r < rows; ++r) x[r] = load(task.a + (i + r) * task.k() + k);
       for (size_t j = 0; j < kDotOutputs; ++j) {
         const Vector weights = floats_from_bytes(decoded.bytes[j] + k) - decoded.biases[j][block];
         for (size_t r = 0; r < rows; ++r) sums[r][j] += x[r] * weights;
@@ -232,9 +216,7 @@ void direct_outer_tile(const Task& task, size_t tile, uint8_t* bytes) {
   const size_t n = layout.columns;
   const size_t first = tile * task.tile_outputs;
   const size_t last = smaller(first + task.tile_outputs, n);
-  for (size_t i = 0; i < task.m; ++i) {
-    for (size_t j = first; j < last; ++j) task.y[i * n + j] = task.bias ? task.bias[j] : 0.0f;
-  }
+  start_outputs(task, first, last - first);
   for (size_t begin = 0; begin < layout.rows; begin += kOuterDepth) {
     for_each_part(layout, begin, smaller(begin + kOuterDepth, layout.rows), first, last, [&](const Part& part) {
       const Encoding& e = layout.segments[part.segment].encoding;
@@ -253,7 +235,7 @@ void direct_outer_tile(const Task& task, size_t tile, uint8_t* bytes) {
             const auto kernel = full ? (wide ? direct_outer_kernel<kDirectOuterRows, kVectors>
                                              : direct_outer_kernel<kDirectOuterRows, 1>)
                                      : (wide ? direct_outer_kernel<1, kVectors> : direct_outer_kernel<1, 1>);
-            kernel(task.a + i * task.a_stride + part.row_begin, task.a_stride, bytes + (j - part.begin), stride, scales,
+            kernel(task.a + i * task.k() + part.row_begin, task.k(), bytes + (j - part.begin), stride, scales,
                    e.bias, depth, task.y + i * n + j, n);
             i += full ? kDirectOuterRows : 1;
           }
@@ -271,7 +253,7 @@ size_t float_scratch_bytes(const Task& task) {
   if (is_direct(task)) return layout.trans_b ? decoded_bytes(layout) : kOuterDepth * task.tile_outputs;
   if (layout.trans_b) {
     const size_t depth = dot_depth(layout);
-    return task.tile_outputs * round_up(depth, kLanes) * sizeof(float) + 2 * depth;
+    return 2 * kOuterOutputs * round_up(depth, kLanes) * sizeof(float) + 2 * depth;
   }
   return kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float) + 2 * task.tile_outputs;
 }
@@ -285,9 +267,9 @@ void float_tile(const Task& task, size_t tile, void* scratch) {
   }
   float* weights = static_cast<float*>(scratch);
   if (layout.trans_b) {
-    const size_t depth = dot_depth(layout);
-    uint8_t* bytes = memory + task.tile_outputs * round_up(depth, kLanes) * sizeof(float);
-    dot_tile(task, tile, weights, bytes, bytes + depth);
+    const size_t depth = dot_depth(layout), size = kOuterOutputs * round_up(depth, kLanes);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(weights + 2 * size);
+    dot_tile(task, tile, weights, weights + size, bytes, bytes + depth);
   } else {
     uint8_t* bytes = memory + kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float);
     outer_tile(task, tile, weights, bytes, bytes + task.tile_outputs);

@@ -168,7 +168,7 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
         const uint16_t* stored = w.scales + run * layout.blocks() + block / layout.block_size;
         for (size_t k = 0; k < count; ++k) halves[k] = stored[k * layout.blocks()];
         for (size_t i = 0; i < task.m; ++i) {
-          const float* a = task.a + i * task.a_stride + run;
+          const float* a = task.a + i * layout.rows + run;
           float scaled[kRun] = {};
           std::memcpy(scaled, a, count * sizeof(float));
           for (size_t k = 0; k < kRun; k += Vec::kLanes) {

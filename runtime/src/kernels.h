@@ -12,8 +12,7 @@ namespace fips {
 struct Task {
   const Weight* weight;
   size_t m;
-  const float* a;         // [m, a_stride]; zeros from K to the next multiple of Kernels::vector_floats
-  size_t a_stride;
+  const float* a;         // [m, K]
   const float* bias;      // [N] or null
   float* y;               // [m, N]
   bool integers;          // multiply rounded activations as integers
@@ -24,6 +23,8 @@ struct Task {
   size_t block_stride;    // K / block_size, rounded up to a multiple of Kernels::vector_floats
   size_t tile_outputs;    // outputs per tile
 
+  size_t k() const { return weight->layout->trans_b ? weight->layout->columns : weight->layout->rows; }
+  size_t n() const { return weight->layout->trans_b ? weight->layout->rows : weight->layout->columns; }
   const int8_t* block_codes(size_t i, size_t block) const {
     const size_t size = weight->layout->block_size;
     return codes + (block * m + i) * size;

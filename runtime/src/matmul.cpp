@@ -61,8 +61,8 @@ void run_tile(void* data, size_t tile) {
   job.kernels->tile(*job.task, tile, scratch);
 }
 
-void run(Task& task, size_t outputs, const Kernels& kernels, const ParallelFor& parallel_for) {
-  const size_t tiles = (outputs + task.tile_outputs - 1) / task.tile_outputs;
+void run(const Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
+  const size_t tiles = (task.n() + task.tile_outputs - 1) / task.tile_outputs;
   const Layout& layout = *task.weight->layout;
   Job job{&task, &kernels, kernels.scratch_bytes(task)};
   if (tiles == 1 || layout.rows * layout.columns * task.m < kSmallestParallelWork) {
@@ -75,9 +75,12 @@ void run(Task& task, size_t outputs, const Kernels& kernels, const ParallelFor& 
 
 // Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored
 // matrix are outputs with trans_b; else whole blocks of columns are.
-size_t tile_outputs(const Layout& layout, size_t m, bool integers) {
+size_t tile_outputs(const Task& task, const Kernels& kernels) {
+  const Layout& layout = *task.weight->layout;
+  const size_t m = task.m;
   if (layout.trans_b) {
-    return m > 4 && !integers ? 16 : std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
+    if (m > 4 && !task.integers) return std::max<size_t>(16, 2 * kernels.vector_floats);
+    return std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
   }
   // Few rows of A: wide tiles read long pieces of stored rows, which is what memory is fast at.
   static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
@@ -86,34 +89,10 @@ size_t tile_outputs(const Layout& layout, size_t m, bool integers) {
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
 
-// Rows of K values, each followed by zeros up to a whole number of the kernels' vectors.
-struct PaddedRows {
-  PaddedRows(size_t rows, size_t row_size, size_t multiple)
-      : size(row_size), stride(round_up(row_size, multiple)), values(rows * stride) {
-    for (size_t i = 0; i < rows; ++i) std::fill(row(i) + size, row(i) + stride, 0.0f);
-  }
-  float* row(size_t i) const { return values.get() + i * stride; }
-
-  size_t size, stride;
-  AlignedArray<float> values;
-};
-
-// Activations of float32.
-void float_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, const ParallelFor& parallel_for) {
-  if (!task.weight->layout->trans_b || k % kernels.vector_floats == 0) {
-    run(task, n, kernels, parallel_for);
-    return;
-  }
-  const PaddedRows padded(task.m, k, kernels.vector_floats);
-  for (size_t i = 0; i < task.m; ++i) std::copy_n(task.a + i * k, k, padded.row(i));
-  task.a = padded.values.get();
-  task.a_stride = padded.stride;
-  run(task, n, kernels, parallel_for);
-}
-
 // Activations rounded to int8 in blocks. Kernels that cannot multiply integers get the rounded values as floats.
-void rounded_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, const ParallelFor& parallel_for) {
+void rounded_matmul(Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
   const Layout& layout = *task.weight->layout;
+  const size_t k = task.k();
   const size_t stride = round_up(layout.blocks(), kernels.vector_floats);
   const AlignedArray<int8_t> codes(task.m * k);
   const AlignedArray<float> scales(task.m * stride), sums(task.m * stride);
@@ -140,20 +119,19 @@ void rounded_matmul(Task& task, size_t k, size_t n, const Kernels& kernels, cons
     task.scales = scales.get();
     task.sums = sums.get();
     task.block_stride = stride;
-    run(task, n, kernels, parallel_for);
+    run(task, kernels, parallel_for);
     return;
   }
-  const PaddedRows rounded(task.m, k, kernels.vector_floats);
+  const AlignedArray<float> rounded(task.m * k);
   for (size_t i = 0; i < task.m; ++i) {
     for (size_t j = 0; j < k; ++j) {
       const size_t block = j / layout.block_size;
       const int8_t code = codes.get()[(block * task.m + i) * layout.block_size + j % layout.block_size];
-      rounded.row(i)[j] = static_cast<float>(code) * scales.get()[i * stride + block];
+      rounded.get()[i * k + j] = static_cast<float>(code) * scales.get()[i * stride + block];
     }
   }
-  task.a = rounded.values.get();
-  task.a_stride = rounded.stride;
-  run(task, n, kernels, parallel_for);
+  task.a = rounded.get();
+  run(task, kernels, parallel_for);
 }
 
 }  // namespace
@@ -162,14 +140,13 @@ void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias,
               const ParallelFor& parallel_for) {
   if (m == 0) return;
   const Layout& layout = *weight.layout;
-  const size_t k = layout.trans_b ? layout.columns : layout.rows;
-  const size_t n = layout.trans_b ? layout.rows : layout.columns;
   const bool integers = layout.accuracy_level == 4 && kernels.supports_integers(layout, m);
-  Task task{&weight, m, a, k, bias, y, integers, nullptr, nullptr, nullptr, 0, tile_outputs(layout, m, integers)};
+  Task task{&weight, m, a, bias, y, integers, nullptr, nullptr, nullptr, 0, 0};
+  task.tile_outputs = tile_outputs(task, kernels);
   if (layout.accuracy_level == 4 && layout.trans_b) {
-    rounded_matmul(task, k, n, kernels, parallel_for);
+    rounded_matmul(task, kernels, parallel_for);
   } else {
-    float_matmul(task, k, n, kernels, parallel_for);
+    run(task, kernels, parallel_for);
   }
 }
 

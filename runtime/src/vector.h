@@ -9,22 +9,19 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr size_t kVectorBytes = 64;
-constexpr size_t kOuterRows = 8;        // rows of A held in registers by the outer-product kernel
-constexpr size_t kDotRows = 4;          // by the dot-product kernel
+constexpr size_t kOuterRows = 12;       // rows of A held in registers by the outer-product kernel
 constexpr size_t kDirectRows = 4;       // up to which weights are not decoded to a buffer of floats
 constexpr size_t kDirectDotRows = 2;    // of them in registers
 constexpr size_t kDirectOuterRows = 4;
 #elif defined(__AVX2__)
 constexpr size_t kVectorBytes = 32;
 constexpr size_t kOuterRows = 6;
-constexpr size_t kDotRows = 2;
 constexpr size_t kDirectRows = 4;
 constexpr size_t kDirectDotRows = 1;
 constexpr size_t kDirectOuterRows = 2;
 #else
 constexpr size_t kVectorBytes = 16;
 constexpr size_t kOuterRows = 4;
-constexpr size_t kDotRows = 2;
 constexpr size_t kDirectRows = 0;       // without instructions from bytes to floats the buffer is faster
 constexpr size_t kDirectDotRows = 1;
 constexpr size_t kDirectOuterRows = 2;
@@ -32,7 +29,7 @@ constexpr size_t kDirectOuterRows = 2;
 constexpr size_t kLanes = kVectorBytes / sizeof(float);
 constexpr size_t kDotOutputs = 4;                // outputs per step of the dot-product kernels
 constexpr size_t kOuterOutputs = 2 * kLanes;     // of the outer-product kernel
-constexpr size_t kDepth = 1024;                  // wanted length of sums over columns between additions to Y
+constexpr size_t kDepth = 256;                   // wanted length of sums over columns between additions to Y
 constexpr size_t kOuterDepth = 64;               // same over rows
 
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
