@@ -124,26 +124,44 @@ inline uint32_t row_fields(const uint8_t* chunk, size_t row) {
   }
 }
 
+// A step of a row: its groups, each a word of as many bytes as it has columns.
+template <int index_bits>
+struct Groups;
+template <>
+struct Groups<2> {
+  typedef uint32_t Words __attribute__((vector_size(4 * kStepGroups)));
+};
+template <>
+struct Groups<3> {
+  typedef uint64_t Words __attribute__((vector_size(8 * kStepGroups)));
+};
+
 // Columns [begin, end) of row `row` of a segment, whole steps. `kept` (0 or 1) unless null.
 template <int bits, int index_bits>
 void decode_n_of_m(const Layout& layout, const Segment& segment, const uint8_t* codes, const uint8_t* pattern,
                    size_t row, size_t begin, size_t end, uint8_t* out, uint8_t* kept) {
+  typedef typename Groups<index_bits>::Words Words;
+  // Four bytes of a word, one in each lane.
+  const auto spread = [](uint32_t word, Words& out) { out = (Words{} + word) >> Words{0, 8, 16, 24} & 0xff; };
   const Encoding& e = segment.encoding;
-  const size_t step_columns = kStepGroups * layout.of;
-  std::memset(out, static_cast<uint8_t>(e.absent), end - begin);
-  if (kept) std::memset(kept, 0, end - begin);
-  const size_t first = row / kTileRows * (segment.columns() / step_columns);
-  for (size_t step = begin / step_columns; step < end / step_columns; ++step) {
+  const size_t steps = segment.columns() / (kStepGroups << index_bits), first = begin / (kStepGroups << index_bits);
+  const size_t last = end / (kStepGroups << index_bits);
+  Words absent;
+  std::memset(&absent, static_cast<uint8_t>(e.absent), sizeof absent);
+  for (size_t step = first; step < last; ++step, out += sizeof(Words)) {
+    Words words = absent, marks = {};
     for (size_t slot = 0; slot < layout.keep; ++slot) {
-      const size_t chunk = (first + step) * layout.keep + slot;
-      const uint32_t levels = row_fields<bits>(codes + chunk * (8 * bits), row % kTileRows);
-      const uint32_t places = row_fields<index_bits>(pattern + chunk * (8 * index_bits), row % kTileRows);
-      for (size_t group = 0; group < kStepGroups; ++group) {
-        const size_t column = step * step_columns - begin + group * layout.of + ((places >> (8 * group)) & 0xff);
-        const uint32_t level = (levels >> (8 * group)) & 0xff;
-        out[column] = static_cast<uint8_t>((level << e.shift) | (e.ones & 1));
-        if (kept) kept[column] = 1;
-      }
+      const size_t chunk = (row / kTileRows * steps + step) * layout.keep + slot;
+      Words level, place;
+      spread(row_fields<bits>(codes + chunk * (8 * bits), row % kTileRows), level);
+      spread(row_fields<index_bits>(pattern + chunk * (8 * index_bits), row % kTileRows), place);
+      words ^= ((level << e.shift | (e.ones & 1)) ^ (absent & 0xff)) << 8 * place;
+      marks |= (Words{} + 1) << 8 * place;
+    }
+    std::memcpy(out, &words, sizeof words);
+    if (kept) {
+      std::memcpy(kept, &marks, sizeof marks);
+      kept += sizeof marks;
     }
   }
 }
