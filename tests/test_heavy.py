@@ -71,6 +71,8 @@ def test_three_bits_shared_beat_two_bits_at_equal_paper_bits(folder: Path) -> No
     shared, own = run_recipe("gemma3-270m-w3", folder), run_recipe("baselines/gemma3-270m-dense-w2", folder)
     assert shared["bits_per_weight"]["paper"] <= own["bits_per_weight"]["paper"] + 0.01
     assert ratio_to_dense(shared) < 0.9 * ratio_to_dense(own)
+    for report in (shared, own):
+        assert report["memory"]["pipeline_peak_rss_bytes"] <= 12 * 2**30
 
 
 def test_memory_of_gemma2_2b_layer_by_layer(folder: Path) -> None:

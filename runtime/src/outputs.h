@@ -10,8 +10,7 @@ namespace {
 
 // Outputs [first, first + count) for every row of A from values [m][stride], with the bias.
 inline void write_outputs(const Task& task, size_t first, size_t count, const float* values, size_t stride) {
-  const Layout& layout = *task.weight->layout;
-  const size_t n = layout.trans_b ? layout.rows : layout.columns;
+  const size_t n = task.n();
   for (size_t i = 0; i < task.m; ++i) {
     for (size_t j = 0; j < count; ++j) {
       const float bias = task.bias ? task.bias[first + j] : 0.0f;
