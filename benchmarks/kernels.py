@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.machine import describe_machine, last_level_cache_bytes
 from benchmarks.measurement import KINDS, WEIGHTS, Comparison, Settings, measure, run_overhead
 from benchmarks.memory import measure_shared_basis
+from benchmarks.operands import INT8_ACTIVATIONS
 from benchmarks.plot import mlp_figure
 from benchmarks.shapes import SHAPES
 from benchmarks.table import format_memory, format_table
@@ -49,6 +50,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", nargs="+", type=_positive, default=[1, 2])
     add("--rows", nargs="+", type=_positive, help="M, rows of activations; default 1 16 128")
     add("--seconds", type=float, help="about how long to measure a case, five rounds at least; default 2")
+    add(
+        "--accuracy-level",
+        type=int,
+        choices=(0, INT8_ACTIVATIONS),
+        default=INT8_ACTIVATIONS,
+        help="of all quantized ops: activations of float32 (0) or int8 (4, the default)",
+    )
     add("--without-avx512", action="store_true", help="as on a CPU with AVX2, for ONNX Runtime's kernels and ours")
     add("--cold-bytes", type=_positive, help=f"of a cold model; default {_CACHE_SHARE} times the last-level cache")
     options = parser.parse_args(arguments)
@@ -79,7 +87,7 @@ def _run(options: argparse.Namespace) -> None:
     settings = Settings(options.rows, options.seconds, cold_bytes, bandwidth)
     measurements = []
     for alike in filter(None, cases):  # cold and warm weights of the same variants
-        variants = KINDS[alike[0].kind](SHAPES[alike[0].shape])
+        variants = KINDS[alike[0].kind](SHAPES[alike[0].shape], options.accuracy_level)
         for comparison in alike:
             found = measure(comparison, variants, settings)
             print(f"\n{format_table(found)}", flush=True)
@@ -93,6 +101,7 @@ def _run(options: argparse.Namespace) -> None:
         "machine": describe_machine(),
         "last_level_cache_bytes": cache,
         "cold_bytes": cold_bytes,
+        "accuracy_level": options.accuracy_level,
         "read_bandwidth": {
             "method": BANDWIDTH_METHOD,
             "bytes_per_second": {str(threads): speed for threads, speed in bandwidth.items()},

@@ -17,7 +17,7 @@ from benchmarks.variants import BASELINES, GROUP, Variant, basis_variants, mlp_v
 from pipeline.progress import Progress
 from pipeline.turns import interleave
 
-KINDS: dict[str, Callable[[Shape], list[Variant]]] = {
+KINDS: dict[str, Callable[[Shape, int], list[Variant]]] = {
     "mlp": mlp_variants,
     "product": product_variants,
     "basis": basis_variants,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.operands import INT8_ACTIVATIONS
 from benchmarks.shapes import Shape
 from benchmarks.timing import BoundRun, open_session
 from benchmarks.variants import mlp_graph, sparse_mlp
@@ -22,9 +23,9 @@ def measure_shared_basis(folder: Path, name: str, shape: Shape) -> dict[str, int
     same kind before; ``ratio`` of the growth to the sum of the other two.
     """
     model, tiny = folder / "shared.onnx", folder / "tiny.onnx"
-    mlp_graph(shape, sparse_mlp(shape), _LAYERS, group=_LAYERS).save(model)
+    mlp_graph(shape, sparse_mlp(shape, INT8_ACTIVATIONS), _LAYERS, group=_LAYERS).save(model)
     small = Shape(128, 128, shape.gated, sparse_rank=128, graded=(0, 0, 128))
-    mlp_graph(small, sparse_mlp(small), 1).save(tiny)
+    mlp_graph(small, sparse_mlp(small, INT8_ACTIVATIONS), 1).save(tiny)
     command = [sys.executable, "-m", "benchmarks.memory", str(model), str(tiny)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:

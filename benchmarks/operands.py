@@ -11,8 +11,8 @@ from fips_ort.layout import Layout
 from fips_ort.ops import DOMAIN, node_attributes, op_type
 from fips_ort.packed import PackedWeight, pack
 
-ACCURACY_LEVEL = 4
-"""Int8 activations are allowed, to all quantized ops alike."""
+INT8_ACTIVATIONS = 4
+"""The accuracy_level that allows them; 0 keeps activations in float32."""
 _GAIN = 0.1
 """About the size of a product's results, of its activations: so small that MLPs in a row, which all have the same
 random weights, change what their residual connections carry only a little, however many they are."""
@@ -42,24 +42,24 @@ def float32_operand(k: int, n: int) -> Operand:
     return Operand("MatMul", "", {}, {"B": values}, (k, n))
 
 
-def nbits_operand(k: int, n: int, bits: int, block_size: int) -> Operand:
+def nbits_operand(k: int, n: int, bits: int, block_size: int, accuracy_level: int) -> Operand:
     """``com.microsoft.MatMulNBits``, symmetric, with float32 scales, as a model with float32 activations needs it."""
     rng = np.random.default_rng(0)
-    attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size, "accuracy_level": ACCURACY_LEVEL}
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size, "accuracy_level": accuracy_level}
     blocks = k // block_size
     codes = rng.integers(0, 256, (n, blocks, block_size * bits // 8), np.uint8)
     scales = _random_scales(rng, (n, blocks), k, bits).astype(np.float32)
     return Operand("MatMulNBits", "com.microsoft", attributes, {"codes": codes, "scales": scales}, (k, n))
 
 
-def packed_operand(layout: Layout, trans_b: bool = True) -> Operand:
+def packed_operand(layout: Layout, accuracy_level: int, trans_b: bool = True) -> Operand:
     """An ``ai.fips`` op with a packed weight of this layout, as B = S.T (``trans_b``) or B = S."""
     weight = _random_weight(layout)
     tensors: dict[str, NDArray] = {"codes": weight.codes}
     if layout.pattern.keep:
         tensors["pattern"] = weight.pattern
     tensors["scales"] = weight.scales
-    attributes = node_attributes(layout, trans_b, ACCURACY_LEVEL)
+    attributes = node_attributes(layout, trans_b, accuracy_level)
     return Operand(op_type(layout), DOMAIN, attributes, tensors, (attributes["K"], attributes["N"]))
 
 

@@ -16,11 +16,6 @@ FIPS_SPARSE, FIPS_GRADED, FIPS_DENSE = "fips 1:4", "fips graded", "fips dense 3-
 GROUP = 4
 """Consecutive layers that share a basis."""
 _BLOCK = 128
-_MAKE_BASELINE: dict[str, Callable[[int, int], Operand]] = {
-    FLOAT32: float32_operand,
-    **{f"int{bits} block {block}": partial(nbits_operand, bits=bits, block_size=block)
-       for bits in (4, 2) for block in (32, 128)},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,47 +47,49 @@ class Variant:
     graph: Callable[[int], Graph]
 
 
-def mlp_variants(shape: Shape) -> list[Variant]:
-    """The whole MLP in all ways."""
+def mlp_variants(shape: Shape, accuracy_level: int) -> list[Variant]:
+    """The whole MLP in all ways; ``accuracy_level``: of all quantized ops."""
     d, width = shape.model_size, shape.hidden_size
-    mlps = {name: Mlp(make(d, width), make(width, d)) for name, make in _MAKE_BASELINE.items()}
-    mlps[FIPS_SPARSE] = sparse_mlp(shape)
+    mlps = {name: Mlp(make(d, width), make(width, d)) for name, make in _baselines(accuracy_level).items()}
+    mlps[FIPS_SPARSE] = sparse_mlp(shape, accuracy_level)
     four, three, two = shape.graded
     segments = (0, four, three, two)
     rank = shape.graded_rank
     mlps[FIPS_GRADED] = Mlp(
-        packed_operand(Layout(width, rank, _BLOCK, segments, segment_axis=1, midrise=True)),
-        packed_operand(Layout(rank, width, _BLOCK, segments, segment_axis=0, midrise=True)),
-        _both_ways(Layout(rank, d, _BLOCK, segments, segment_axis=0)),
+        packed_operand(Layout(width, rank, _BLOCK, segments, segment_axis=1, midrise=True), accuracy_level),
+        packed_operand(Layout(rank, width, _BLOCK, segments, segment_axis=0, midrise=True), accuracy_level),
+        _both_ways(Layout(rank, d, _BLOCK, segments, segment_axis=0), accuracy_level),
     )
-    mlps[FIPS_DENSE] = Mlp(_uniform(width, d, 3), _uniform(d, width, 3))
+    mlps[FIPS_DENSE] = Mlp(_uniform(width, d, 3, accuracy_level), _uniform(d, width, 3, accuracy_level))
     return [_mlp_variant(name, shape, mlp) for name, mlp in mlps.items()]
 
 
-def sparse_mlp(shape: Shape) -> Mlp:
+def sparse_mlp(shape: Shape, accuracy_level: int) -> Mlp:
     """3-bit 1:4 projections over a 3-bit basis."""
     width, rank, pattern = shape.hidden_size, shape.sparse_rank, Pattern.parse("1:4")
-    first, last = _uniform(width, rank, 3, pattern), _uniform(rank, width, 3, pattern)
-    return Mlp(first, last, _both_ways(Layout.uniform(rank, shape.model_size, 3, _BLOCK)))
+    first = _uniform(width, rank, 3, accuracy_level, pattern)
+    last = _uniform(rank, width, 3, accuracy_level, pattern)
+    basis = Layout.uniform(rank, shape.model_size, 3, _BLOCK)
+    return Mlp(first, last, _both_ways(basis, accuracy_level))
 
 
-def product_variants(shape: Shape) -> list[Variant]:
+def product_variants(shape: Shape, accuracy_level: int) -> list[Variant]:
     """Activations [M, d] times one matrix [d, hidden size]; the sparse ones have the same K and N."""
     k, n = shape.model_size, shape.hidden_size
-    operands = {name: make(k, n) for name, make in _MAKE_BASELINE.items()}
+    operands = {name: make(k, n) for name, make in _baselines(accuracy_level).items()}
     for bits in (4, 3, 2):
-        operands[f"fips {bits}-bit"] = _uniform(n, k, bits)
+        operands[f"fips {bits}-bit"] = _uniform(n, k, bits, accuracy_level)
     for name in ("1:4", "2:4"):
-        operands[f"fips 3-bit {name}"] = _uniform(n, k, 3, Pattern.parse(name))
-    operands["fips 3-bit bitmap 75 %"] = _uniform(n, k, 3, BITMAP)
+        operands[f"fips 3-bit {name}"] = _uniform(n, k, 3, accuracy_level, Pattern.parse(name))
+    operands["fips 3-bit bitmap 75 %"] = _uniform(n, k, 3, accuracy_level, BITMAP)
     return [_product_variant(name, operand) for name, operand in operands.items()]
 
 
-def basis_variants(shape: Shape) -> list[Variant]:
+def basis_variants(shape: Shape, accuracy_level: int) -> list[Variant]:
     """Activations [M, rank] times the basis [rank, d], stored as [rank, d]: the last product of a factorized MLP."""
     rank, d = shape.sparse_rank, shape.model_size
-    operands = {name: make(rank, d) for name, make in _MAKE_BASELINE.items()}
-    operands["fips 4-bit, transB 0"] = _both_ways(Layout.uniform(rank, d, 4, _BLOCK))[1]
+    operands = {name: make(rank, d) for name, make in _baselines(accuracy_level).items()}
+    operands["fips 4-bit, transB 0"] = _both_ways(Layout.uniform(rank, d, 4, _BLOCK), accuracy_level)[1]
     return [_product_variant(name, operand) for name, operand in operands.items()]
 
 
@@ -142,9 +139,22 @@ def _product_variant(name: str, operand: Operand) -> Variant:
     return Variant(name, k * n, operand.nbytes, operand.nbytes, partial(_products_graph, operand))
 
 
-def _both_ways(layout: Layout) -> tuple[Operand, Operand]:
-    return packed_operand(layout, trans_b=True), packed_operand(layout, trans_b=False)
+def _baselines(accuracy_level: int) -> dict[str, Callable[[int, int], Operand]]:
+    """How ONNX Runtime stores a matrix [K, N], by name."""
+    nbits = {
+        f"int{bits} block {block}": partial(
+            nbits_operand, bits=bits, block_size=block, accuracy_level=accuracy_level
+        )
+        for bits in (4, 2)
+        for block in (32, 128)
+    }
+    return {FLOAT32: float32_operand, **nbits}
 
 
-def _uniform(rows: int, columns: int, bits: int, pattern: Pattern = DENSE) -> Operand:
-    return packed_operand(Layout.uniform(rows, columns, bits, _BLOCK, midrise=True, pattern=pattern))
+def _both_ways(layout: Layout, accuracy_level: int) -> tuple[Operand, Operand]:
+    return packed_operand(layout, accuracy_level, trans_b=True), packed_operand(layout, accuracy_level, trans_b=False)
+
+
+def _uniform(rows: int, columns: int, bits: int, accuracy_level: int, pattern: Pattern = DENSE) -> Operand:
+    layout = Layout.uniform(rows, columns, bits, _BLOCK, midrise=True, pattern=pattern)
+    return packed_operand(layout, accuracy_level)

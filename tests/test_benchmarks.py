@@ -8,7 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import onnx
 import pytest
+
+from benchmarks.measurement import KINDS
+from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
 BASELINES = {"float32", "int4 block 32", "int4 block 128", "int2 block 32", "int2 block 128"}
@@ -102,6 +106,17 @@ def test_speeds_are_fractions_of_the_read_bandwidth(result: dict[str, Any]) -> N
             )
 
 
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_quantized_ops_have_the_accuracy_level_that_is_asked_for(kind: str, level: int, tmp_path: Path) -> None:
+    for variant in KINDS[kind](SHAPES["tiny"], level):
+        variant.graph(1).save(tmp_path / "model.onnx")
+        nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+        attributes = [{item.name: item.i for item in node.attribute} for node in nodes if node.domain]
+        assert [found["accuracy_level"] for found in attributes] == [level] * len(attributes)
+        assert bool(attributes) == (variant.name != "float32")
+
+
 def test_memory_counts_a_shared_basis(result: dict[str, Any]) -> None:
     memory = result["memory"]
     assert memory["basis_nodes"] == 12
@@ -112,11 +127,12 @@ def test_memory_counts_a_shared_basis(result: dict[str, Any]) -> None:
 def test_some_cases_with_other_kernels(tmp_path: Path) -> None:
     """More rows and threads, one case only, kernels asked for by the environment."""
     options = ("--only", "mlp cold", "--threads", "1", "2", "--rows", "1", "40", "--cold-bytes", "2000000")
+    options += ("--accuracy-level", "0")
     child = run_benchmark(*options, "--out", str(tmp_path), FIPS_ORT_ISA="generic")
     assert child.returncode == 0, child.stderr
     result = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
     assert result["machine"]["FIPS_ORT_ISA"] == "generic"
-    assert result["memory"] is None
+    assert (result["memory"], result["accuracy_level"]) == (None, 0)
     assert len(result["measurements"]) == len(VARIANTS["mlp"]) * 4
     by_rows = {
         rows: {item["variant"]: item for item in result["measurements"] if item["rows"] == rows} for rows in (1, 40)
