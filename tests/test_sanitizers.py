@@ -68,7 +68,7 @@ def sound_cases(rng: np.random.Generator) -> Iterator[bytes]:
             for index, layout in enumerate(layouts(pattern, block_size, rows_unit=6)):
                 weight = random_weight(rng, layout)
                 for trans_b, accuracy_level in ((False, 0), (False, 4), (True, 0), (True, 4)):
-                    yield sound_case(weight, trans_b, accuracy_level, (1, 2, 9)[index % 3], rng)
+                    yield sound_case(weight, trans_b, accuracy_level, (1, 2, 17)[index % 3], rng)
     for pattern, block_size in (("dense", 8), ("dense", 24), ("bitmap", 40), ("1:4", 32), ("2:4", 16), ("2:8", 96)):
         weight = random_weight(rng, Layout.uniform(11, 3 * block_size, 3, block_size, pattern=Pattern.parse(pattern)))
         for trans_b, accuracy_level in ((False, 0), (True, 0), (True, 4)):
