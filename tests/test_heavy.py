@@ -26,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_recipe(name: str, folder: Path, *overrides: str) -> Report:
-    return run(load_recipe(RECIPES / f"{name}.yaml", list(overrides)), folder / name, Progress())
+    recipe = load_recipe(RECIPES / f"{name}.yaml", list(overrides))
+    return run(recipe, folder / name, Progress(), shared=folder / "shared")
 
 
 @pytest.mark.parametrize(
