@@ -5,7 +5,7 @@
 #include "decode.h"
 #include "decoded_rows.h"
 #include "kernels.h"
-#include "simd/vec.h"
+#include "turn.h"
 #include "vector.h"
 
 namespace fips {
@@ -34,6 +34,8 @@ void decode_floats(const Weight& w, size_t row, size_t begin, size_t end, uint8_
     }
   });
 }
+
+static_assert(kOuterOutputs == kTurnedOutputs, "rows are turned for the outer-product kernel");
 
 // --- many rows of activations ------------------------------------------------------------------------------------
 
@@ -98,20 +100,15 @@ void dot_tile(const Task& task, size_t tile, float* rows, float* turned, uint8_t
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
   const size_t tile_end = smaller((tile + 1) * task.tile_outputs, layout.rows);
-  const size_t depth = dot_depth(layout), stride = round_up(depth, kLanes);
+  const size_t depth = dot_depth(layout);
   for (size_t first = tile * task.tile_outputs; first < tile_end; first += kOuterOutputs) {
     const size_t outputs = smaller(kOuterOutputs, tile_end - first);
     start_outputs(task, first, outputs);
-    std::memset(rows + outputs * stride, 0, (kOuterOutputs - outputs) * stride * sizeof(float));
     for (size_t begin = 0; begin < layout.columns; begin += depth) {
-      const size_t end = smaller(begin + depth, layout.columns);
+      const size_t end = smaller(begin + depth, layout.columns), stride = round_up(end - begin, kLanes);
       for (size_t j = 0; j < outputs; ++j) decode_floats(w, first + j, begin, end, bytes, kept, rows + j * stride);
-      for (size_t k = 0; k < end - begin; k += kLanes) {
-        for (size_t j = 0; j < kOuterOutputs; j += kLanes) {
-          Vec::transpose(reinterpret_cast<const uint8_t*>(rows + j * stride + k), stride * sizeof(float),
-                         reinterpret_cast<uint8_t*>(turned + k * kOuterOutputs + j), kOuterOutputs * sizeof(float));
-        }
-      }
+      std::memset(rows + outputs * stride, 0, (kOuterOutputs - outputs) * stride * sizeof(float));
+      turn(reinterpret_cast<const uint8_t*>(rows), stride * sizeof(float), reinterpret_cast<uint8_t*>(turned));
       add_products(task, begin, end - begin, turned, kOuterOutputs, first, outputs);
     }
   }

@@ -7,26 +7,16 @@
 #include "kernels.h"
 #include "outputs.h"
 #include "simd/vec.h"
+#include "turn.h"
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
 
 constexpr size_t kTurnedRows = Vec::kRegisters == 32 ? 8 : 4;  // of activations at a time
-constexpr size_t kTurnedOutputs = 2 * Vec::kLanes;
 
 bool turned_supported(const Layout& layout, size_t m) {
   return m > kFewRows && layout.trans_b && bytes_fit(layout) && !layout.needs_mask() && layout.block_size % Vec::kBytes == 0;
-}
-
-// bytes [kTurnedOutputs][size] → for every 4 columns the 4 bytes of each output.
-inline void turn(const uint8_t* bytes, size_t size, uint8_t* turned) {
-  for (size_t column = 0; column < size; column += Vec::kBytes) {
-    for (size_t half = 0; half < 2; ++half) {
-      Vec::transpose(bytes + half * Vec::kLanes * size + column, size,
-                     turned + column / 4 * (2 * Vec::kBytes) + half * Vec::kBytes, 2 * Vec::kBytes);
-    }
-  }
 }
 
 // A block of `outputs` rows from `row` on, from `column` on, turned. bytes: room for it, decoded.
