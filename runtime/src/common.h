@@ -26,8 +26,15 @@ inline void prefetch(const uint8_t* p, uintptr_t ahead = 2048) {
 }
 
 // The same for `size` bytes.
-inline void prefetch_lines(const uint8_t* p, size_t size) {
-  for (size_t line = 0; line < size; line += 64) prefetch(p + line);
+inline void prefetch_lines(const uint8_t* p, size_t size, uintptr_t ahead = 2048) {
+  for (size_t line = 0; line < size; line += 64) prefetch(p + line, ahead);
+}
+
+// `size` bytes that are read later, when so much else has been read that the first cache has forgotten them.
+inline void prefetch_to_second_cache(const uint8_t* p, size_t size) {
+  for (size_t line = 0; line < size; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + line), 0, 2);
+  }
 }
 
 inline float float_from_half(uint16_t half) {

@@ -5,6 +5,7 @@
 #include "decode.h"
 #include "decoded_rows.h"
 #include "kernels.h"
+#include "outputs.h"
 #include "turn.h"
 #include "vector.h"
 
@@ -115,15 +116,13 @@ void dot_tile(const Task& task, size_t tile, float* rows, float* turned, uint8_t
 }
 
 // B = S: a row of the stored matrix is one step of the sum.
-void outer_tile(const Task& task, size_t tile, float* weights, uint8_t* bytes, uint8_t* kept) {
+void outer_tile(const Task& task, const OuterTile& range, float* weights, uint8_t* bytes, uint8_t* kept) {
   const Weight& w = *task.weight;
-  const Layout& layout = *w.layout;
-  const size_t first = tile * task.tile_outputs;
-  const size_t outputs = smaller(task.tile_outputs, layout.columns - first);
+  const size_t first = range.first, outputs = range.last - range.first;
   const size_t stride = round_up(task.tile_outputs, kOuterOutputs);
   start_outputs(task, first, outputs);
-  for (size_t begin = 0; begin < layout.rows; begin += kOuterDepth) {
-    const size_t depth = smaller(kOuterDepth, layout.rows - begin);
+  for (size_t begin = range.row_begin; begin < range.row_end; begin += kOuterDepth) {
+    const size_t depth = smaller(kOuterDepth, range.row_end - begin);
     for (size_t k = 0; k < depth; ++k) {
       float* row = weights + k * stride;
       decode_floats(w, begin + k, first, first + outputs, bytes, kept, row);
@@ -206,16 +205,14 @@ void direct_outer_kernel(const float* a, size_t a_stride, const uint8_t* bytes, 
   }
 }
 
-void direct_outer_tile(const Task& task, size_t tile, uint8_t* bytes) {
+void direct_outer_tile(const Task& task, const OuterTile& range, uint8_t* bytes) {
   constexpr size_t kVectors = 4;
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const size_t n = layout.columns;
-  const size_t first = tile * task.tile_outputs;
-  const size_t last = smaller(first + task.tile_outputs, n);
+  const size_t n = layout.columns, first = range.first, last = range.last;
   start_outputs(task, first, last - first);
-  for (size_t begin = 0; begin < layout.rows; begin += kOuterDepth) {
-    for_each_part(layout, begin, smaller(begin + kOuterDepth, layout.rows), first, last, [&](const Part& part) {
+  for (size_t begin = range.row_begin; begin < range.row_end; begin += kOuterDepth) {
+    for_each_part(layout, begin, smaller(begin + kOuterDepth, range.row_end), first, last, [&](const Part& part) {
       const Encoding& e = layout.segments[part.segment].encoding;
       const size_t stride = part.end - part.begin, depth = part.row_end - part.row_begin;
       decode(w, part, bytes, stride, nullptr);
@@ -258,19 +255,22 @@ size_t float_scratch_bytes(const Task& task) {
 void float_tile(const Task& task, size_t tile, void* scratch) {
   const Layout& layout = *task.weight->layout;
   uint8_t* memory = static_cast<uint8_t*>(scratch);
-  if (is_direct(task)) {
-    if (!layout.trans_b) return direct_outer_tile(task, tile, memory);
-    return decoded_tile<kDirectDotRows>(task, tile, scratch, direct_dot_kernel<kDirectDotRows>, direct_dot_kernel<1>);
-  }
   float* weights = static_cast<float*>(scratch);
   if (layout.trans_b) {
+    if (is_direct(task)) {
+      return decoded_tile<kDirectDotRows>(task, tile, scratch, direct_dot_kernel<kDirectDotRows>, direct_dot_kernel<1>);
+    }
     const size_t depth = dot_depth(layout), size = kOuterOutputs * round_up(depth, kLanes);
     uint8_t* bytes = reinterpret_cast<uint8_t*>(weights + 2 * size);
-    dot_tile(task, tile, weights, weights + size, bytes, bytes + depth);
-  } else {
-    uint8_t* bytes = memory + kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float);
-    outer_tile(task, tile, weights, bytes, bytes + task.tile_outputs);
+    return dot_tile(task, tile, weights, weights + size, bytes, bytes + depth);
   }
+  const OuterTile range = outer_tile_of(task, tile);
+  Task own = task;  // with the outputs of this part of the sum
+  own.y = range.y;
+  own.bias = range.bias;
+  if (is_direct(task)) return direct_outer_tile(own, range, memory);
+  uint8_t* bytes = memory + kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float);
+  outer_tile(own, range, weights, bytes, bytes + task.tile_outputs);
 }
 
 }  // namespace

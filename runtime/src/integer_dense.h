@@ -9,8 +9,12 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-constexpr size_t kDenseOutputs = 4;  // at a time
+constexpr size_t kDenseOutputs = 4;  // at a time, at most
 constexpr size_t kFewRows = 4;
+// Rows of up to so many bytes are read side by side, and the next ones are asked for in the order of memory, not of use: a
+// core can have few requests under way, but what looks like one stream is fetched ahead. Longer rows are such a stream
+// themselves, one after the other, which is worth it for one row of A.
+constexpr size_t kShortRow = 1536;
 
 bool dense_supported(const Layout& layout, size_t m) {
   return m <= kFewRows && layout.trans_b && !layout.sparse() && bytes_fit(layout) && layout.block_size % kChunk == 0;
@@ -24,39 +28,45 @@ struct SegmentRows {
   size_t block_begin, block_end;
 };
 
-// Adds to acc the products of `rows` rows of A with kDenseOutputs stored rows, over the blocks of one segment.
-// b: the rows, at the segment's first column. products [rows][kDenseOutputs][stride]: scales of A times those of B.
+// Adds to acc the products of `rows` rows of A with `outputs` stored rows, over the blocks of one segment.
+// b: the rows, at the segment's first column. products [rows][outputs][stride]: scales of A times those of B.
 // kChunks: of a block, if known at compile time, else 0.
-template <int bits, size_t rows, size_t kChunks>
-void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* (&b)[kDenseOutputs],
-               const float* products, Vec::Floats (&acc)[rows][kDenseOutputs]) {
+template <int bits, size_t rows, size_t outputs, size_t kChunks>
+void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* (&b)[outputs],
+               const float* products, Vec::Floats (&acc)[rows][outputs]) {
   constexpr size_t kParts = kChunk / Vec::kBytes;
   const Layout& layout = *task.weight->layout;
   const size_t chunks = kChunks ? kChunks : layout.block_size / kChunk;
   const size_t stride = task.block_stride;
-  // The same place in the next rows, if they fit in the first cache beside these.
-  const size_t next_rows = kDenseOutputs * segment.row_bytes, ahead = next_rows <= 20480 ? next_rows : 2048;
+  const size_t all_rows = outputs * segment.row_bytes, block_bytes = chunks * (8 * bits);
+  const uint8_t* next = b[0] + larger(4096, all_rows);
   for (size_t block = segment.block_begin; block < segment.block_end; ++block) {
     const int8_t* a = task.block_codes(i, block);
-    Vec::Ints totals[rows * kDenseOutputs];
-    for (size_t j = 0; j < kDenseOutputs; ++j) prefetch(b[j], ahead);
+    Vec::Ints totals[rows * outputs];
+    if (outputs > 1 && segment.row_bytes <= kShortRow) {
+      prefetch_lines(next, outputs * block_bytes, 0);
+      next += outputs * block_bytes;
+    } else if (outputs > 1) {
+      // The same place in the next rows, if they fit in the first cache beside these.
+      for (size_t j = 0; j < outputs; ++j) prefetch(b[j], all_rows <= 20480 ? all_rows : 2048);
+    }
     sum_in_runs<Vec, 1>(chunks, Vec::adds((1 << bits) - 1, 127) / kParts, totals, [&](size_t chunk, auto& sums) {
 #pragma GCC unroll 4
       for (size_t v = 0; v < kParts; ++v) {
         Vec::Bytes codes[rows];
         for (size_t r = 0; r < rows; ++r) codes[r] = Vec::load(a + (r * chunks + chunk) * kChunk + v * Vec::kBytes);
 #pragma GCC unroll 4
-        for (size_t j = 0; j < kDenseOutputs; ++j) {
+        for (size_t j = 0; j < outputs; ++j) {
           const Vec::Bytes weights = Vec::chunk<bits>(b[j] + chunk * (8 * bits), v);
-          for (size_t r = 0; r < rows; ++r) Vec::add(sums[r * kDenseOutputs + j], weights, codes[r]);
+          for (size_t r = 0; r < rows; ++r) Vec::add(sums[r * outputs + j], weights, codes[r]);
         }
       }
     });
-    for (size_t j = 0; j < kDenseOutputs; ++j) b[j] += chunks * (8 * bits);
+    for (size_t j = 0; j < outputs; ++j) b[j] += block_bytes;
     for (size_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (size_t j = 0; j < kDenseOutputs; ++j) {
-        const size_t n = r * kDenseOutputs + j;
+      for (size_t j = 0; j < outputs; ++j) {
+        const size_t n = r * outputs + j;
         acc[r][j] = Vec::multiply_add(Vec::floats(totals[n]), Vec::set(products[n * stride + block]), acc[r][j]);
       }
     }
@@ -73,44 +83,44 @@ inline Vec::Floats row_scales(const Weight& w, size_t row, size_t block) {
   return Vec::halves(rest);
 }
 
-// Outputs [first, first + outputs). segments: what their rows have in each. offsets [m][block_stride]: sums of the
-// activations times what a zero code stands for. products: room for rows * kDenseOutputs * block_stride.
-template <size_t rows>
-void dense_outputs(const Task& task, size_t i, size_t first, size_t outputs, const SegmentRows* segments, size_t count,
-                   const float* offsets, float* products) {
+// Outputs [first, first + count), `outputs` at most. segments: what their rows have in each. offsets [m][block_stride]:
+// sums of the activations times what a zero code stands for. products: room for rows * outputs * block_stride.
+template <size_t rows, size_t outputs>
+void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const SegmentRows* segments,
+                   size_t segment_count, const float* offsets, float* products) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
   const size_t blocks = layout.blocks(), stride = task.block_stride;
-  Vec::Floats acc[rows][kDenseOutputs];
-  size_t row[kDenseOutputs];
-  for (size_t j = 0; j < kDenseOutputs; ++j) {
-    row[j] = first + smaller(j, outputs - 1);
+  Vec::Floats acc[rows][outputs];
+  size_t row[outputs];
+  for (size_t j = 0; j < outputs; ++j) {
+    row[j] = first + smaller(j, count - 1);
     for (size_t r = 0; r < rows; ++r) acc[r][j] = Vec::zero();
     for (size_t block = 0; block < blocks; block += Vec::kLanes) {
       const Vec::Floats scales = row_scales(w, row[j], block);
       for (size_t r = 0; r < rows; ++r) {
         const size_t place = (i + r) * stride + block;
         acc[r][j] = Vec::multiply_add(Vec::load_floats(offsets + place), scales, acc[r][j]);
-        Vec::store_floats(products + (r * kDenseOutputs + j) * stride + block,
+        Vec::store_floats(products + (r * outputs + j) * stride + block,
                           Vec::multiply(Vec::load_floats(task.scales + place), scales));
       }
     }
   }
-  for (size_t s = 0; s < count; ++s) {
+  for (size_t s = 0; s < segment_count; ++s) {
     const SegmentRows& segment = segments[s];
-    const uint8_t* b[kDenseOutputs];
-    for (size_t j = 0; j < kDenseOutputs; ++j) b[j] = segment.codes + row[j] * segment.row_bytes;
+    const uint8_t* b[outputs];
+    for (size_t j = 0; j < outputs; ++j) b[j] = segment.codes + row[j] * segment.row_bytes;
     with_bits(segment.bits, [&](auto width) {
       constexpr int bits = decltype(width)::kValue;
       if constexpr (bits < 8 || Vec::kEightBits) {
-        (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, usual(2)>
-         : layout.block_size == kChunk   ? dense_dot<bits, rows, usual(1)>
-                                         : dense_dot<bits, rows, 0>)(task, i, segment, b, products, acc);
+        (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, outputs, usual(2)>
+         : layout.block_size == kChunk   ? dense_dot<bits, rows, outputs, usual(1)>
+                                         : dense_dot<bits, rows, outputs, 0>)(task, i, segment, b, products, acc);
       }
     });
   }
   for (size_t r = 0; r < rows; ++r) {
-    for (size_t j = 0; j < outputs; ++j) {
+    for (size_t j = 0; j < count; ++j) {
       const float bias = task.bias ? task.bias[first + j] : 0.0f;
       task.y[(i + r) * layout.rows + first + j] = Vec::sum(acc[r][j]) + bias;
     }
@@ -124,7 +134,7 @@ void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets)
   float* products = offsets + task.m * stride;
   for_each_row_range(layout, first, last, [&](size_t begin, size_t end) {
     SegmentRows segments[4];
-    size_t count = 0;
+    size_t count = 0, longest = 0;
     std::memset(offsets, 0, task.m * stride * sizeof(float));
     for_each_part(layout, begin, begin + 1, 0, layout.columns, [&](const Part& part) {
       const Segment& segment = layout.segments[part.segment];
@@ -137,15 +147,23 @@ void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets)
         }
       }
       segments[count++] = rows;
+      longest = larger(longest, rows.row_bytes);
     });
+    const auto compute = [&](auto kernel, size_t i, size_t j, size_t outputs) {
+      kernel(task, i, j, outputs, segments, count, offsets, products);
+    };
+    if (task.m == 1 && longest > kShortRow) {
+      for (size_t j = begin; j < end; ++j) compute(dense_outputs<1, 1>, 0, j, 1);
+      return;
+    }
     for (size_t j = begin; j < end; j += kDenseOutputs) {
       const size_t outputs = smaller(kDenseOutputs, end - j);
       size_t i = 0;
       if (Vec::kRegisters == 32) {
-        for (; i + 4 <= task.m; i += 4) dense_outputs<4>(task, i, j, outputs, segments, count, offsets, products);
-        for (; i + 2 <= task.m; i += 2) dense_outputs<2>(task, i, j, outputs, segments, count, offsets, products);
+        for (; i + 4 <= task.m; i += 4) compute(dense_outputs<4, kDenseOutputs>, i, j, outputs);
+        for (; i + 2 <= task.m; i += 2) compute(dense_outputs<2, kDenseOutputs>, i, j, outputs);
       }
-      for (; i < task.m; ++i) dense_outputs<1>(task, i, j, outputs, segments, count, offsets, products);
+      for (; i < task.m; ++i) compute(dense_outputs<1, kDenseOutputs>, i, j, outputs);
     }
   });
 }

@@ -7,6 +7,7 @@
 
 #include "decode.h"
 #include "kernels.h"
+#include "outputs.h"
 #include "simd/vec.h"
 #include "vector.h"
 
@@ -17,6 +18,7 @@ namespace {
 constexpr size_t kRun = 64;          // rows of the stored matrix that are rounded together
 constexpr float kLargest = 16256.0f; // 127 · 128: an activation is 128 · high + low, low from -64 to 63
 constexpr size_t kQuads = kRun / 4;
+static_assert(kPartRows % kRun == 0, "where a sum is cut runs begin");
 
 bool outer_supported(const Layout& layout, size_t m) {
   // Many rows of A: two sums of bytes are no faster than one of floats without instructions for dot products.
@@ -88,9 +90,10 @@ inline void add_run(const Vec::Ints (&totals)[8], const Rounded& a, float bias, 
   }
 }
 
-// A chunk of kRun rows, read from the packed bytes: for one row of A.
+// A chunk of kRun rows, read from the packed bytes: for one row of A. ahead: as many bytes that are read soon.
 template <int bits>
-void outer_direct(const uint8_t* chunk, size_t row_bytes, const Rounded& a, float bias, float* y) {
+void outer_direct(const uint8_t* chunk, size_t row_bytes, const uint8_t* ahead, const Rounded& a, float bias,
+                  float* y) {
 #pragma GCC unroll 4
   for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) {
     Vec::Ints totals[8];
@@ -98,10 +101,7 @@ void outer_direct(const uint8_t* chunk, size_t row_bytes, const Rounded& a, floa
     sum_in_runs<Vec, 1>(kQuads, Vec::adds((1 << bits) - 1, 127), totals, [&](size_t quad, auto& sums) {
       Vec::Bytes weights[4];
       interleave_rows<bits>(row, row_bytes, v, weights);
-      // The next run's rows: too far apart for the CPU to see what comes.
-      if (v == 0) {
-        for (size_t k = 0; k < 4; ++k) prefetch(row + k * row_bytes, kRun * row_bytes);
-      }
+      if (v == 0 && quad % 2 == 0) prefetch_to_second_cache(ahead + quad * (32 * bits), 64 * bits);
       row += 4 * row_bytes;
       const Vec::Bytes high = Vec::repeat4(a.high + 4 * quad), low = Vec::repeat4(a.low + 4 * quad);
 #pragma GCC unroll 4
@@ -144,6 +144,21 @@ void outer_interleaved(const uint8_t* interleaved, const Rounded& a, float bias,
   }
 }
 
+// Vec::kBytes sums in the order of interleaved columns, plus the bias unless it is null → y in that of columns.
+inline void write_interleaved(const float* sums, const float* bias, float* y) {
+  typedef float Four __attribute__((vector_size(16)));
+  // Within each 16 columns, lane 4 g + c of vector q holds column 16 g + 4 q + c.
+  for (size_t g = 0; g < Vec::kLanes / 4; ++g) {
+    for (size_t q = 0; q < 4; ++q) {
+      Four sum, offset = {};
+      std::memcpy(&sum, sums + q * Vec::kLanes + 4 * g, sizeof sum);
+      if (bias) std::memcpy(&offset, bias + 16 * g + 4 * q, sizeof offset);
+      sum += offset;
+      std::memcpy(y + 16 * g + 4 * q, &sum, sizeof sum);
+    }
+  }
+}
+
 size_t outer_scratch_bytes(const Task& task) {
   return kRun * kChunk + task.m * (task.tile_outputs * sizeof(float) + sizeof(Rounded));
 }
@@ -152,13 +167,13 @@ size_t outer_scratch_bytes(const Task& task) {
 void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const size_t n = layout.columns, width = task.tile_outputs;
-  const size_t first = tile * width, last = smaller(first + width, n);
+  const OuterTile range = outer_tile_of(task, tile);
+  const size_t first = range.first, last = range.last, width = task.tile_outputs;
   uint8_t* interleaved = static_cast<uint8_t*>(scratch);
   float* y = reinterpret_cast<float*>(interleaved + kRun * kChunk);  // [m][width], columns of a chunk in Vec's order
   Rounded* rounded = reinterpret_cast<Rounded*>(y + task.m * width);
   std::memset(y, 0, task.m * width * sizeof(float));
-  for_each_part(layout, 0, layout.rows, first, last, [&](const Part& part) {
+  for_each_part(layout, range.row_begin, range.row_end, first, last, [&](const Part& part) {
     const Segment& segment = layout.segments[part.segment];
     const uint8_t* codes = w.codes + w.index->starts[part.segment].codes;
     for (size_t run = part.row_begin; run < part.row_end; run += kRun) {
@@ -181,9 +196,11 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
           with_bits(segment.bits, [&](auto bit_width) {
             constexpr int bits = decltype(bit_width)::kValue;
             if constexpr (bits < 8 || Vec::kEightBits) {
-              const uint8_t* chunk = codes + (run - segment.row_begin) * segment.row_bytes() +
-                                     (column - segment.column_begin) / kChunk * (8 * bits);
               size_t row_bytes = segment.row_bytes();
+              const uint8_t* rows = codes + (run - segment.row_begin) * row_bytes;
+              const uint8_t* chunk = rows + (column - segment.column_begin) / kChunk * (8 * bits);
+              // Of the next run, which follows in memory, this chunk's share in order.
+              const uint8_t* ahead = rows + kRun * (row_bytes + (column - part.begin) / kChunk * (8 * bits));
               uint8_t whole[kRun * 8 * bits];
               if (count < kRun) {
                 std::memset(whole, 0, sizeof whole);
@@ -192,7 +209,9 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
                 row_bytes = 8 * bits;
               }
               const float bias = segment.encoding.bias;
-              if (task.m == 1) return outer_direct<bits>(chunk, row_bytes, rounded[0], bias, out);
+              if (task.m == 1) {
+                return outer_direct<bits>(chunk, row_bytes, ahead, rounded[0], bias, out);
+              }
               interleave_chunk<bits>(chunk, row_bytes, interleaved);
               for (size_t i = 0; i < task.m; ++i) {
                 outer_interleaved<bits>(interleaved, rounded[i], bias, out + i * width);
@@ -204,15 +223,9 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
     }
   });
   for (size_t i = 0; i < task.m; ++i) {
-    for (size_t chunk = first; chunk < last; chunk += kChunk) {
-      // Vec::interleave4: within each 16 columns, lane 4 g + c of vector q holds column 16 g + 4 q + c.
-      const float* in = y + i * width + (chunk - first);
-      for (size_t column = 0; column < kChunk; ++column) {
-        const size_t part = column / Vec::kBytes, rest = column % Vec::kBytes;
-        const size_t place = part * 4 * Vec::kLanes + rest % 16 / 4 * Vec::kLanes + rest / 16 * 4 + rest % 4;
-        const float bias = task.bias ? task.bias[chunk + column] : 0.0f;
-        task.y[i * n + chunk + column] = in[place] + bias;
-      }
+    for (size_t column = first; column < last; column += Vec::kBytes) {
+      const float* bias = range.bias ? range.bias + column : nullptr;
+      write_interleaved(y + i * width + (column - first), bias, range.y + i * layout.columns + column);
     }
   }
 }

@@ -62,7 +62,7 @@ void run_tile(const Task& task, size_t tile, void* scratch) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {FIPS_NAME(FIPS_ISA), kLanes,   supports_integers, wants_offset,
-                          scratch_bytes,       run_tile, quantize_block};
+                          scratch_bytes,       run_tile, quantize_block,    add_parts};
 
 }  // namespace FIPS_ISA
 }  // namespace fips

@@ -8,13 +8,17 @@
 
 namespace fips {
 
-// One product Y = A @ B (+ bias), cut into tiles of outputs that can run in any order.
+// Parts of a sum are whole multiples of so many rows of the stored matrix, but for the last.
+constexpr size_t kPartRows = 64;
+
+// One product Y = A @ B (+ bias), cut into tiles that can run in any order: into ranges of outputs, or, with B = S, into
+// parts of the sum, whose outputs are added afterwards.
 struct Task {
   const Weight* weight;
   size_t m;
   const float* a;         // [m, K]
   const float* bias;      // [N] or null
-  float* y;               // [m, N]
+  float* y;               // [m, N]; if the sum is cut: [parts, m, N], the bias in the first
   bool integers;          // multiply rounded activations as integers
   // With trans_b, the rounded activations.
   const int8_t* codes;    // [K / block_size, m, block_size], or the same plus 128 (Kernels::wants_offset)
@@ -22,6 +26,7 @@ struct Task {
   const float* sums;      // [m, block_stride]: scale times the sum of the block's codes, then zeros
   size_t block_stride;    // K / block_size, rounded up to a multiple of Kernels::vector_floats
   size_t tile_outputs;    // outputs per tile
+  size_t parts;           // of the sum; more than one: B = S, and every tile has all outputs
 
   size_t k() const { return weight->layout->trans_b ? weight->layout->columns : weight->layout->rows; }
   size_t n() const { return weight->layout->trans_b ? weight->layout->rows : weight->layout->columns; }
@@ -44,6 +49,8 @@ struct Kernels {
   // Rounds a block of activations (fips_ort/reference.py). A block with a value that is not finite gets the scale NaN.
   // sum: scale times the sum of the codes.
   void (*quantize_block)(const float* a, size_t size, int8_t* codes, float* scale, float* sum);
+  // y [size] = the sum of parts [count, size].
+  void (*add_parts)(const float* parts, size_t count, size_t size, float* y);
 };
 
 // The best kernels for this CPU, or those named by the environment variable FIPS_ORT_ISA.

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <thread>
 
 namespace fips {
 namespace {
@@ -13,6 +12,10 @@ namespace {
 constexpr size_t kAlignment = 64;
 // Below this many multiplications waking other threads costs more than it gains.
 constexpr size_t kSmallestParallelWork = 1 << 16;
+// Up to so many rows of activations are few: time goes by the bytes of weights then.
+constexpr size_t kFewRows = 4;
+// Of a sum that is cut.
+constexpr size_t kParts = 8;
 
 size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -61,16 +64,37 @@ void run_tile(void* data, size_t tile) {
   job.kernels->tile(*job.task, tile, scratch);
 }
 
-void run(const Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
-  const size_t tiles = (task.n() + task.tile_outputs - 1) / task.tile_outputs;
-  const Layout& layout = *task.weight->layout;
+bool is_small(const Task& task) {
+  return task.weight->layout->rows * task.weight->layout->columns * task.m < kSmallestParallelWork;
+}
+
+void run_tiles(const Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
+  const size_t tiles = task.parts > 1 ? task.parts : (task.n() + task.tile_outputs - 1) / task.tile_outputs;
   Job job{&task, &kernels, kernels.scratch_bytes(task)};
-  if (tiles == 1 || layout.rows * layout.columns * task.m < kSmallestParallelWork) {
+  if (tiles == 1 || is_small(task)) {
     for (size_t tile = 0; tile < tiles; ++tile) run_tile(&job, tile);
   } else {
     parallel_for.run(parallel_for.context, tiles, run_tile, &job);
   }
   if (job.out_of_memory) throw std::bad_alloc();
+}
+
+void run(Task task, const Kernels& kernels, const ParallelFor& parallel_for) {
+  if (task.parts == 1) return run_tiles(task, kernels, parallel_for);
+  const size_t size = task.m * task.n();
+  const AlignedArray<float> parts(task.parts * size);
+  float* const y = task.y;
+  task.y = parts.get();
+  run_tiles(task, kernels, parallel_for);
+  kernels.add_parts(parts.get(), task.parts, size, y);
+}
+
+// Parts of the sum. Few rows of A and B = S: the bytes of neighbouring rows of the stored matrix follow each other, so a
+// part is read from one end to the other, as memory is fastest, where a range of outputs has pieces of every row. They do
+// not depend on the number of threads, and so neither does the result.
+size_t sum_parts(const Task& task) {
+  const Layout& layout = *task.weight->layout;
+  return layout.trans_b || task.m > kFewRows || layout.rows < kParts * kPartRows || is_small(task) ? 1 : kParts;
 }
 
 // Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored
@@ -79,13 +103,11 @@ size_t tile_outputs(const Task& task, const Kernels& kernels) {
   const Layout& layout = *task.weight->layout;
   const size_t m = task.m;
   if (layout.trans_b) {
-    if (m > 4 && !task.integers) return std::max<size_t>(16, 2 * kernels.vector_floats);
+    if (m > kFewRows && !task.integers) return std::max<size_t>(16, 2 * kernels.vector_floats);
     return std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
   }
-  // Few rows of A: wide tiles read long pieces of stored rows, which is what memory is fast at.
-  static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
-  const size_t widest = m > 4 ? 256 : std::max<size_t>(256, (layout.columns + cores - 1) / cores);
-  const size_t wanted = std::min(widest, std::max<size_t>(64, layout.columns / (m > 4 ? 8 : 2)));
+  if (task.parts > 1) return layout.columns;
+  const size_t wanted = std::min<size_t>(256, std::max<size_t>(64, layout.columns / 8));
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
 
@@ -141,7 +163,8 @@ void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias,
   if (m == 0) return;
   const Layout& layout = *weight.layout;
   const bool integers = layout.accuracy_level == 4 && kernels.supports_integers(layout, m);
-  Task task{&weight, m, a, bias, y, integers, nullptr, nullptr, nullptr, 0, 0};
+  Task task{&weight, m, a, bias, y, integers, nullptr, nullptr, nullptr, 0, 0, 1};
+  task.parts = sum_parts(task);
   task.tile_outputs = tile_outputs(task, kernels);
   if (layout.accuracy_level == 4 && layout.trans_b) {
     rounded_matmul(task, kernels, parallel_for);

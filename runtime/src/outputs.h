@@ -1,12 +1,36 @@
 // What kernels leave in their working memory → Y.
 #pragma once
 
-#include "common.h"
 #include "kernels.h"
+#include "vector.h"
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
+
+// What a tile of a product with B = S computes: outputs [first, last) of the stored rows [row_begin, row_end), to y
+// [m, N], with the bias unless it is null.
+struct OuterTile {
+  size_t first, last, row_begin, row_end;
+  const float* bias;
+  float* y;
+};
+
+inline OuterTile outer_tile_of(const Task& task, size_t tile) {
+  const Layout& layout = *task.weight->layout;
+  const size_t n = layout.columns;
+  if (task.parts == 1) {
+    const size_t first = tile * task.tile_outputs;
+    return {first, smaller(first + task.tile_outputs, n), 0, layout.rows, task.bias, task.y};
+  }
+  const size_t runs = (layout.rows + kPartRows - 1) / kPartRows;
+  return {0,
+          n,
+          tile * runs / task.parts * kPartRows,
+          smaller((tile + 1) * runs / task.parts * kPartRows, layout.rows),
+          tile ? nullptr : task.bias,
+          task.y + tile * task.m * n};
+}
 
 // Outputs [first, first + count) for every row of A from values [m][stride], with the bias.
 inline void write_outputs(const Task& task, size_t first, size_t count, const float* values, size_t stride) {
@@ -16,6 +40,19 @@ inline void write_outputs(const Task& task, size_t first, size_t count, const fl
       const float bias = task.bias ? task.bias[first + j] : 0.0f;
       task.y[i * n + first + j] = values[i * stride + j] + bias;
     }
+  }
+}
+
+void add_parts(const float* parts, size_t count, size_t size, float* y) {
+  size_t j = 0;
+  for (; j + kLanes <= size; j += kLanes) {
+    Vector sum = load(parts + j);
+    for (size_t part = 1; part < count; ++part) sum += load(parts + part * size + j);
+    store(y + j, sum);
+  }
+  for (; j < size; ++j) {
+    y[j] = parts[j];
+    for (size_t part = 1; part < count; ++part) y[j] += parts[part * size + j];
   }
 }
 
