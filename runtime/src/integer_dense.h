@@ -28,48 +28,60 @@ struct SegmentRows {
   size_t block_begin, block_end;
 };
 
-// Adds to acc the products of `rows` rows of A with `outputs` stored rows, over the blocks of one segment.
-// b: the rows, at the segment's first column. products [rows][outputs][stride]: scales of A times those of B.
+// Adds to sums the products of `rows` rows of A with `outputs` stored rows, over the blocks of one segment.
+// b: the first row, at the segment's first column; the others follow each b_stride bytes. products [rows][outputs][stride]: scales of A times those of B.
 // kChunks: of a block, if known at compile time, else 0.
 template <int bits, size_t rows, size_t outputs, size_t kChunks>
-void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* (&b)[outputs],
-               const float* products, Vec::Floats (&acc)[rows][outputs]) {
+void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* b,
+               size_t b_stride, const float* products, Vec::Floats (&sums)[rows][outputs]) {
   constexpr size_t kParts = kChunk / Vec::kBytes;
   const Layout& layout = *task.weight->layout;
   const size_t chunks = kChunks ? kChunks : layout.block_size / kChunk;
-  const size_t stride = task.block_stride;
-  const size_t all_rows = outputs * segment.row_bytes, block_bytes = chunks * (8 * bits);
-  const uint8_t* next = b[0] + larger(4096, all_rows);
+  const size_t stride = task.block_stride, block_bytes = chunks * (8 * bits), a_step = task.m * layout.block_size;
+  // Asked for beside each block: as many bytes of the next rows, in the order of memory; or, of long rows, the same block
+  // of the next ones, if they fit in the first cache beside these.
+  const size_t all_rows = outputs * segment.row_bytes;
+  const bool in_order = segment.row_bytes <= kShortRow;
+  const uint8_t* next = b + (in_order ? larger(4096, all_rows) : all_rows <= 20480 ? all_rows : 2048);
+  const size_t next_stride = in_order ? block_bytes : segment.row_bytes;
+  const size_t next_step = in_order ? outputs * block_bytes : block_bytes;
+  Vec::Floats acc[rows][outputs];
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t j = 0; j < outputs; ++j) acc[r][j] = sums[r][j];
+  }
+  const int8_t* a = task.block_codes(i, segment.block_begin);
+  products += segment.block_begin;
   for (size_t block = segment.block_begin; block < segment.block_end; ++block) {
-    const int8_t* a = task.block_codes(i, block);
     Vec::Ints totals[rows * outputs];
-    if (outputs > 1 && segment.row_bytes <= kShortRow) {
-      prefetch_lines(next, outputs * block_bytes, 0);
-      next += outputs * block_bytes;
-    } else if (outputs > 1) {
-      // The same place in the next rows, if they fit in the first cache beside these.
-      for (size_t j = 0; j < outputs; ++j) prefetch(b[j], all_rows <= 20480 ? all_rows : 2048);
+    if (outputs > 1) {
+      for (size_t j = 0; j < outputs; ++j) prefetch_lines(next + j * next_stride, block_bytes, 0);
+      next += next_step;
     }
-    sum_in_runs<Vec, 1>(chunks, Vec::adds((1 << bits) - 1, 127) / kParts, totals, [&](size_t chunk, auto& sums) {
+    sum_in_runs<Vec, 1>(chunks, Vec::adds((1 << bits) - 1, 127) / kParts, totals, [&](size_t chunk, auto& run) {
 #pragma GCC unroll 4
       for (size_t v = 0; v < kParts; ++v) {
         Vec::Bytes codes[rows];
         for (size_t r = 0; r < rows; ++r) codes[r] = Vec::load(a + (r * chunks + chunk) * kChunk + v * Vec::kBytes);
 #pragma GCC unroll 4
         for (size_t j = 0; j < outputs; ++j) {
-          const Vec::Bytes weights = Vec::chunk<bits>(b[j] + chunk * (8 * bits), v);
-          for (size_t r = 0; r < rows; ++r) Vec::add(sums[r * outputs + j], weights, codes[r]);
+          const Vec::Bytes weights = Vec::chunk<bits>(b + j * b_stride + chunk * (8 * bits), v);
+          for (size_t r = 0; r < rows; ++r) Vec::add(run[r * outputs + j], weights, codes[r]);
         }
       }
     });
-    for (size_t j = 0; j < outputs; ++j) b[j] += block_bytes;
     for (size_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
       for (size_t j = 0; j < outputs; ++j) {
         const size_t n = r * outputs + j;
-        acc[r][j] = Vec::multiply_add(Vec::floats(totals[n]), Vec::set(products[n * stride + block]), acc[r][j]);
+        acc[r][j] = Vec::multiply_add(Vec::floats(totals[n]), Vec::set(products[n * stride]), acc[r][j]);
       }
     }
+    a += a_step;
+    b += block_bytes;
+    ++products;
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t j = 0; j < outputs; ++j) sums[r][j] = acc[r][j];
   }
 }
 
@@ -83,8 +95,9 @@ inline Vec::Floats row_scales(const Weight& w, size_t row, size_t block) {
   return Vec::halves(rest);
 }
 
-// Outputs [first, first + count), `outputs` at most. segments: what their rows have in each. offsets [m][block_stride]:
-// sums of the activations times what a zero code stands for. products: room for rows * outputs * block_stride.
+// Outputs [first, first + count): `outputs` of them, or one, which is then computed as often. segments: what their rows
+// have in each. offsets [m][block_stride]: sums of the activations times what a zero code stands for. products: room for
+// rows * outputs * block_stride.
 template <size_t rows, size_t outputs>
 void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const SegmentRows* segments,
                    size_t segment_count, const float* offsets, float* products) {
@@ -92,12 +105,11 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
   const Layout& layout = *w.layout;
   const size_t blocks = layout.blocks(), stride = task.block_stride;
   Vec::Floats acc[rows][outputs];
-  size_t row[outputs];
   for (size_t j = 0; j < outputs; ++j) {
-    row[j] = first + smaller(j, count - 1);
+    const size_t row = first + (count == outputs ? j : 0);
     for (size_t r = 0; r < rows; ++r) acc[r][j] = Vec::zero();
     for (size_t block = 0; block < blocks; block += Vec::kLanes) {
-      const Vec::Floats scales = row_scales(w, row[j], block);
+      const Vec::Floats scales = row_scales(w, row, block);
       for (size_t r = 0; r < rows; ++r) {
         const size_t place = (i + r) * stride + block;
         acc[r][j] = Vec::multiply_add(Vec::load_floats(offsets + place), scales, acc[r][j]);
@@ -108,14 +120,15 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
   }
   for (size_t s = 0; s < segment_count; ++s) {
     const SegmentRows& segment = segments[s];
-    const uint8_t* b[outputs];
-    for (size_t j = 0; j < outputs; ++j) b[j] = segment.codes + row[j] * segment.row_bytes;
+    const uint8_t* b = segment.codes + first * segment.row_bytes;
+    const size_t b_stride = count == outputs ? segment.row_bytes : 0;
     with_bits(segment.bits, [&](auto width) {
       constexpr int bits = decltype(width)::kValue;
       if constexpr (bits < 8 || Vec::kEightBits) {
         (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, outputs, usual(2)>
          : layout.block_size == kChunk   ? dense_dot<bits, rows, outputs, usual(1)>
-                                         : dense_dot<bits, rows, outputs, 0>)(task, i, segment, b, products, acc);
+                                         : dense_dot<bits, rows, outputs, 0>)(task, i, segment, b, b_stride, products,
+                                                                                acc);
       }
     });
   }
@@ -156,8 +169,8 @@ void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets)
       for (size_t j = begin; j < end; ++j) compute(dense_outputs<1, 1>, 0, j, 1);
       return;
     }
-    for (size_t j = begin; j < end; j += kDenseOutputs) {
-      const size_t outputs = smaller(kDenseOutputs, end - j);
+    for (size_t j = begin, outputs; j < end; j += outputs) {
+      outputs = end - j >= kDenseOutputs ? kDenseOutputs : 1;
       size_t i = 0;
       if (Vec::kRegisters == 32) {
         for (; i + 4 <= task.m; i += 4) compute(dense_outputs<4, kDenseOutputs>, i, j, outputs);
