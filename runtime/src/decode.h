@@ -1,6 +1,7 @@
 // Stored codes → one byte per entry, row by row: for the kernels that do not read packed weights directly.
 #pragma once
 
+#include "bitmap.h"
 #include "common.h"
 #include "simd/vec.h"
 #include "weight.h"
@@ -8,10 +9,6 @@
 namespace fips {
 namespace FIPS_ISA {
 namespace {
-
-constexpr uint64_t kEveryByte = 0x0101010101010101u;
-
-constexpr uint64_t low_bits(size_t bits) { return bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1; }
 
 // Part of the stored matrix: whole blocks of columns, all within one segment.
 struct Part {
@@ -166,126 +163,6 @@ void decode_n_of_m(const Layout& layout, const Segment& segment, const uint8_t* 
   }
 }
 
-// --- bitmap --------------------------------------------------------------------------------------------------------
-
-// Up to 8 bytes; those from `end` on read as zero.
-inline uint64_t read_word(const uint8_t* p, const uint8_t* end) {
-  uint64_t word = 0;
-  if (end - p >= 8) {
-    std::memcpy(&word, p, 8);
-  } else {
-    for (int i = 0; p + i < end; ++i) word |= uint64_t{p[i]} << (8 * i);
-  }
-  return word;
-}
-
-inline uint64_t count_bits(const uint8_t* bytes, size_t size) {
-  uint64_t count = 0;
-  for (size_t i = 0; i < size; i += 8) {
-    count += static_cast<uint64_t>(__builtin_popcountll(read_word(bytes + i, bytes + size)));
-  }
-  return count;
-}
-
-#if defined(__AVX512VBMI2__)
-
-// Spreads 64 codes of a stream at a time: each 64-bit lane gets the bytes of its 8 codes, then each byte its own shift.
-template <int bits>
-struct Spread64 {
-  struct Table {
-    constexpr Table() : source(), shift() {
-      for (size_t j = 0; j < 64; ++j) {
-        source[j] = static_cast<uint8_t>((j / 8 * bits + j % 8) & 63);
-        shift[j] = static_cast<uint8_t>(j % 8 * bits);
-      }
-    }
-    alignas(64) uint8_t source[64];
-    alignas(64) uint8_t shift[64];
-  };
-  static constexpr Table kTable{};
-
-  const __m512i sources = _mm512_load_si512(kTable.source);
-  const __m512i shifts = _mm512_load_si512(kTable.shift);
-
-  // Codes from bit `offset` of `bytes`, in bits `place` and up of the bytes; other bits are undefined.
-  __m512i operator()(__m512i bytes, int offset, int place) const {
-    const __m512i shift = _mm512_add_epi8(shifts, _mm512_set1_epi8(static_cast<char>(offset - place)));
-    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(sources, bytes));
-  }
-};
-
-// `count` entries, the first code of which is number `first_code` of the stream. `kept` (0 or 1) unless null.
-template <int bits>
-void decode_bitmap(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
-                   size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {
-  uint64_t bit = first_code * bits;
-  const Spread64<bits> spread64;
-  const __m512i absent = _mm512_set1_epi64(static_cast<long long>(e.absent));
-  const __m512i ones = _mm512_set1_epi64(static_cast<long long>(e.ones));
-  const __m512i code_bits = _mm512_set1_epi8(static_cast<char>(low_bits(bits) << e.shift));
-  for (size_t i = 0; i < count; i += 64, pattern += 8) {
-    const size_t size = smaller(64, count - i);
-    const uint64_t present = read_word(pattern, pattern + size / 8);
-    prefetch(pattern);
-    const uint8_t* first = codes + bit / 8;
-    prefetch(first);
-    const size_t bytes_left = static_cast<size_t>(codes_end - first);
-    const __m512i bytes =
-        bytes_left >= 64 ? _mm512_loadu_si512(first) : _mm512_maskz_loadu_epi8(low_bits(bytes_left), first);
-    const __m512i values = _mm512_or_si512(
-        _mm512_and_si512(spread64(bytes, static_cast<int>(bit % 8), e.shift), code_bits), ones);
-    _mm512_mask_storeu_epi8(out + i, low_bits(size), _mm512_mask_expand_epi8(absent, present, values));
-    if (kept) _mm512_mask_storeu_epi8(kept + i, low_bits(size), _mm512_maskz_set1_epi8(present, 1));
-    bit += static_cast<uint64_t>(__builtin_popcountll(present)) * bits;
-  }
-}
-
-#else
-
-// Bit i → byte i, 0x00 or 0xff.
-inline uint64_t byte_mask(uint8_t bits) {
-  const uint64_t single = (bits * kEveryByte) & 0x8040201008040201u;
-  return (((single + 0x7f * kEveryByte) >> 7) & kEveryByte) * 0xff;
-}
-
-// The lowest codes of `word`, in order, to the bytes that are kept.
-template <int bits>
-inline uint64_t deposit(uint64_t word, uint8_t kept, uint64_t mask) {
-#if defined(__BMI2__)
-  (void)kept;
-  return _pdep_u64(word, mask & (low_bits(bits) * kEveryByte));
-#else
-  (void)mask;
-  uint64_t result = 0;
-  for (unsigned rest = kept; rest; rest &= rest - 1) {
-    result |= (word & low_bits(bits)) << (8 * __builtin_ctz(rest));
-    word >>= bits;
-  }
-  return result;
-#endif
-}
-
-// `count` entries, the first code of which is number `first_code` of the stream. `kept` (0 or 1) unless null.
-template <int bits>
-void decode_bitmap(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
-                   size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {
-  uint64_t bit = first_code * bits;
-  for (size_t i = 0; i < count; i += 8) {
-    const uint8_t present = *pattern++;
-    const uint64_t mask = byte_mask(present);
-    const uint64_t values = deposit<bits>(read_word(codes + bit / 8, codes_end) >> (bit % 8), present, mask);
-    const uint64_t word = (((values << e.shift) | e.ones) & mask) | (e.absent & ~mask);
-    std::memcpy(out + i, &word, 8);
-    if (kept) {
-      const uint64_t ones = mask & kEveryByte;
-      std::memcpy(kept + i, &ones, 8);
-    }
-    bit += static_cast<uint64_t>(__builtin_popcount(present)) * bits;
-  }
-}
-
-#endif
-
 // --- any ---------------------------------------------------------------------------------------------------------
 
 // Whether integer sums take the bytes of all segments.
@@ -302,6 +179,12 @@ void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint
   with_bits(segment.bits, [&](auto width) {
     constexpr int bits = decltype(width)::kValue;
     const size_t last = part.row_end - segment.row_begin;
+    if (layout.bitmap() && !kept && end - begin == segment.columns() && stride == end) {
+      // Rows that follow each other in the streams and in memory alike are one.
+      const size_t row = part.row_begin - segment.row_begin;
+      return decode_bitmap<bits>(codes, w.codes + w.codes_size, start.codes_before[row], pattern + row * end / 8,
+                                 (last - row) * end, segment.encoding, out, nullptr);
+    }
     for (size_t row = part.row_begin - segment.row_begin; row < last; ++row, out += stride) {
       if (!layout.sparse()) {
         decode_dense<bits>(codes + row * segment.row_bytes(), segment.columns(), begin, end, out);

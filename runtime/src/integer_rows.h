@@ -21,13 +21,14 @@ void integer_row_kernel(const Task& task, const DecodedRows& decoded, size_t i, 
     const float* a_scales = task.scales + (i + r) * stride;
     for (size_t j = 0; j < kDotOutputs; ++j) {
       float* products = decoded.products + (r * kDotOutputs + j) * stride;
-      float offset = 0.0f;
-      for (size_t block = 0; block < blocks; ++block) {
-        offset -= sums[block] * decoded.scales[j][block] * decoded.biases[j][block];
-        products[block] = a_scales[block] * decoded.scales[j][block];
+      typename V::Floats offset = V::zero();
+      for (size_t block = 0; block < blocks; block += V::kLanes) {
+        const typename V::Floats scales = V::load_floats(decoded.scales[j] + block);
+        const typename V::Floats biases = V::load_floats(decoded.biases[j] + block);
+        offset = V::multiply_add(V::multiply(V::load_floats(sums + block), scales), biases, offset);
+        V::store_floats(products + block, V::multiply(V::load_floats(a_scales + block), scales));
       }
-      float lanes[V::kLanes] = {offset};
-      acc[r][j] = V::load_floats(lanes);
+      acc[r][j] = V::multiply(offset, V::set(-1.0f));
     }
   }
   for (size_t block = 0, k = 0; block < blocks; ++block) {
