@@ -153,6 +153,45 @@ def test_kernels_for_whole_chunks(isa: str, pattern: str, block_size: int, trans
             assert np.all(np.abs(actual - expected[:m]) <= allowed[:m]), (axis, m)
 
 
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize("pattern", ["dense", "bitmap", "1:4"])
+@pytest.mark.parametrize(("axis", "segments"), [(0, (0, 130, 71, 499)), (1, (0, 64, 128, 64))])
+def test_sums_cut_into_parts(isa: str, axis: int, segments: tuple[int, ...], pattern: str, accuracy_level: int) -> None:
+    """B = S, few rows of A: as the reference, and to the last bit the same on one thread and on three."""
+    rng = np.random.default_rng(axis)
+    layout = Layout(700, 256, 64, segments, axis, bool(axis), Pattern.parse(pattern))
+    weight = random_weight(rng, layout)
+    bias = rng.standard_normal(256).astype(np.float32)
+    model = op_model(weight, False, accuracy_level, bias, functions=zero_functions()).SerializeToString()
+    sessions = []
+    for threads in (1, 3):
+        options = session_options()
+        options.intra_op_num_threads = threads
+        fips_ort.register(options)
+        sessions.append(onnxruntime.InferenceSession(model, options))
+    for m in range(1, 6):
+        a = rng.standard_normal((m, 700)).astype(np.float32) * rng.uniform(0.1, 10, 700).astype(np.float32)
+        expected = q_matmul(a, weight, trans_b=False, bias=bias, accuracy_level=accuracy_level)
+        one, three = (session.run(None, {"A": a})[0] for session in sessions)
+        assert np.all(np.abs(one - expected) <= tolerance(a, weight, False, accuracy_level, expected)), m
+        np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize("pattern", ["dense", "bitmap", "1:4"])
+def test_long_rows(isa: str, pattern: str, accuracy_level: int) -> None:
+    """Rows of so many bytes that kernels take them one by one; several do not fit into what is decoded at once."""
+    rng = np.random.default_rng(0)
+    layout = Layout(23, 8320, 64, (2, 7, 9, 5), pattern=Pattern.parse(pattern))
+    weight = random_weight(rng, layout)
+    session = native_session(op_model(weight, True, accuracy_level, functions=zero_functions()))
+    for m in (1, 2, 3, 7):
+        a = rng.standard_normal((m, 8320)).astype(np.float32)
+        expected = q_matmul(a, weight, trans_b=True, accuracy_level=accuracy_level)
+        (actual,) = session.run(None, {"A": a})
+        assert np.all(np.abs(actual - expected) <= tolerance(a, weight, True, accuracy_level, expected)), m
+
+
 @pytest.mark.parametrize("shape", [(), (2, 3), (0,), (2, 0), (1, 2, 3)])
 @pytest.mark.parametrize("trans_b", [False, True])
 def test_activations_of_any_rank(shape: tuple[int, ...], trans_b: bool) -> None:

@@ -73,6 +73,13 @@ def sound_cases(rng: np.random.Generator) -> Iterator[bytes]:
         weight = random_weight(rng, Layout.uniform(11, 3 * block_size, 3, block_size, pattern=Pattern.parse(pattern)))
         for trans_b, accuracy_level in ((False, 0), (True, 0), (True, 4)):
             yield sound_case(weight, trans_b, accuracy_level, 3, rng)
+    for pattern in ("dense", "bitmap", "1:4"):
+        cut = random_weight(rng, Layout(577, 128, 64, (0, 77, 200, 300), pattern=Pattern.parse(pattern)))
+        long = random_weight(rng, Layout(7, 8256, 64, (0, 1, 3, 3), pattern=Pattern.parse(pattern)))
+        for accuracy_level in (0, 4):
+            yield sound_case(cut, False, accuracy_level, 1, rng)
+            yield sound_case(cut, False, accuracy_level, 2, rng)
+            yield sound_case(long, True, accuracy_level, 1, rng)
 
 
 def malformed_cases(rng: np.random.Generator) -> Iterator[bytes]:

@@ -10,7 +10,6 @@ namespace FIPS_ISA {
 namespace {
 
 constexpr size_t kDenseOutputs = 4;  // at a time, at most
-constexpr size_t kFewRows = 4;
 // Rows of up to so many bytes are read side by side, and the next ones are asked for in the order of memory, not of use: a
 // core can have few requests under way, but what looks like one stream is fetched ahead. Longer rows are such a stream
 // themselves, one after the other, which is worth it for one row of A.
@@ -29,11 +28,12 @@ struct SegmentRows {
 };
 
 // Adds to sums the products of `rows` rows of A with `outputs` stored rows, over the blocks of one segment.
-// b: the first row, at the segment's first column; the others follow each b_stride bytes. products [rows][outputs][stride]: scales of A times those of B.
-// kChunks: of a block, if known at compile time, else 0.
+// b: the first row, at the segment's first column; the others follow every b_stride bytes (few registers hold all their
+// addresses then). products [rows][outputs][block_stride]: scales of A times those of B. kChunks: of a block, if known at
+// compile time, else 0.
 template <int bits, size_t rows, size_t outputs, size_t kChunks>
-void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* b,
-               size_t b_stride, const float* products, Vec::Floats (&sums)[rows][outputs]) {
+void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* b, size_t b_stride,
+               const float* products, Vec::Floats (&sums)[rows][outputs]) {
   constexpr size_t kParts = kChunk / Vec::kBytes;
   const Layout& layout = *task.weight->layout;
   const size_t chunks = kChunks ? kChunks : layout.block_size / kChunk;
@@ -45,7 +45,7 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
   const uint8_t* next = b + (in_order ? larger(4096, all_rows) : all_rows <= 20480 ? all_rows : 2048);
   const size_t next_stride = in_order ? block_bytes : segment.row_bytes;
   const size_t next_step = in_order ? outputs * block_bytes : block_bytes;
-  Vec::Floats acc[rows][outputs];
+  Vec::Floats acc[rows][outputs];  // in registers, as `sums` may not be
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < outputs; ++j) acc[r][j] = sums[r][j];
   }
@@ -125,10 +125,10 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
     with_bits(segment.bits, [&](auto width) {
       constexpr int bits = decltype(width)::kValue;
       if constexpr (bits < 8 || Vec::kEightBits) {
-        (layout.block_size == 2 * kChunk ? dense_dot<bits, rows, outputs, usual(2)>
-         : layout.block_size == kChunk   ? dense_dot<bits, rows, outputs, usual(1)>
-                                         : dense_dot<bits, rows, outputs, 0>)(task, i, segment, b, b_stride, products,
-                                                                                acc);
+        const auto dot = layout.block_size == 2 * kChunk ? dense_dot<bits, rows, outputs, usual(2)>
+                         : layout.block_size == kChunk   ? dense_dot<bits, rows, outputs, usual(1)>
+                                                         : dense_dot<bits, rows, outputs, 0>;
+        dot(task, i, segment, b, b_stride, products, acc);
       }
     });
   }

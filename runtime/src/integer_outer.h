@@ -15,10 +15,8 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-constexpr size_t kRun = 64;          // rows of the stored matrix that are rounded together
 constexpr float kLargest = 16256.0f; // 127 · 128: an activation is 128 · high + low, low from -64 to 63
 constexpr size_t kQuads = kRun / 4;
-static_assert(kPartRows % kRun == 0, "where a sum is cut runs begin");
 
 bool outer_supported(const Layout& layout, size_t m) {
   // Many rows of A: two sums of bytes are no faster than one of floats without instructions for dot products.

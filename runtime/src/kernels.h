@@ -8,8 +8,11 @@
 
 namespace fips {
 
-// Parts of a sum are whole multiples of so many rows of the stored matrix, but for the last.
-constexpr size_t kPartRows = 64;
+// Up to so many rows of activations are few: the time goes by the bytes of weights then.
+constexpr size_t kFewRows = 4;
+
+// Rows of the stored matrix, within a segment, that products with B = S round together: a sum may be cut between them.
+constexpr size_t kRun = 64;
 
 // One product Y = A @ B (+ bias), cut into tiles that can run in any order: into ranges of outputs, or, with B = S, into
 // parts of the sum, whose outputs are added afterwards.

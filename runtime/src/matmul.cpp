@@ -12,8 +12,6 @@ namespace {
 constexpr size_t kAlignment = 64;
 // Below this many multiplications waking other threads costs more than it gains.
 constexpr size_t kSmallestParallelWork = 1 << 16;
-// Up to so many rows of activations are few: time goes by the bytes of weights then.
-constexpr size_t kFewRows = 4;
 // Of a sum that is cut.
 constexpr size_t kParts = 8;
 
@@ -94,7 +92,7 @@ void run(Task task, const Kernels& kernels, const ParallelFor& parallel_for) {
 // not depend on the number of threads, and so neither does the result.
 size_t sum_parts(const Task& task) {
   const Layout& layout = *task.weight->layout;
-  return layout.trans_b || task.m > kFewRows || layout.rows < kParts * kPartRows || is_small(task) ? 1 : kParts;
+  return layout.trans_b || task.m > kFewRows || layout.rows < kParts * kRun || is_small(task) ? 1 : kParts;
 }
 
 // Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored

@@ -16,6 +16,24 @@ struct OuterTile {
   float* y;
 };
 
+// Calls visit(first row, rows) for what of the rows has runs of its own: segments of rows, or all.
+template <typename Visit>
+inline void for_each_row_segment(const Layout& layout, Visit visit) {
+  if (layout.columns_cut) return visit(0, layout.rows);
+  for (const Segment& segment : layout.segments) visit(segment.row_begin, segment.rows());
+}
+
+// Where run number `run` of all begins; past the last: the end.
+inline size_t run_begin(const Layout& layout, size_t run) {
+  size_t before = 0, begin = layout.rows;
+  for_each_row_segment(layout, [&](size_t first, size_t rows) {
+    const size_t runs = (rows + kRun - 1) / kRun;
+    if (run >= before && run < before + runs) begin = first + (run - before) * kRun;
+    before += runs;
+  });
+  return begin;
+}
+
 inline OuterTile outer_tile_of(const Task& task, size_t tile) {
   const Layout& layout = *task.weight->layout;
   const size_t n = layout.columns;
@@ -23,11 +41,12 @@ inline OuterTile outer_tile_of(const Task& task, size_t tile) {
     const size_t first = tile * task.tile_outputs;
     return {first, smaller(first + task.tile_outputs, n), 0, layout.rows, task.bias, task.y};
   }
-  const size_t runs = (layout.rows + kPartRows - 1) / kPartRows;
+  size_t runs = 0;
+  for_each_row_segment(layout, [&](size_t, size_t rows) { runs += (rows + kRun - 1) / kRun; });
   return {0,
           n,
-          tile * runs / task.parts * kPartRows,
-          smaller((tile + 1) * runs / task.parts * kPartRows, layout.rows),
+          run_begin(layout, tile * runs / task.parts),
+          run_begin(layout, (tile + 1) * runs / task.parts),
           tile ? nullptr : task.bias,
           task.y + tile * task.m * n};
 }
