@@ -17,6 +17,7 @@ namespace {
 
 constexpr float kLargest = 16256.0f; // 127 · 128: an activation is 128 · high + low, low from -64 to 63
 constexpr size_t kQuads = kRun / 4;
+constexpr size_t kGroup = 2 * Vec::kLanes;  // blocks of columns for which activations are rounded at a time
 
 bool outer_supported(const Layout& layout, size_t m) {
   // Many rows of A: two sums of bytes are no faster than one of floats without instructions for dot products.
@@ -64,6 +65,39 @@ inline void round_run(const float* values, Rounded& out) {
   }
   out.scale = maximum / kLargest;
   out.sum = out.scale * sum_lanes(sum);
+}
+
+// Scales of `count` rows, the first `blocks` of each from `stored` on, a row every `stride` → by block, then zeros. end: of
+// what may be read.
+inline void turn_scales(const uint16_t* stored, size_t stride, size_t count, size_t blocks, const uint16_t* end,
+                        uint16_t (&scales)[kGroup][kRun]) {
+  const size_t read = (kRun - 1) * stride + kGroup;  // by whole vectors
+  if (count == kRun && read <= static_cast<size_t>(end - stored)) {
+    uint32_t pairs[kGroup / 2][kRun];  // two scales that are neighbours are turned as one
+    for (size_t k = 0; k < kRun; k += Vec::kLanes) {
+      Vec::transpose(reinterpret_cast<const uint8_t*>(stored + k * stride), stride * sizeof(uint16_t),
+                     reinterpret_cast<uint8_t*>(pairs[0] + k), sizeof pairs[0]);
+    }
+    for (size_t block = 0; block < blocks; ++block) {
+      for (size_t k = 0; k < kRun; ++k) {
+        scales[block][k] = static_cast<uint16_t>(pairs[block / 2][k] >> (block % 2 * 16));
+      }
+    }
+    return;
+  }
+  for (size_t block = 0; block < blocks; ++block) {
+    for (size_t k = 0; k < kRun; ++k) scales[block][k] = k < count ? stored[k * stride + block] : uint16_t{0};
+  }
+}
+
+// Activations a [count] times the scales of a block, rounded.
+inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[kRun], Rounded& out) {
+  float scaled[kRun] = {};
+  std::memcpy(scaled, a, count * sizeof(float));
+  for (size_t k = 0; k < kRun; k += Vec::kLanes) {
+    Vec::store_floats(scaled + k, Vec::multiply(Vec::load_floats(scaled + k), Vec::halves(scales + k)));
+  }
+  round_run(scaled, out);
 }
 
 // Four consecutive rows of a chunk, the four bytes of each column together, in the order of Vec::interleave4: vector
@@ -158,7 +192,7 @@ inline void write_interleaved(const float* sums, const float* bias, float* y) {
 }
 
 size_t outer_scratch_bytes(const Task& task) {
-  return kRun * kChunk + task.m * (task.tile_outputs * sizeof(float) + sizeof(Rounded));
+  return kRun * kChunk + task.m * (task.tile_outputs * sizeof(float) + kGroup * sizeof(Rounded));
 }
 
 // tile_outputs: whole blocks of columns.
@@ -176,20 +210,20 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
     const uint8_t* codes = w.codes + w.index->starts[part.segment].codes;
     for (size_t run = part.row_begin; run < part.row_end; run += kRun) {
       const size_t count = smaller(kRun, part.row_end - run);
-      for (size_t block = part.begin; block < part.end; block += layout.block_size) {
-        uint16_t halves[kRun] = {};
-        const uint16_t* stored = w.scales + run * layout.blocks() + block / layout.block_size;
-        for (size_t k = 0; k < count; ++k) halves[k] = stored[k * layout.blocks()];
-        for (size_t i = 0; i < task.m; ++i) {
-          const float* a = task.a + i * layout.rows + run;
-          float scaled[kRun] = {};
-          std::memcpy(scaled, a, count * sizeof(float));
-          for (size_t k = 0; k < kRun; k += Vec::kLanes) {
-            Vec::store_floats(scaled + k, Vec::multiply(Vec::load_floats(scaled + k), Vec::halves(halves + k)));
+      for (size_t begin = part.begin, end; begin < part.end; begin = end) {
+        end = smaller(begin + kGroup * layout.block_size, part.end);
+        const size_t blocks = (end - begin) / layout.block_size;
+        uint16_t scales[kGroup][kRun];
+        turn_scales(w.scales + run * layout.blocks() + begin / layout.block_size, layout.blocks(), count, blocks,
+                    w.scales + layout.rows * layout.blocks(), scales);
+        // All before the products: of one block alone, the CPU would wait for each step to end.
+        for (size_t block = 0; block < blocks; ++block) {
+          for (size_t i = 0; i < task.m; ++i) {
+            round_scaled(task.a + i * layout.rows + run, count, scales[block], rounded[block * task.m + i]);
           }
-          round_run(scaled, rounded[i]);
         }
-        for (size_t column = block; column < block + layout.block_size; column += kChunk) {
+        for (size_t column = begin; column < end; column += kChunk) {
+          const size_t block = (column - begin) / layout.block_size;
           float* out = y + (column - first);
           with_bits(segment.bits, [&](auto bit_width) {
             constexpr int bits = decltype(bit_width)::kValue;
@@ -208,11 +242,11 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
               }
               const float bias = segment.encoding.bias;
               if (task.m == 1) {
-                return outer_direct<bits>(chunk, row_bytes, ahead, rounded[0], bias, out);
+                return outer_direct<bits>(chunk, row_bytes, ahead, rounded[block * task.m], bias, out);
               }
               interleave_chunk<bits>(chunk, row_bytes, interleaved);
               for (size_t i = 0; i < task.m; ++i) {
-                outer_interleaved<bits>(interleaved, rounded[i], bias, out + i * width);
+                outer_interleaved<bits>(interleaved, rounded[block * task.m + i], bias, out + i * width);
               }
             }
           });
