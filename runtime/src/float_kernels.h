@@ -119,7 +119,7 @@ void dot_tile(const Task& task, size_t tile, float* rows, float* turned, uint8_t
 void outer_tile(const Task& task, const OuterTile& range, float* weights, uint8_t* bytes, uint8_t* kept) {
   const Weight& w = *task.weight;
   const size_t first = range.first, outputs = range.last - range.first;
-  const size_t stride = round_up(task.tile_outputs, kOuterOutputs);
+  const size_t stride = round_up(outputs, kOuterOutputs);
   start_outputs(task, first, outputs);
   for (size_t begin = range.row_begin; begin < range.row_end; begin += kOuterDepth) {
     const size_t depth = smaller(kOuterDepth, range.row_end - begin);
@@ -240,6 +240,12 @@ void direct_outer_tile(const Task& task, const OuterTile& range, uint8_t* bytes)
   }
 }
 
+// Outputs at a time of a tile with B = S, whole blocks: what is decoded stays in the second cache, and small.
+size_t outer_width(const Task& task) {
+  const size_t block = task.weight->layout->block_size;
+  return smaller(task.tile_outputs, larger(block, 512 / block * block));
+}
+
 // --- whole tiles -------------------------------------------------------------------------------------------------
 
 size_t float_scratch_bytes(const Task& task) {
@@ -249,7 +255,8 @@ size_t float_scratch_bytes(const Task& task) {
     const size_t depth = dot_depth(layout);
     return 2 * kOuterOutputs * round_up(depth, kLanes) * sizeof(float) + 2 * depth;
   }
-  return kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float) + 2 * task.tile_outputs;
+  const size_t width = outer_width(task);
+  return kOuterDepth * round_up(width, kOuterOutputs) * sizeof(float) + 2 * width;
 }
 
 void float_tile(const Task& task, size_t tile, void* scratch) {
@@ -269,8 +276,12 @@ void float_tile(const Task& task, size_t tile, void* scratch) {
   own.y = range.y;
   own.bias = range.bias;
   if (is_direct(task)) return direct_outer_tile(own, range, memory);
-  uint8_t* bytes = memory + kOuterDepth * round_up(task.tile_outputs, kOuterOutputs) * sizeof(float);
-  outer_tile(own, range, weights, bytes, bytes + task.tile_outputs);
+  const size_t width = outer_width(task);
+  uint8_t* bytes = memory + kOuterDepth * round_up(width, kOuterOutputs) * sizeof(float);
+  for (OuterTile piece = range; piece.first < range.last; piece.first = piece.last) {
+    piece.last = smaller(piece.first + width, range.last);
+    outer_tile(own, piece, weights, bytes, bytes + width);
+  }
 }
 
 }  // namespace
