@@ -137,7 +137,7 @@ struct Places {
   alignas(64) uint8_t of[256][8];
 };
 
-// `entries` bytes: where the pattern has a bit the next one of `bytes`, else `absent`. May read 15 bytes more than that.
+// `entries` bytes: where the pattern has a bit the next one of `bytes`, else `absent`. Reads 8 bytes at a time, more than that.
 inline void expand_bytes(const uint8_t* bytes, const uint8_t* pattern, size_t entries, uint64_t absent, uint8_t* out) {
   static constexpr Places kPlaces{};
   for (size_t i = 0; i < entries; i += 8, ++pattern) {

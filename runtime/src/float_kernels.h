@@ -5,7 +5,7 @@
 #include "decode.h"
 #include "decoded_rows.h"
 #include "kernels.h"
-#include "outputs.h"
+#include "outer_tile.h"
 #include "turn.h"
 #include "vector.h"
 

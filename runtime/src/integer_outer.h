@@ -7,7 +7,7 @@
 
 #include "decode.h"
 #include "kernels.h"
-#include "outputs.h"
+#include "outer_tile.h"
 #include "simd/vec.h"
 #include "vector.h"
 

@@ -11,6 +11,7 @@
 #include "integer_rows.h"
 #include "integer_tiles.h"
 #include "integer_turned.h"
+#include "outputs.h"
 #include "quantize.h"
 
 namespace fips {

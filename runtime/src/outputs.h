@@ -8,49 +8,6 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// What a tile of a product with B = S computes: outputs [first, last) of the stored rows [row_begin, row_end), to y
-// [m, N], with the bias unless it is null.
-struct OuterTile {
-  size_t first, last, row_begin, row_end;
-  const float* bias;
-  float* y;
-};
-
-// Calls visit(first row, rows) for what of the rows has runs of its own: segments of rows, or all.
-template <typename Visit>
-inline void for_each_row_segment(const Layout& layout, Visit visit) {
-  if (layout.columns_cut) return visit(0, layout.rows);
-  for (const Segment& segment : layout.segments) visit(segment.row_begin, segment.rows());
-}
-
-// Where run number `run` of all begins; past the last: the end.
-inline size_t run_begin(const Layout& layout, size_t run) {
-  size_t before = 0, begin = layout.rows;
-  for_each_row_segment(layout, [&](size_t first, size_t rows) {
-    const size_t runs = (rows + kRun - 1) / kRun;
-    if (run >= before && run < before + runs) begin = first + (run - before) * kRun;
-    before += runs;
-  });
-  return begin;
-}
-
-inline OuterTile outer_tile_of(const Task& task, size_t tile) {
-  const Layout& layout = *task.weight->layout;
-  const size_t n = layout.columns;
-  if (task.parts == 1) {
-    const size_t first = tile * task.tile_outputs;
-    return {first, smaller(first + task.tile_outputs, n), 0, layout.rows, task.bias, task.y};
-  }
-  size_t runs = 0;
-  for_each_row_segment(layout, [&](size_t, size_t rows) { runs += (rows + kRun - 1) / kRun; });
-  return {0,
-          n,
-          run_begin(layout, tile * runs / task.parts),
-          run_begin(layout, (tile + 1) * runs / task.parts),
-          tile ? nullptr : task.bias,
-          task.y + tile * task.m * n};
-}
-
 // Outputs [first, first + count) for every row of A from values [m][stride], with the bias.
 inline void write_outputs(const Task& task, size_t first, size_t count, const float* values, size_t stride) {
   const size_t n = task.n();
@@ -62,6 +19,7 @@ inline void write_outputs(const Task& task, size_t first, size_t count, const fl
   }
 }
 
+// y [size] = the sum of parts [count, size].
 void add_parts(const float* parts, size_t count, size_t size, float* y) {
   size_t j = 0;
   for (; j + kLanes <= size; j += kLanes) {

@@ -1,0 +1,47 @@
+// Which outputs, and which part of the sum, a tile of a product with B = S computes.
+#pragma once
+
+#include "decode.h"
+#include "kernels.h"
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+// Outputs [first, last) of the stored rows [row_begin, row_end), to y [m, N], with the bias unless it is null.
+struct OuterTile {
+  size_t first, last, row_begin, row_end;
+  const float* bias;
+  float* y;
+};
+
+constexpr size_t runs_of(size_t rows) { return (rows + kRun - 1) / kRun; }
+
+// Where run number `run` of all begins; past the last: the end.
+inline size_t run_begin(const Layout& layout, size_t run) {
+  size_t before = 0, found = layout.rows;
+  for_each_row_range(layout, 0, layout.rows, [&](size_t begin, size_t end) {
+    const size_t runs = runs_of(end - begin);
+    if (run >= before && run < before + runs) found = begin + (run - before) * kRun;
+    before += runs;
+  });
+  return found;
+}
+
+inline OuterTile outer_tile_of(const Task& task, size_t tile) {
+  const Layout& layout = *task.weight->layout;
+  const size_t n = layout.columns;
+  if (task.parts == 1) {
+    const size_t first = tile * task.tile_outputs;
+    return {first, smaller(first + task.tile_outputs, n), 0, layout.rows, task.bias, task.y};
+  }
+  size_t runs = 0;
+  for_each_row_range(layout, 0, layout.rows, [&](size_t begin, size_t end) { runs += runs_of(end - begin); });
+  const size_t row_begin = run_begin(layout, tile * runs / task.parts);
+  const size_t row_end = run_begin(layout, (tile + 1) * runs / task.parts);
+  return {0, n, row_begin, row_end, tile ? nullptr : task.bias, task.y + tile * task.m * n};
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips
