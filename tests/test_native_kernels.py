@@ -177,6 +177,22 @@ def test_sums_cut_into_parts(isa: str, axis: int, segments: tuple[int, ...], pat
         np.testing.assert_array_equal(one, three)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("block_size", [64, 128, 192, 256])
+def test_bytes_are_taken_apart_after_interleaving(isa: str, bits: int, block_size: int) -> None:
+    """B = S, one row of A: whole vectors of stored bytes, and what is left, as the other kernels compute them."""
+    rng = np.random.default_rng(block_size + bits)
+    for blocks in (1, 4, 5, 13):
+        layout = Layout.uniform(150, blocks * block_size, bits, block_size)
+        weight = random_weight(rng, layout)
+        session = native_session(op_model(weight, False, 4, functions=zero_functions()))
+        a = rng.standard_normal((2, 150)).astype(np.float32) * rng.uniform(0.1, 10, 150).astype(np.float32)
+        (one,), (two,) = session.run(None, {"A": a[:1]}), session.run(None, {"A": a})
+        expected = q_matmul(a, weight, trans_b=False, accuracy_level=4)
+        assert np.all(np.abs(two - expected) <= tolerance(a, weight, False, 4, expected)), blocks
+        np.testing.assert_array_equal(one, two[:1])
+
+
 @pytest.mark.parametrize("accuracy_level", [0, 4])
 @pytest.mark.parametrize("pattern", ["dense", "bitmap", "1:4"])
 def test_long_rows(isa: str, pattern: str, accuracy_level: int) -> None:

@@ -16,8 +16,8 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-inline size_t larger(size_t a, size_t b) { return a < b ? b : a; }
+constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+constexpr size_t larger(size_t a, size_t b) { return a < b ? b : a; }
 inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Asks for memory that is read soon; it may lie past the end of the stream.

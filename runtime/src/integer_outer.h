@@ -100,6 +100,99 @@ inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[
   round_run(scaled, out);
 }
 
+// y += totals · scale + offset. totals: of the vectors of Vec::interleave4; place(i): where in y the columns of byte
+// number i · kLanes and the next ones belong.
+template <typename Place>
+inline void add_run(const Vec::Ints (&totals)[4], Vec::Floats scale, Vec::Floats offset, float* y, Place place) {
+  Vec::Floats products[4];
+#pragma GCC unroll 4
+  for (size_t q = 0; q < 4; ++q) products[q] = Vec::multiply_add(Vec::floats(totals[q]), scale, offset);
+  Vec::turn_lanes(products);
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i) {
+    float* out = y + place(i);
+    Vec::store_floats(out, Vec::multiply_add(products[i], Vec::set(1.0f), Vec::load_floats(out)));
+  }
+}
+
+// --- fields --------------------------------------------------------------------------------------------------------
+
+// Codes of 2 and 4 bits fill their bytes, so that rows can be interleaved as they are stored and the bytes taken apart
+// after that: several columns at the price of one.
+template <int bits>
+struct Fields {
+  static constexpr bool kUsed = bits == 2 || bits == 4;
+  static constexpr size_t kCount = 8 / bits;                // of a byte
+  static constexpr size_t kColumns = Vec::kBytes * kCount;  // of a vector
+  static constexpr size_t kPlane = 8 * bits;                // bytes of a chunk
+
+  // Column of field `field` of byte `byte` of a row.
+  static constexpr size_t column(size_t byte, size_t field) {
+    return byte / kPlane * kChunk + byte % kPlane + field * kPlane;
+  }
+
+  // Whether a vector holds equal parts of blocks, or of one; of how many then.
+  static constexpr bool fit(size_t block_size) { return block_size % kColumns == 0 || kColumns % block_size == 0; }
+  static constexpr size_t blocks(size_t block_size) { return block_size < kColumns ? kColumns / block_size : 1; }
+  // As a template argument: no more than there can be of whole chunks.
+  static constexpr size_t usual_blocks(size_t count) { return smaller(count, larger(kColumns / kChunk, 1)); }
+};
+
+// kRun rows of one vector of stored bytes each, for one row of A. rounded: of the first of `blocks` blocks of columns
+// that the vector holds in equal parts. ahead: as many bytes that are read soon. y: at the first column.
+template <int bits, size_t blocks>
+void outer_fields(const uint8_t* bytes, size_t row_bytes, const uint8_t* ahead, const Rounded* rounded, float bias,
+                  float* y) {
+  using F = Fields<bits>;
+  // Vectors of interleaved bytes at a time: sums of their products with high and low are in registers.
+  constexpr size_t kVectors = smaller(4, Vec::kRegisters / (4 * F::kCount)), kSums = kVectors * F::kCount;
+  const auto of_blocks = [](const void* first) { return Vec::repeat4<blocks>(first, sizeof(Rounded)); };
+  Vec::Ints all[4 / kVectors][2 * kSums];
+#pragma GCC unroll 4
+  for (size_t pass = 0; pass < 4 / kVectors; ++pass) {
+    const uint8_t* row = bytes;
+    sum_in_runs<Vec, 1>(kQuads, Vec::adds((1 << bits) - 1, 127), all[pass], [&](size_t quad, auto& sums) {
+      Vec::Bytes in[4], interleaved[4];
+#pragma GCC unroll 4
+      for (size_t k = 0; k < 4; ++k) in[k] = Vec::load(row + k * row_bytes);
+      Vec::interleave4(in, interleaved);
+      if (pass == 0) prefetch_to_second_cache(ahead + quad * (4 * Vec::kBytes), 4 * Vec::kBytes);
+      row += 4 * row_bytes;
+      const Vec::Bytes high = of_blocks(rounded->high + 4 * quad), low = of_blocks(rounded->low + 4 * quad);
+#pragma GCC unroll 4
+      for (size_t q = 0; q < kVectors; ++q) {
+#pragma GCC unroll 4
+        for (size_t f = 0; f < F::kCount; ++f) {
+          const Vec::Bytes weights = Vec::field<bits>(interleaved[pass * kVectors + q], f);
+          Vec::add(sums[q * F::kCount + f], weights, high);
+          Vec::add(sums[kSums + q * F::kCount + f], weights, low);
+        }
+      }
+    });
+  }
+  float scales[blocks], offsets[blocks];
+  for (size_t block = 0; block < blocks; ++block) {
+    scales[block] = rounded[block].scale;
+    offsets[block] = -bias * rounded[block].sum;
+  }
+  const Vec::Floats scale = Vec::as_floats(Vec::repeat4<blocks>(scales, sizeof(float)));
+  const Vec::Floats offset = Vec::as_floats(Vec::repeat4<blocks>(offsets, sizeof(float)));
+#pragma GCC unroll 4
+  for (size_t f = 0; f < F::kCount; ++f) {
+    Vec::Ints totals[4];
+#pragma GCC unroll 4
+    for (size_t q = 0; q < 4; ++q) {
+      const Vec::Ints(&sums)[2 * kSums] = all[q / kVectors];
+      const size_t n = q % kVectors * F::kCount + f;
+      totals[q] = Vec::add_ints(Vec::shift7(Vec::field_total<bits>(sums[n], f)),
+                                Vec::field_total<bits>(sums[kSums + n], f));
+    }
+    add_run(totals, scale, offset, y, [f](size_t i) { return F::column(i * Vec::kLanes, f); });
+  }
+}
+
+// --- chunks --------------------------------------------------------------------------------------------------------
+
 // Four consecutive rows of a chunk, the four bytes of each column together, in the order of Vec::interleave4: vector
 // number q of part v.
 template <int bits>
@@ -110,16 +203,12 @@ inline void interleave_rows(const uint8_t* row, size_t row_bytes, size_t v, Vec:
   Vec::interleave4(in, out);
 }
 
-// y [4 · kLanes] of part v of a chunk += a run's products, in the order of interleaved columns. totals: of high, of
-// low.
-inline void add_run(const Vec::Ints (&totals)[8], const Rounded& a, float bias, float* y) {
-  const Vec::Floats scale = Vec::set(a.scale), offset = Vec::set(-bias * a.sum);
-  for (size_t q = 0; q < 4; ++q) {
-    const Vec::Ints total = Vec::add_ints(Vec::shift7(totals[q]), totals[4 + q]);
-    float* out = y + q * Vec::kLanes;
-    const Vec::Floats product = Vec::multiply_add(Vec::floats(total), scale, offset);
-    Vec::store_floats(out, Vec::multiply_add(product, Vec::set(1.0f), Vec::load_floats(out)));
-  }
+// y [Vec::kBytes] of part v of a chunk += a run's products. totals: of high, of low.
+inline void add_chunk_run(const Vec::Ints (&totals)[8], const Rounded& a, float bias, float* y) {
+  Vec::Ints both[4];
+#pragma GCC unroll 4
+  for (size_t q = 0; q < 4; ++q) both[q] = Vec::add_ints(Vec::shift7(totals[q]), totals[4 + q]);
+  add_run(both, Vec::set(a.scale), Vec::set(-bias * a.sum), y, [](size_t i) { return i * Vec::kLanes; });
 }
 
 // A chunk of kRun rows, read from the packed bytes: for one row of A. ahead: as many bytes that are read soon.
@@ -142,7 +231,7 @@ void outer_direct(const uint8_t* chunk, size_t row_bytes, const uint8_t* ahead, 
         Vec::add(sums[4 + q], weights[q], low);
       }
     });
-    add_run(totals, a, bias, y + v * 4 * Vec::kLanes);
+    add_chunk_run(totals, a, bias, y + v * Vec::kBytes);
   }
 }
 
@@ -172,21 +261,66 @@ void outer_interleaved(const uint8_t* interleaved, const Rounded& a, float bias,
         Vec::add(sums[4 + q], weights, low);
       }
     });
-    add_run(totals, a, bias, y + v * 4 * Vec::kLanes);
+    add_chunk_run(totals, a, bias, y + v * Vec::kBytes);
   }
 }
 
-// Vec::kBytes sums in the order of interleaved columns, plus the bias unless it is null → y in that of columns.
-inline void write_interleaved(const float* sums, const float* bias, float* y) {
-  typedef float Four __attribute__((vector_size(16)));
-  // Within each 16 columns, lane 4 g + c of vector q holds column 16 g + 4 q + c.
-  for (size_t g = 0; g < Vec::kLanes / 4; ++g) {
-    for (size_t q = 0; q < 4; ++q) {
-      Four sum, offset = {};
-      std::memcpy(&sum, sums + q * Vec::kLanes + 4 * g, sizeof sum);
-      if (bias) std::memcpy(&offset, bias + 16 * g + 4 * q, sizeof offset);
-      sum += offset;
-      std::memcpy(y + 16 * g + 4 * q, &sum, sizeof sum);
+// --- tiles ---------------------------------------------------------------------------------------------------------
+
+// Up to kRun rows of a segment, of whole blocks of columns.
+struct RunOfRows {
+  const uint8_t* codes;  // of the first row, at the first column
+  size_t row_bytes, count, columns, block_size;
+  const uint8_t* ahead;     // as many bytes that are read soon, in the order of memory
+  const Rounded* rounded;   // [blocks, m]
+  float bias;
+};
+
+// One row of A. y: at the first column. Returns how many columns are done: the others do not fill a vector.
+template <int bits>
+size_t outer_fields_of_run(const RunOfRows& run, float* y) {
+  using F = Fields<bits>;
+  constexpr size_t kWidth = F::kColumns;
+  const size_t block_size = run.block_size;
+  if (run.count < kRun || !F::fit(block_size)) return 0;
+  const auto fields = F::blocks(block_size) == 1   ? outer_fields<bits, 1>
+                      : F::blocks(block_size) == 2 ? outer_fields<bits, F::usual_blocks(2)>
+                                                   : outer_fields<bits, F::usual_blocks(4)>;
+  const size_t vectors = run.columns / kWidth;
+  for (size_t byte = 0; byte < vectors * Vec::kBytes; byte += Vec::kBytes) {
+    const size_t column = F::column(byte, 0);
+    fields(run.codes + byte, run.row_bytes, run.ahead + kRun * byte, run.rounded + column / block_size, run.bias,
+           y + column);
+  }
+  return vectors * kWidth;
+}
+
+// y [m][width], at the first column, += the products of a run. interleaved: room for kRun * kChunk bytes.
+template <int bits>
+void outer_run(const RunOfRows& run, size_t m, size_t width, uint8_t* interleaved, float* y) {
+  size_t column = 0;
+  if constexpr (Fields<bits>::kUsed) {
+    if (m == 1) column = outer_fields_of_run<bits>(run, y);
+  }
+  for (; column < run.columns; column += kChunk) {
+    const size_t byte = column / kChunk * (8 * bits);
+    const uint8_t* chunk = run.codes + byte;
+    size_t row_bytes = run.row_bytes;
+    uint8_t whole[kRun * 8 * bits];
+    if (run.count < kRun) {
+      std::memset(whole, 0, sizeof whole);
+      for (size_t k = 0; k < run.count; ++k) std::memcpy(whole + k * 8 * bits, chunk + k * row_bytes, 8 * bits);
+      chunk = whole;
+      row_bytes = 8 * bits;
+    }
+    const Rounded* rounded = run.rounded + column / run.block_size * m;
+    if (m == 1) {
+      outer_direct<bits>(chunk, row_bytes, run.ahead + kRun * byte, *rounded, run.bias, y + column);
+      continue;
+    }
+    interleave_chunk<bits>(chunk, row_bytes, interleaved);
+    for (size_t i = 0; i < m; ++i) {
+      outer_interleaved<bits>(interleaved, rounded[i], run.bias, y + i * width + column);
     }
   }
 }
@@ -202,7 +336,7 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
   const OuterTile range = outer_tile_of(task, tile);
   const size_t first = range.first, last = range.last, width = task.tile_outputs;
   uint8_t* interleaved = static_cast<uint8_t*>(scratch);
-  float* y = reinterpret_cast<float*>(interleaved + kRun * kChunk);  // [m][width], columns of a chunk in Vec's order
+  float* y = reinterpret_cast<float*>(interleaved + kRun * kChunk);  // [m][width]
   Rounded* rounded = reinterpret_cast<Rounded*>(y + task.m * width);
   std::memset(y, 0, task.m * width * sizeof(float));
   for_each_part(layout, range.row_begin, range.row_end, first, last, [&](const Part& part) {
@@ -222,42 +356,26 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
             round_scaled(task.a + i * layout.rows + run, count, scales[block], rounded[block * task.m + i]);
           }
         }
-        for (size_t column = begin; column < end; column += kChunk) {
-          const size_t block = (column - begin) / layout.block_size;
-          float* out = y + (column - first);
-          with_bits(segment.bits, [&](auto bit_width) {
-            constexpr int bits = decltype(bit_width)::kValue;
-            if constexpr (bits < 8 || Vec::kEightBits) {
-              size_t row_bytes = segment.row_bytes();
-              const uint8_t* rows = codes + (run - segment.row_begin) * row_bytes;
-              const uint8_t* chunk = rows + (column - segment.column_begin) / kChunk * (8 * bits);
-              // Of the next run, which follows in memory, this chunk's share in order.
-              const uint8_t* ahead = rows + kRun * (row_bytes + (column - part.begin) / kChunk * (8 * bits));
-              uint8_t whole[kRun * 8 * bits];
-              if (count < kRun) {
-                std::memset(whole, 0, sizeof whole);
-                for (size_t k = 0; k < count; ++k) std::memcpy(whole + k * 8 * bits, chunk + k * row_bytes, 8 * bits);
-                chunk = whole;
-                row_bytes = 8 * bits;
-              }
-              const float bias = segment.encoding.bias;
-              if (task.m == 1) {
-                return outer_direct<bits>(chunk, row_bytes, ahead, rounded[block * task.m], bias, out);
-              }
-              interleave_chunk<bits>(chunk, row_bytes, interleaved);
-              for (size_t i = 0; i < task.m; ++i) {
-                outer_interleaved<bits>(interleaved, rounded[block * task.m + i], bias, out + i * width);
-              }
-            }
-          });
-        }
+        with_bits(segment.bits, [&](auto bit_width) {
+          constexpr int bits = decltype(bit_width)::kValue;
+          if constexpr (bits < 8 || Vec::kEightBits) {
+            const size_t row_bytes = segment.row_bytes();
+            const uint8_t* rows = codes + (run - segment.row_begin) * row_bytes;
+            const auto bytes_to = [](size_t columns) { return columns / kChunk * (8 * bits); };
+            // Ahead is the next run, which follows in memory: the share of these columns.
+            outer_run<bits>({rows + bytes_to(begin - segment.column_begin), row_bytes, count, end - begin,
+                             layout.block_size, rows + kRun * (row_bytes + bytes_to(begin - part.begin)), rounded,
+                             segment.encoding.bias},
+                            task.m, width, interleaved, y + (begin - first));
+          }
+        });
       }
     }
   });
   for (size_t i = 0; i < task.m; ++i) {
-    for (size_t column = first; column < last; column += Vec::kBytes) {
-      const float* bias = range.bias ? range.bias + column : nullptr;
-      write_interleaved(y + i * width + (column - first), bias, range.y + i * layout.columns + column);
+    for (size_t column = first; column < last; ++column) {
+      const float bias = range.bias ? range.bias[column] : 0.0f;
+      range.y[i * layout.columns + column] = y[i * width + (column - first)] + bias;
     }
   }
 }

@@ -36,6 +36,10 @@ struct Vec16 {
     std::memcpy(&word, p, 4);
     return vreinterpretq_u8_u32(vdupq_n_u32(word));
   }
+  template <size_t>
+  static Bytes repeat4(const void* p, size_t) {
+    return repeat4(p);
+  }
   static Bytes add(Bytes a, Bytes b) { return vaddq_u8(a, b); }
   static Bytes bit_or(Bytes a, Bytes b) { return vorrq_u8(a, b); }
   static Bytes and_or(Bytes a, Bytes b, Bytes c) { return vorrq_u8(vandq_u8(a, b), c); }
@@ -61,6 +65,16 @@ struct Vec16 {
       const int8x16_t shifts = vcombine_s8(vdup_n_s8(left), vdup_n_s8(static_cast<int8_t>(left - 1)));
       return vorrq_u8(low, vandq_u8(vshlq_u8(vcombine_u8(plane, plane), shifts), fill(4)));
     }
+  }
+
+  template <int bits>
+  static Bytes field(Bytes bytes, size_t n) {
+    const Bytes moved = vshlq_u8(bytes, vdupq_n_s8(static_cast<int8_t>(-bits * static_cast<int>(n))));
+    return vandq_u8(moved, fill((1 << bits) - 1));
+  }
+  template <int bits>
+  static Ints field_total(Ints total, size_t) {
+    return total;
   }
 
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -101,6 +115,7 @@ struct Vec16 {
   static Floats set(float value) { return vdupq_n_f32(value); }
   static Floats load_floats(const float* p) { return vld1q_f32(p); }
   static void store_floats(float* p, Floats v) { vst1q_f32(p, v); }
+  static Floats as_floats(Bytes v) { return vreinterpretq_f32_u8(v); }
   static Floats floats(Ints v) { return vcvtq_f32_s32(v); }
   static Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
@@ -117,6 +132,8 @@ struct Vec16 {
     out[2] = vreinterpretq_u8_u16(vzip1q_u16(ab2, cd2));
     out[3] = vreinterpretq_u8_u16(vzip2q_u16(ab2, cd2));
   }
+
+  static void turn_lanes(Floats (&)[4]) {}
 
   static void transpose(const uint8_t* rows, size_t stride, uint8_t* out, size_t out_stride) {
     for (size_t i = 0; i < 4; ++i) {
@@ -153,6 +170,12 @@ struct Vec16 {
     std::memcpy(&word, p, 4);
     return reinterpret_cast<Bytes>(Ints{} + word);
   }
+  // 4 bytes from each of p, p + stride, … for an equal part of the vector; no more parts than 16 bytes go into it.
+  template <size_t sources>
+  static Bytes repeat4(const void* p, size_t) {
+    static_assert(sources == 1);
+    return repeat4(p);
+  }
   static Bytes add(Bytes a, Bytes b) { return a + b; }
   static Bytes bit_or(Bytes a, Bytes b) { return a | b; }
   // (a & b) | c
@@ -184,6 +207,16 @@ struct Vec16 {
       const uint64_t halves[2] = {plane >> (2 * part), plane >> (2 * part + 1)};
       return low | (load(halves) & 1) << 2;
     }
+  }
+
+  // Field number n, of `bits` bits, of every byte; and what the sum of its products is, from the sum of what `field` gives.
+  template <int bits>
+  static Bytes field(Bytes bytes, size_t n) {
+    return bytes >> static_cast<uint8_t>(bits * n) & static_cast<uint8_t>((1 << bits) - 1);
+  }
+  template <int bits>
+  static Ints field_total(Ints total, size_t) {
+    return total;
   }
 
   // Sums of products of unsigned and signed bytes: four in each lane.
@@ -223,6 +256,7 @@ struct Vec16 {
     return v;
   }
   static void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+  static Floats as_floats(Bytes v) { return reinterpret_cast<Floats>(v); }
   static Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
   static Floats multiply(Floats a, Floats b) { return a * b; }
   // a · b + c
@@ -243,6 +277,9 @@ struct Vec16 {
     for (size_t i = 0; i < 4 * kBytes; ++i) columns[i] = rows[i % 4][i / 4];
     for (size_t q = 0; q < 4; ++q) out[q] = load(columns + q * kBytes);
   }
+
+  // Lanes of four interleaved vectors → in the order of columns: v[i] has columns i · kLanes and up.
+  static void turn_lanes(Floats (&)[4]) {}
 
   // kLanes rows of kBytes → for every 4 columns the 4 bytes of all rows together, one vector every out_stride bytes.
   static void transpose(const uint8_t* rows, size_t stride, uint8_t* out, size_t out_stride) {

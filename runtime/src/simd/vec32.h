@@ -31,6 +31,11 @@ struct Vec32 {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
   static Bytes repeat4(const void* p) { return _mm256_set1_epi32(*static_cast<const int32_t*>(p)); }
+  template <size_t sources>
+  static Bytes repeat4(const void* p, size_t stride) {
+    if constexpr (sources == 1) return repeat4(p);
+    return _mm256_blend_epi32(repeat4(p), repeat4(static_cast<const char*>(p) + stride), 0xf0);
+  }
   static Bytes add(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
   static Bytes bit_or(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
   static Bytes and_or(Bytes a, Bytes b, Bytes c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
@@ -58,6 +63,15 @@ struct Vec32 {
                               : _mm256_srlv_epi64(_mm256_slli_epi64(bytes, 2), _mm256_setr_epi64x(0, 1, 2, 3));
       return _mm256_or_si256(low, _mm256_and_si256(high, fill(4)));
     }
+  }
+
+  template <int bits>
+  static Bytes field(Bytes bytes, size_t n) {
+    return _mm256_and_si256(n ? _mm256_srli_epi16(bytes, static_cast<int>(bits * n)) : bytes, fill((1 << bits) - 1));
+  }
+  template <int bits>
+  static Ints field_total(Ints total, size_t) {
+    return total;
   }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
@@ -94,6 +108,7 @@ struct Vec32 {
   static Floats set(float value) { return _mm256_set1_ps(value); }
   static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static Floats as_floats(Bytes v) { return _mm256_castsi256_ps(v); }
   static Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
   static Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -113,6 +128,14 @@ struct Vec32 {
     out[1] = _mm256_unpackhi_epi16(ab, cd);
     out[2] = _mm256_unpacklo_epi16(ab2, cd2);
     out[3] = _mm256_unpackhi_epi16(ab2, cd2);
+  }
+
+  static void turn_lanes(Floats (&v)[4]) {
+    const Floats low = _mm256_permute2f128_ps(v[0], v[1], 0x20), high = _mm256_permute2f128_ps(v[0], v[1], 0x31);
+    v[1] = _mm256_permute2f128_ps(v[2], v[3], 0x20);
+    v[3] = _mm256_permute2f128_ps(v[2], v[3], 0x31);
+    v[0] = low;
+    v[2] = high;
   }
 
   static void transpose(const uint8_t* rows, size_t stride, uint8_t* out, size_t out_stride) {

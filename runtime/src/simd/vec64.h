@@ -27,6 +27,22 @@ struct Vec64 {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
   static Bytes repeat4(const void* p) { return _mm512_set1_epi32(*static_cast<const int32_t*>(p)); }
+  template <size_t sources>
+  static Bytes repeat4(const void* p, size_t stride) {
+    const auto word = [&](size_t source) {
+      int32_t value;
+      __builtin_memcpy(&value, static_cast<const char*>(p) + source * stride, 4);
+      return value;
+    };
+    Bytes all = _mm512_set1_epi32(word(0));
+    if constexpr (sources == 2) all = _mm512_mask_set1_epi32(all, 0xff00, word(1));
+    if constexpr (sources == 4) {
+      all = _mm512_mask_set1_epi32(all, 0x00f0, word(1));
+      all = _mm512_mask_set1_epi32(all, 0x0f00, word(2));
+      all = _mm512_mask_set1_epi32(all, 0xf000, word(3));
+    }
+    return all;
+  }
   static Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
   static Bytes bit_or(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
   // (a & b) | c
@@ -55,6 +71,16 @@ struct Vec64 {
     }
   }
 
+  // Where they are: products of field n are 2 ** (bits * n) times as large.
+  template <int bits>
+  static Bytes field(Bytes bytes, size_t n) {
+    return _mm512_and_si512(bytes, fill(static_cast<uint8_t>(((1 << bits) - 1) << (bits * n))));
+  }
+  template <int bits>
+  static Ints field_total(Ints total, size_t n) {
+    return _mm512_srai_epi32(total, static_cast<unsigned>(bits * n));
+  }
+
   struct Sum {
     __m512i value;
   };
@@ -72,6 +98,7 @@ struct Vec64 {
   static Floats set(float value) { return _mm512_set1_ps(value); }
   static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
   static void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static Floats as_floats(Bytes v) { return _mm512_castsi512_ps(v); }
   static Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -87,6 +114,15 @@ struct Vec64 {
     out[1] = _mm512_unpackhi_epi16(ab, cd);
     out[2] = _mm512_unpacklo_epi16(ab2, cd2);
     out[3] = _mm512_unpackhi_epi16(ab2, cd2);
+  }
+
+  static void turn_lanes(Floats (&v)[4]) {
+    const Floats low = _mm512_shuffle_f32x4(v[0], v[1], 0x44), high = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    const Floats low2 = _mm512_shuffle_f32x4(v[2], v[3], 0x44), high2 = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    v[0] = _mm512_shuffle_f32x4(low, low2, 0x88);
+    v[1] = _mm512_shuffle_f32x4(low, low2, 0xdd);
+    v[2] = _mm512_shuffle_f32x4(high, high2, 0x88);
+    v[3] = _mm512_shuffle_f32x4(high, high2, 0xdd);
   }
 
   static void transpose(const uint8_t* rows, size_t stride, uint8_t* out, size_t out_stride) {
