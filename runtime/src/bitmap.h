@@ -80,18 +80,24 @@ void bytes_of_codes(const uint8_t* codes, const uint8_t* codes_end, uint64_t bit
   }
 }
 
+// 64 entries: where the pattern has a bit the next one of `bytes`, which moves on, else a byte of `others`. Reads 64 bytes.
+inline __m512i expand_chunk(const uint8_t*& bytes, const uint8_t* pattern, __m512i others) {
+  uint64_t word;
+  std::memcpy(&word, pattern, 8);
+  const __m512i entries = _mm512_mask_expand_epi8(others, word, _mm512_loadu_si512(bytes));
+  bytes += static_cast<size_t>(__builtin_popcountll(word));
+  return entries;
+}
+
 // `entries` bytes: where the pattern has a bit the next one of `bytes`, else `absent`. May read 63 bytes more than that.
 inline void expand_bytes(const uint8_t* bytes, const uint8_t* pattern, size_t entries, uint64_t absent, uint8_t* out) {
   const __m512i others = _mm512_set1_epi64(static_cast<long long>(absent));
   const size_t whole = entries / 64 * 64;
-  uint64_t word;
   for (size_t i = 0; i < whole; i += 64, pattern += 8) {
-    std::memcpy(&word, pattern, 8);
-    _mm512_storeu_si512(out + i, _mm512_mask_expand_epi8(others, word, _mm512_loadu_si512(bytes)));
-    bytes += static_cast<size_t>(__builtin_popcountll(word));
+    _mm512_storeu_si512(out + i, expand_chunk(bytes, pattern, others));
   }
   if (whole < entries) {
-    word = read_word(pattern, pattern + (entries - whole) / 8);
+    const uint64_t word = read_word(pattern, pattern + (entries - whole) / 8);
     const __m512i values = _mm512_mask_expand_epi8(others, word, _mm512_loadu_si512(bytes));
     _mm512_mask_storeu_epi8(out + whole, low_bits(entries - whole), values);
   }

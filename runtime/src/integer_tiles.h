@@ -4,7 +4,7 @@
 #pragma once
 
 #include "decode.h"
-#include "integer_dense.h"
+#include "integer_tiles_few.h"
 #include "kernels.h"
 #include "outputs.h"
 #include "simd/vec.h"
@@ -13,11 +13,8 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-constexpr size_t kParts = kChunk / Vec::kBytes;  // vectors of a chunk; also of floats for the 16 rows of a tile
-constexpr size_t kStepColumns = 4 * kStepGroups;
 constexpr size_t kFewTileRows = 2;
 constexpr size_t kUnpackedRows = Vec::kRegisters == 32 ? 4 : 3;  // rows of activations at a time: many rows
-static_assert(kParts * Vec::kLanes == kTileRows, "lanes of a chunk's sums are the rows of a tile");
 
 bool tiles_supported(const Layout& layout, size_t) {
   return layout.trans_b && layout.n_of_m() && layout.of == 4 && layout.segments.front().bits < 8;
@@ -25,74 +22,6 @@ bool tiles_supported(const Layout& layout, size_t) {
 
 // Whether `m` rows of activations are wanted as unsigned bytes, 128 more than their codes.
 bool tiles_want_offset(size_t m) { return !Vec::kBothSigned && m > kFewTileRows; }
-
-// What to add to the indices of a vector: where the group of every byte starts among the 16 activations.
-inline Vec::Bytes group_starts() {
-  const uint8_t starts[4] = {0, 4, 8, 12};
-  return Vec::repeat4(starts);
-}
-
-// The codes and pattern of a tile, at a segment's first block.
-struct TileStreams {
-  const uint8_t* codes;
-  const uint8_t* pattern;
-};
-
-// --- few rows --------------------------------------------------------------------------------------------------
-
-// acc += the products of `rows` rows of A with the 16 rows of a tile, over the blocks of one segment. scales: of the
-// tile. kSteps: of a block, if known at compile time, else 0.
-template <int bits, size_t keep, size_t rows, size_t kSteps>
-void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin,
-                    size_t block_end, float bias, Vec::Floats (&acc)[rows][kParts]) {
-  const Layout& layout = *task.weight->layout;
-  const size_t steps = kSteps ? kSteps : layout.block_size / kStepColumns;
-  const Vec::Bytes starts = group_starts(), ones = Vec::fill(1), place_bits = Vec::fill(3);
-  for (size_t block = block_begin; block < block_end; ++block) {
-    const int8_t* a = task.block_codes(i, block);
-    // Sums of level times activation, then of the activations that were picked.
-    constexpr size_t kSums = rows * kParts;
-    Vec::Ints totals[2 * kSums];
-    constexpr size_t kChains = rows == 1 ? 2 : 1, kStepsPerRun = Vec::adds((1 << bits) - 1, 127) / keep;
-    sum_in_runs<Vec, kChains>(steps, kStepsPerRun, totals, [&](size_t step, auto& sums) {
-      Vec::Bytes tables[rows];
-      for (size_t r = 0; r < rows; ++r) tables[r] = Vec::repeat16(a + (r * steps + step) * kStepColumns);
-#pragma GCC unroll 2
-      for (size_t slot = 0; slot < keep; ++slot, at.codes += 8 * bits, at.pattern += 16) {
-#pragma GCC unroll 4
-        for (size_t v = 0; v < kParts; ++v) {
-          const Vec::Bytes index = Vec::and_or(Vec::pairs(at.pattern, v), place_bits, starts);
-          const Vec::Bytes levels = Vec::chunk<bits>(at.codes, v);
-          for (size_t r = 0; r < rows; ++r) {
-            const Vec::Bytes picked = Vec::select(tables[r], index);
-            Vec::add(sums[r * kParts + v], levels, picked);
-            Vec::add(sums[kSums + r * kParts + v], ones, picked);
-          }
-        }
-      }
-    });
-    prefetch_lines(at.codes, steps * keep * 8 * bits);
-    prefetch_lines(at.pattern, steps * keep * 16);
-    for (size_t v = 0; v < kParts; ++v) {
-      const Vec::Floats scale = Vec::halves(scales + block * kTileRows + v * Vec::kLanes);
-      for (size_t r = 0; r < rows; ++r) {
-        const size_t n = r * kParts + v;
-        const Vec::Floats product = Vec::multiply(scale, Vec::set(task.scales[(i + r) * task.block_stride + block]));
-        const Vec::Floats level_sum =
-            Vec::multiply_add(Vec::floats(totals[kSums + n]), Vec::set(-bias), Vec::floats(totals[n]));
-        acc[r][v] = Vec::multiply_add(level_sum, product, acc[r][v]);
-      }
-    }
-  }
-}
-
-template <int bits, size_t keep, size_t rows>
-void tile_dot(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin, size_t block_end,
-              float bias, Vec::Floats (&acc)[rows][kParts]) {
-  (task.weight->layout->block_size == 8 * kStepColumns ? tile_dot_steps<bits, keep, rows, usual(8)>
-                                                       : tile_dot_steps<bits, keep, rows, 0>)(
-      task, i, at, scales, block_begin, block_end, bias, acc);
-}
 
 // --- many rows -------------------------------------------------------------------------------------------------
 
@@ -106,7 +35,7 @@ struct UnpackedBlock {
 
 template <int bits>
 void unpack_block(TileStreams at, size_t chunks, bool midrise, UnpackedBlock& block) {
-  const Vec::Bytes starts = group_starts(), ones = Vec::fill(1);
+  const Vec::Bytes starts = group_starts<Vec>(), ones = Vec::fill(1);
   const int zero_point = midrise ? (1 << bits) - 1 : 1 << (bits - 1);
   const Vec::Bytes minus_zero = Vec::fill(static_cast<uint8_t>(-zero_point));
   Vec::Ints sums[kParts];

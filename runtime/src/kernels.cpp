@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include "float_kernels.h"
+#include "integer_bitmap.h"
 #include "integer_dense.h"
 #include "integer_outer.h"
 #include "integer_rows.h"
@@ -28,6 +29,9 @@ size_t rows_scratch_bytes(const Task& task) { return decoded_bytes(*task.weight-
 
 // In order of preference; with accuracy_level 4.
 const Choice kIntegers[] = {
+#if defined(__AVX512VBMI2__)
+    {bitmap_supported, bitmap_scratch_bytes, bitmap_tile},
+#endif
     {dense_supported, dense_scratch_bytes, dense_tile},
     {tiles_supported, tiles_scratch_bytes, tiles_tile},
     {turned_supported, turned_scratch_bytes, turned_tile},

@@ -38,7 +38,13 @@ struct Vec32 {
   }
   static Bytes add(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
   static Bytes bit_or(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
-  static Bytes and_or(Bytes a, Bytes b, Bytes c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
+  static Bytes and_or(Bytes a, Bytes b, Bytes c) {
+#if defined(__AVX512VL__)
+    return _mm256_ternarylogic_epi64(a, b, c, 0xea);
+#else
+    return _mm256_or_si256(_mm256_and_si256(a, b), c);
+#endif
+  }
   static Bytes select(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
 
   static Bytes pairs(const uint8_t* p, size_t part) {

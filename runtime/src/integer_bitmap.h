@@ -1,0 +1,111 @@
+// One row of rounded activations times a bitmap weight, B = S.T: codes go to their places in a register and are multiplied
+// there. For CPUs with an instruction that does that; on others whole rows are decoded (integer_rows.h).
+#pragma once
+
+#if defined(__AVX512VBMI2__)
+
+#include "decode.h"
+#include "integer_dense.h"
+#include "kernels.h"
+#include "simd/vec.h"
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+bool bitmap_supported(const Layout& layout, size_t m) {
+  return m == 1 && layout.trans_b && layout.bitmap() && !layout.needs_mask() &&
+         layout.block_size % kChunk == 0;
+}
+
+// Rows whose codes become bytes together: the next ones need not wait for these then.
+size_t bitmap_rows(const Layout& layout) { return larger(1, kBitmapEntries / layout.columns); }
+
+// Working memory: of every block sums of the activations times what a zero code stands for, scales of A times those of
+// each row; the sums of each row; codes as bytes.
+size_t bitmap_scratch_bytes(const Task& task) {
+  const Layout& layout = *task.weight->layout;
+  const size_t rows = bitmap_rows(layout);
+  return (1 + rows) * task.block_stride * sizeof(float) + rows * (sizeof(Vec::Floats) + layout.columns) + kChunk;
+}
+
+// acc += the products of the activations with one row of a part of blocks. bytes: its next codes; pattern: of the row's
+// part. Returns the codes after those.
+inline const uint8_t* bitmap_dot(const Task& task, const Part& part, uint64_t absent, const uint8_t* bytes,
+                                 const uint8_t* pattern, const float* products, Vec::Floats& acc) {
+  const size_t block_size = task.weight->layout->block_size;
+  const int8_t* a = task.codes + part.begin;
+  const Vec::Bytes others = Vec::fill(static_cast<uint8_t>(absent));
+  Vec::Floats sum = acc;
+  for (size_t block = part.begin / block_size; block < part.end / block_size; ++block) {
+    Vec::Ints total = Vec::zero_ints();
+    for (size_t i = 0; i < block_size; i += kChunk, a += kChunk, pattern += kChunk / 8) {
+      total = Vec::dot(total, expand_chunk(bytes, pattern, others), Vec::load(a));
+    }
+    sum = Vec::multiply_add(Vec::floats(total), Vec::set(products[block]), sum);
+  }
+  acc = sum;
+  return bytes;
+}
+
+void bitmap_tile(const Task& task, size_t tile, void* scratch) {
+  const Weight& w = *task.weight;
+  const Layout& layout = *w.layout;
+  const size_t blocks = layout.blocks(), stride = task.block_stride, at_once = bitmap_rows(layout);
+  Vec::Floats* acc = static_cast<Vec::Floats*>(scratch);  // [at_once]
+  float* offsets = reinterpret_cast<float*>(acc + at_once);
+  float* products = offsets + stride;  // [at_once][stride]
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(products + at_once * stride);
+  const size_t tile_begin = tile * task.tile_outputs;
+  const size_t tile_end = smaller(tile_begin + task.tile_outputs, layout.rows);
+  for_each_row_range(layout, tile_begin, tile_end, [&](size_t range_begin, size_t range_end) {
+    std::memset(offsets, 0, stride * sizeof(float));
+    for_each_part(layout, range_begin, range_begin + 1, 0, layout.columns, [&](const Part& part) {
+      const Encoding& e = layout.segments[part.segment].encoding;
+      for (size_t block = part.begin / layout.block_size; block < part.end / layout.block_size; ++block) {
+        offsets[block] = -e.bias * e.unit * task.sums[block];
+      }
+    });
+    for (size_t first = range_begin, last; first < range_end; first = last) {
+      last = smaller(first + at_once, range_end);
+      for (size_t row = first; row < last; ++row) {
+        Vec::Floats sum = Vec::zero();
+        for (size_t block = 0; block < blocks; block += Vec::kLanes) {
+          const Vec::Floats scales = row_scales(w, row, block);
+          sum = Vec::multiply_add(Vec::load_floats(offsets + block), scales, sum);
+          const Vec::Floats unit = Vec::set(layout.segments.front().encoding.unit);
+          Vec::store_floats(products + (row - first) * stride + block,
+                            Vec::multiply(Vec::multiply(Vec::load_floats(task.scales + block), unit), scales));
+        }
+        acc[row - first] = sum;
+      }
+      for_each_part(layout, first, last, 0, layout.columns, [&](const Part& part) {
+        const Segment& segment = layout.segments[part.segment];
+        const StreamIndex::SegmentStart& start = w.index->starts[part.segment];
+        const size_t row_bytes = segment.columns() / 8, in_segment = part.row_begin - segment.row_begin;
+        const uint8_t* pattern = w.pattern + start.pattern + in_segment * row_bytes;
+        const size_t pattern_bytes = (part.row_end - part.row_begin) * row_bytes;
+        prefetch_lines(pattern, pattern_bytes, larger(2048, pattern_bytes));
+        with_bits(segment.bits, [&](auto width) {
+          constexpr int bits = decltype(width)::kValue;
+          bytes_of_codes<bits>(w.codes + start.codes, w.codes + w.codes_size, start.codes_before[in_segment] * bits,
+                               count_bits(pattern, pattern_bytes), segment.encoding, bytes);
+        });
+        const uint8_t* next = bytes;
+        for (size_t row = first; row < last; ++row, pattern += row_bytes) {
+          next = bitmap_dot(task, part, segment.encoding.absent, next, pattern, products + (row - first) * stride,
+                            acc[row - first]);
+        }
+      });
+      for (size_t row = first; row < last; ++row) {
+        task.y[row] = Vec::sum(acc[row - first]) + (task.bias ? task.bias[row] : 0.0f);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips
+
+#endif
