@@ -65,11 +65,11 @@ def mlp_variants(shape: Shape, accuracy_level: int) -> list[Variant]:
 
 
 def sparse_mlp(shape: Shape, accuracy_level: int) -> Mlp:
-    """3-bit 1:4 projections over a 3-bit basis."""
+    """3-bit 1:4 projections over a 4-bit basis, as the recipes have it."""
     width, rank, pattern = shape.hidden_size, shape.sparse_rank, Pattern.parse("1:4")
     first = _uniform(width, rank, 3, accuracy_level, pattern)
     last = _uniform(rank, width, 3, accuracy_level, pattern)
-    basis = Layout.uniform(rank, shape.model_size, 3, _BLOCK)
+    basis = Layout.uniform(rank, shape.model_size, 4, _BLOCK)
     return Mlp(first, last, _both_ways(basis, accuracy_level))
 
 

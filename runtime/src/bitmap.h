@@ -76,7 +76,7 @@ void bytes_of_codes(const uint8_t* codes, const uint8_t* codes_end, uint64_t bit
     prefetch(in);
     const __m512i spread =
         _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(source, load_codes(in, codes_end)));
-    _mm512_storeu_si512(out + i, _mm512_or_si512(_mm512_and_si512(spread, code_bits), ones));
+    _mm512_storeu_si512(out + i, _mm512_ternarylogic_epi64(spread, code_bits, ones, 0xea));  // and, or
   }
 }
 

@@ -71,7 +71,7 @@ void bitmap_tile(const Task& task, size_t tile, void* scratch) {
       for (size_t row = first; row < last; ++row) {
         Vec::Floats sum = Vec::zero();
         for (size_t block = 0; block < blocks; block += Vec::kLanes) {
-          const Vec::Floats scales = row_scales(w, row, block);
+          const Vec::Floats scales = row_scales(w, blocks, row, block);
           sum = Vec::multiply_add(Vec::load_floats(offsets + block), scales, sum);
           const Vec::Floats unit = Vec::set(layout.segments.front().encoding.unit);
           Vec::store_floats(products + (row - first) * stride + block,

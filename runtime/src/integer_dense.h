@@ -1,6 +1,7 @@
 // Few rows of rounded activations times a dense weight, B = S.T, of which the packed chunks are read directly.
 #pragma once
 
+#include "chunk_halves.h"
 #include "decode.h"
 #include "kernels.h"
 #include "simd/vec.h"
@@ -27,6 +28,30 @@ struct SegmentRows {
   size_t block_begin, block_end;
 };
 
+// What is asked for beside each block: as many bytes of the next rows, in the order of memory; or, of long rows, the same
+// block of the next ones, if they fit in the first cache beside these.
+class Ahead {
+ public:
+  Ahead(const uint8_t* b, size_t outputs, size_t row_bytes, size_t block_bytes) : block_bytes_(block_bytes) {
+    const size_t all_rows = outputs * row_bytes;
+    const bool in_order = row_bytes <= kShortRow;
+    next_ = b + (in_order ? larger(4096, all_rows) : all_rows <= 20480 ? all_rows : 2048);
+    row_step_ = in_order ? block_bytes : row_bytes;
+    block_step_ = in_order ? outputs * block_bytes : block_bytes;
+  }
+
+  template <size_t outputs>
+  inline void ask() {
+    if (outputs == 1) return;
+    for (size_t j = 0; j < outputs; ++j) prefetch_lines(next_ + j * row_step_, block_bytes_, 0);
+    next_ += block_step_;
+  }
+
+ private:
+  const uint8_t* next_;
+  size_t block_bytes_, row_step_, block_step_;
+};
+
 // Adds to sums the products of `rows` rows of A with `outputs` stored rows, over the blocks of one segment.
 // b: the first row, at the segment's first column; the others follow every b_stride bytes (few registers hold all their
 // addresses then). products [rows][outputs][block_stride]: scales of A times those of B. kChunks: of a block, if known at
@@ -38,13 +63,7 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
   const Layout& layout = *task.weight->layout;
   const size_t chunks = kChunks ? kChunks : layout.block_size / kChunk;
   const size_t stride = task.block_stride, block_bytes = chunks * (8 * bits), a_step = task.m * layout.block_size;
-  // Asked for beside each block: as many bytes of the next rows, in the order of memory; or, of long rows, the same block
-  // of the next ones, if they fit in the first cache beside these.
-  const size_t all_rows = outputs * segment.row_bytes;
-  const bool in_order = segment.row_bytes <= kShortRow;
-  const uint8_t* next = b + (in_order ? larger(4096, all_rows) : all_rows <= 20480 ? all_rows : 2048);
-  const size_t next_stride = in_order ? block_bytes : segment.row_bytes;
-  const size_t next_step = in_order ? outputs * block_bytes : block_bytes;
+  Ahead ahead(b, outputs, segment.row_bytes, block_bytes);
   Vec::Floats acc[rows][outputs];  // in registers, as `sums` may not be
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < outputs; ++j) acc[r][j] = sums[r][j];
@@ -53,10 +72,7 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
   products += segment.block_begin;
   for (size_t block = segment.block_begin; block < segment.block_end; ++block) {
     Vec::Ints totals[rows * outputs];
-    if (outputs > 1) {
-      for (size_t j = 0; j < outputs; ++j) prefetch_lines(next + j * next_stride, block_bytes, 0);
-      next += next_step;
-    }
+    ahead.ask<outputs>();
     sum_in_runs<Vec, 1>(chunks, Vec::adds((1 << bits) - 1, 127) / kParts, totals, [&](size_t chunk, auto& run) {
 #pragma GCC unroll 4
       for (size_t v = 0; v < kParts; ++v) {
@@ -85,10 +101,47 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
   }
 }
 
-// A row's scales as floats, kLanes from block `block`: what lies past the row's end is anything.
-inline Vec::Floats row_scales(const Weight& w, size_t row, size_t block) {
-  const Layout& layout = *w.layout;
-  const size_t place = row * layout.blocks() + block, all = layout.rows * layout.blocks();
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+
+// As dense_dot, for one row of A and blocks of whole vectors.
+template <int bits, size_t outputs, size_t kVectors>
+void fields_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* b, size_t b_stride,
+                const float* products, Vec::Floats (&sums)[1][outputs]) {
+  using Fields = FieldProducts<bits>;
+  const size_t block_size = task.weight->layout->block_size, stride = task.block_stride;
+  const size_t vectors = kVectors ? kVectors : block_size / Fields::kColumns;
+  Ahead ahead(b, outputs, segment.row_bytes, vectors * Fields::kBytes);
+  __m256 acc[outputs];
+  for (size_t j = 0; j < outputs; ++j) acc[j] = Vec32::zero();
+  const size_t a_step = task.m * block_size;
+  const int8_t* a = task.block_codes(i, segment.block_begin);
+  products += segment.block_begin;
+  for (size_t block = segment.block_begin; block < segment.block_end; ++block) {
+    ahead.ask<outputs>();
+    __m256i lower[outputs], upper[outputs];
+    for (size_t j = 0; j < outputs; ++j) lower[j] = upper[j] = Vec32::zero_ints();
+    for (size_t v = 0; v < vectors; ++v, b += Fields::kBytes) {
+      __m256i fields[Fields::kFields];
+      Fields::load(a + v * Fields::kColumns, fields);
+#pragma GCC unroll 4
+      for (size_t j = 0; j < outputs; ++j) Fields::add(b + j * b_stride, fields, lower[j], upper[j]);
+    }
+#pragma GCC unroll 4
+    for (size_t j = 0; j < outputs; ++j) {
+      const __m256i total = _mm256_add_epi32(lower[j], _mm256_srai_epi32(upper[j], Fields::kShift));
+      acc[j] = Vec32::multiply_add(Vec32::floats(total), Vec32::set(products[j * stride]), acc[j]);
+    }
+    a += a_step;
+    ++products;
+  }
+  for (size_t j = 0; j < outputs; ++j) sums[0][j] = _mm512_add_ps(sums[0][j], _mm512_zextps256_ps512(acc[j]));
+}
+
+#endif
+
+// A row's scales as floats, kLanes from block `block`: what lies past the row's end is anything. blocks: of a row.
+inline Vec::Floats row_scales(const Weight& w, size_t blocks, size_t row, size_t block) {
+  const size_t place = row * blocks + block, all = w.layout->rows * blocks;
   if (place + Vec::kLanes <= all) return Vec::halves(w.scales + place);
   uint16_t rest[Vec::kLanes] = {};
   std::memcpy(rest, w.scales + place, (all - place) * sizeof(uint16_t));
@@ -107,16 +160,18 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
   Vec::Floats acc[rows][outputs];
   for (size_t j = 0; j < outputs; ++j) {
     const size_t row = first + (count == outputs ? j : 0);
-    for (size_t r = 0; r < rows; ++r) acc[r][j] = Vec::zero();
+    Vec::Floats offset[rows];  // in registers
+    for (size_t r = 0; r < rows; ++r) offset[r] = Vec::zero();
     for (size_t block = 0; block < blocks; block += Vec::kLanes) {
-      const Vec::Floats scales = row_scales(w, row, block);
+      const Vec::Floats scales = row_scales(w, blocks, row, block);
       for (size_t r = 0; r < rows; ++r) {
         const size_t place = (i + r) * stride + block;
-        acc[r][j] = Vec::multiply_add(Vec::load_floats(offsets + place), scales, acc[r][j]);
+        offset[r] = Vec::multiply_add(Vec::load_floats(offsets + place), scales, offset[r]);
         Vec::store_floats(products + (r * outputs + j) * stride + block,
                           Vec::multiply(Vec::load_floats(task.scales + place), scales));
       }
     }
+    for (size_t r = 0; r < rows; ++r) acc[r][j] = offset[r];
   }
   for (size_t s = 0; s < segment_count; ++s) {
     const SegmentRows& segment = segments[s];
@@ -124,6 +179,17 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
     const size_t b_stride = count == outputs ? segment.row_bytes : 0;
     with_bits(segment.bits, [&](auto width) {
       constexpr int bits = decltype(width)::kValue;
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+      using Fields = FieldProducts<bits>;
+      if constexpr (rows == 1 && outputs > 1 && Fields::kUsed) {
+        if (layout.block_size % Fields::kColumns == 0) {
+          constexpr size_t kVectors = 2 * kChunk / Fields::kColumns;
+          const auto dot = layout.block_size == 2 * kChunk ? fields_dot<bits, outputs, kVectors>
+                                                           : fields_dot<bits, outputs, 0>;
+          return dot(task, i, segment, b, b_stride, products, acc);
+        }
+      }
+#endif
       if constexpr (bits < 8 || Vec::kEightBits) {
         const auto dot = layout.block_size == 2 * kChunk ? dense_dot<bits, rows, outputs, usual(2)>
                          : layout.block_size == kChunk   ? dense_dot<bits, rows, outputs, usual(1)>

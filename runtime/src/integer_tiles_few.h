@@ -2,6 +2,7 @@
 // chunks.
 #pragma once
 
+#include "chunk_halves.h"
 #include "decode.h"
 #include "kernels.h"
 #include "simd/vec.h"
@@ -31,41 +32,7 @@ struct TileStreams {
 // tile. kSteps: of a block, if known at compile time, else 0.
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 
-// In vectors of 32 bytes: 16 bytes are loaded twice into one at no cost, into 64 bytes not. Vector 0 has the sums of rows 0
-// to 3 and 8 to 11, vector 1 those of the others.
-constexpr size_t kHalves = 2;
-
-inline __m256i twice(const uint8_t* p) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-// Levels of a chunk, those of vector 1 kUnit times as large.
-template <int bits>
-struct Levels {
-  static constexpr uint8_t kUnit = bits == 4 ? 1 : 4;
-
-  static void read(const uint8_t* chunk, __m256i (&out)[kHalves]) {
-    const __m256i shift = _mm256_setr_epi64x(0, 0, 4, 4);
-    if constexpr (bits == 4) {
-      for (size_t v = 0; v < kHalves; ++v) {
-        out[v] = _mm256_and_si256(_mm256_srlv_epi64(twice(chunk + 16 * v), shift), Vec32::fill(15));
-      }
-      return;
-    }
-    const __m256i low = _mm256_srlv_epi64(twice(chunk), shift);
-    out[0] = _mm256_and_si256(low, Vec32::fill(3));
-    out[1] = _mm256_and_si256(low, Vec32::fill(12));
-    if constexpr (bits == 3) {
-      int64_t plane;
-      std::memcpy(&plane, chunk + 16, 8);
-      // Lanes of 8 bytes: rows 0 and 1 of each four have bit 0 (4) of a byte, rows 2 and 3 bit 1 (5); it belongs into bit 2.
-      const __m256i high = _mm256_rolv_epi64(_mm256_set1_epi64x(plane), _mm256_setr_epi64x(2, 1, 62, 61));
-      out[0] = Vec32::and_or(high, Vec32::fill(4), out[0]);
-      out[1] = Vec32::and_or(high, Vec32::fill(16), out[1]);
-    }
-  }
-};
-
+// In vectors of 32 bytes (chunk_halves.h): vector 0 has the sums of rows 0 to 3 and 8 to 11, vector 1 those of the others.
 template <int bits, size_t keep, size_t rows, size_t kSteps>
 void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin,
                     size_t block_end, float bias, Vec::Floats (&acc)[rows][kParts]) {
@@ -73,7 +40,7 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
   const size_t steps = kSteps ? kSteps : layout.block_size / kStepColumns;
   const __m256i starts = group_starts<Vec32>(), place_bits = Vec32::fill(3);
   const __m256i shifts[kHalves] = {_mm256_setr_epi64x(0, 0, 4, 4), _mm256_setr_epi64x(2, 2, 6, 6)};
-  const __m256i units[kHalves] = {Vec32::fill(1), Vec32::fill(Levels<bits>::kUnit)};
+  const __m256i units[kHalves] = {Vec32::fill(1), Vec32::fill(HalfLevels<bits>::kUnit)};
   __m256 sums[rows][kHalves];
   for (size_t r = 0; r < rows; ++r) sums[r][0] = sums[r][1] = Vec32::zero();
   for (size_t block = block_begin; block < block_end; ++block) {
@@ -88,7 +55,7 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
 #pragma GCC unroll 2
       for (size_t slot = 0; slot < keep; ++slot, at.codes += 8 * bits, at.pattern += 16) {
         __m256i levels[kHalves];
-        Levels<bits>::read(at.codes, levels);
+        HalfLevels<bits>::read(at.codes, levels);
         for (size_t v = 0; v < kHalves; ++v) {
           const __m256i places = _mm256_srlv_epi64(twice(at.pattern), shifts[v]);
           const __m256i index = Vec32::and_or(places, place_bits, starts);
@@ -115,7 +82,7 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
     }
   }
   for (size_t r = 0; r < rows; ++r) {
-    const __m256 other = Vec32::multiply(sums[r][1], Vec32::set(1.0f / Levels<bits>::kUnit));
+    const __m256 other = Vec32::multiply(sums[r][1], Vec32::set(1.0f / HalfLevels<bits>::kUnit));
     const __m512 both = _mm512_insertf32x8(_mm512_castps256_ps512(sums[r][0]), other, 1);
     acc[r][0] = _mm512_add_ps(acc[r][0], _mm512_shuffle_f32x4(both, both, 0xd8));
   }

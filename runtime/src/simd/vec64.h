@@ -29,17 +29,13 @@ struct Vec64 {
   static Bytes repeat4(const void* p) { return _mm512_set1_epi32(*static_cast<const int32_t*>(p)); }
   template <size_t sources>
   static Bytes repeat4(const void* p, size_t stride) {
-    const auto word = [&](size_t source) {
-      int32_t value;
-      __builtin_memcpy(&value, static_cast<const char*>(p) + source * stride, 4);
-      return value;
-    };
-    Bytes all = _mm512_set1_epi32(word(0));
-    if constexpr (sources == 2) all = _mm512_mask_set1_epi32(all, 0xff00, word(1));
+    const auto word = [&](size_t source) { return _mm_loadu_si32(static_cast<const char*>(p) + source * stride); };
+    Bytes all = _mm512_broadcastd_epi32(word(0));
+    if constexpr (sources == 2) all = _mm512_mask_broadcastd_epi32(all, 0xff00, word(1));
     if constexpr (sources == 4) {
-      all = _mm512_mask_set1_epi32(all, 0x00f0, word(1));
-      all = _mm512_mask_set1_epi32(all, 0x0f00, word(2));
-      all = _mm512_mask_set1_epi32(all, 0xf000, word(3));
+      all = _mm512_mask_broadcastd_epi32(all, 0x00f0, word(1));
+      all = _mm512_mask_broadcastd_epi32(all, 0x0f00, word(2));
+      all = _mm512_mask_broadcastd_epi32(all, 0xf000, word(3));
     }
     return all;
   }
