@@ -181,16 +181,20 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
       constexpr int bits = decltype(width)::kValue;
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
       using Fields = FieldProducts<bits>;
-      if constexpr (rows == 1 && outputs > 1 && Fields::kUsed) {
+      constexpr bool kFields = rows == 1 && outputs > 1 && Fields::kUsed;
+      if constexpr (kFields) {
         if (layout.block_size % Fields::kColumns == 0) {
-          constexpr size_t kVectors = 2 * kChunk / Fields::kColumns;
-          const auto dot = layout.block_size == 2 * kChunk ? fields_dot<bits, outputs, kVectors>
+          const auto dot = layout.block_size == 2 * kChunk ? fields_dot<bits, outputs, 2 * kChunk / Fields::kColumns>
                                                            : fields_dot<bits, outputs, 0>;
           return dot(task, i, segment, b, b_stride, products, acc);
         }
       }
+      // Blocks are whole chunks.
+      constexpr bool kAll = kFields && kChunk % Fields::kColumns == 0;
+#else
+      constexpr bool kAll = false;
 #endif
-      if constexpr (bits < 8 || Vec::kEightBits) {
+      if constexpr (!kAll && (bits < 8 || Vec::kEightBits)) {
         const auto dot = layout.block_size == 2 * kChunk ? dense_dot<bits, rows, outputs, usual(2)>
                          : layout.block_size == kChunk   ? dense_dot<bits, rows, outputs, usual(1)>
                                                          : dense_dot<bits, rows, outputs, 0>;

@@ -121,7 +121,7 @@ inline void add_run(const Vec::Ints (&totals)[4], Vec::Floats scale, Vec::Floats
 // after that: several columns at the price of one.
 template <int bits>
 struct Fields {
-  static constexpr bool kUsed = bits == 2 || bits == 4;
+  static constexpr bool kUsed = !Vec::kPlain && (bits == 2 || bits == 4);  // plain C++ is no faster so
   static constexpr size_t kCount = 8 / bits;                // of a byte
   static constexpr size_t kColumns = Vec::kBytes * kCount;  // of a vector
   static constexpr size_t kPlane = 8 * bits;                // bytes of a chunk

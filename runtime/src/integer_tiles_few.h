@@ -50,7 +50,7 @@ void tile_dot_steps(const Task& task, size_t i, TileStreams at, const uint16_t* 
     for (size_t r = 0; r < rows; ++r) {
       for (size_t v = 0; v < kHalves; ++v) level_sums[r][v] = picked_sums[r][v] = Vec32::zero_ints();
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (size_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 2
       for (size_t slot = 0; slot < keep; ++slot, at.codes += 8 * bits, at.pattern += 16) {
