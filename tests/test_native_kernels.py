@@ -193,6 +193,16 @@ def test_bytes_are_taken_apart_after_interleaving(isa: str, bits: int, block_siz
         np.testing.assert_array_equal(one, two[:1])
 
 
+@pytest.mark.parametrize("pattern", ["dense", "bitmap"])
+def test_scales_that_are_not_finite_stay_in_their_row(isa: str, pattern: str) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, Layout.uniform(9, 3 * 64, 3, 64, midrise=True, pattern=Pattern.parse(pattern)))
+    weight.scales[4] = np.inf
+    a = rng.standard_normal((1, 3 * 64)).astype(np.float32)
+    (actual,) = native_session(op_model(weight, True, 4, functions=zero_functions())).run(None, {"A": a})
+    assert np.isfinite(actual).tolist() == [[row != 4 for row in range(9)]]
+
+
 @pytest.mark.parametrize("accuracy_level", [0, 4])
 @pytest.mark.parametrize("pattern", ["dense", "bitmap", "1:4"])
 def test_long_rows(isa: str, pattern: str, accuracy_level: int) -> None:

@@ -5,6 +5,7 @@
 #include "decode.h"
 #include "kernels.h"
 #include "simd/vec.h"
+#include "vector.h"
 
 namespace fips {
 namespace FIPS_ISA {
@@ -139,13 +140,11 @@ void fields_dot(const Task& task, size_t i, const SegmentRows& segment, const ui
 
 #endif
 
-// A row's scales as floats, kLanes from block `block`: what lies past the row's end is anything. blocks: of a row.
+// A row's scales as floats, kLanes from block `block`, then zeros. blocks: of a row.
 inline Vec::Floats row_scales(const Weight& w, size_t blocks, size_t row, size_t block) {
-  const size_t place = row * blocks + block, all = w.layout->rows * blocks;
-  if (place + Vec::kLanes <= all) return Vec::halves(w.scales + place);
-  uint16_t rest[Vec::kLanes] = {};
-  std::memcpy(rest, w.scales + place, (all - place) * sizeof(uint16_t));
-  return Vec::halves(rest);
+  const uint16_t* scales = w.scales + row * blocks + block;
+  if (block + Vec::kLanes <= blocks) return Vec::halves(scales);
+  return reinterpret_cast<Vec::Floats>(floats_from_halves(scales, blocks - block, 1));
 }
 
 // Outputs [first, first + count): `outputs` of them, or one, which is then computed as often. segments: what their rows
