@@ -75,7 +75,7 @@ struct FieldProducts {
       return;
     }
     const __m256i all = Vec32::load(bytes);
-    const __m256i first = Vec32::fill((1 << bits) - 1), second = Vec32::fill(((1 << bits) - 1) << bits % 8);
+    const __m256i first = Vec32::fill((1 << bits) - 1), second = Vec32::fill(((1 << bits) - 1) << bits);
     lower = _mm256_dpbusd_epi32(lower, _mm256_and_si256(all, first), a[0]);
     upper = _mm256_dpbusd_epi32(upper, _mm256_and_si256(all, second), a[1]);
     if constexpr (bits == 2) {

@@ -205,10 +205,10 @@ void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint
 // Where the scale of a row's block is; the following blocks are `scale_step` further each.
 inline const uint16_t* first_scale(const Weight& w, size_t segment, size_t row) {
   const Layout& layout = *w.layout;
-  if (!layout.n_of_m()) return w.scales + row * layout.blocks();
+  if (!layout.n_of_m()) return w.scales + row * layout.blocks;
   const size_t in_segment = row - layout.segments[segment].row_begin;
   const size_t tile = w.index->starts[segment].tile + in_segment / kTileRows;
-  return w.scales + tile * layout.blocks() * kTileRows + in_segment % kTileRows;
+  return w.scales + tile * layout.blocks * kTileRows + in_segment % kTileRows;
 }
 
 inline size_t scale_step(const Layout& layout) { return layout.n_of_m() ? kTileRows : 1; }

@@ -23,7 +23,7 @@ struct DecodedRows {
 
 // Scratch memory of decode_rows: bytes, scales and biases of each row, products. Rows of floats have room for one
 // vector that starts at the last block.
-size_t decoded_floats(const Layout& layout) { return round_up(layout.blocks(), kLanes) + kLanes; }
+size_t decoded_floats(const Layout& layout) { return round_up(layout.blocks, kLanes) + kLanes; }
 
 size_t decoded_bytes(const Layout& layout) {
   return kDotOutputs * (round_up(layout.columns, 64) + (2 + kDecodedRows) * decoded_floats(layout) * sizeof(float));
@@ -31,7 +31,7 @@ size_t decoded_bytes(const Layout& layout) {
 
 DecodedRows decode_rows(const Weight& w, size_t first, size_t outputs, void* scratch) {
   const Layout& layout = *w.layout;
-  const size_t blocks = layout.blocks(), padded_blocks = round_up(blocks, kLanes);
+  const size_t blocks = layout.blocks, padded_blocks = round_up(blocks, kLanes);
   const size_t byte_stride = round_up(layout.columns, 64), float_stride = decoded_floats(layout);
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
   float* scales = reinterpret_cast<float*>(bytes + kDotOutputs * byte_stride);

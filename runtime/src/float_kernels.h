@@ -160,7 +160,7 @@ template <size_t rows>
 void direct_dot_kernel(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs) {
   const Layout& layout = *task.weight->layout;
   Vector acc[rows][kDotOutputs] = {};
-  for (size_t block = 0; block < layout.blocks(); ++block) {
+  for (size_t block = 0; block < layout.blocks; ++block) {
     Vector sums[rows][kDotOutputs] = {};
     const size_t end = (block + 1) * layout.block_size;
     for (size_t k = block * layout.block_size; k < end; k += kLanes) {

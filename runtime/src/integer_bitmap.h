@@ -5,8 +5,8 @@
 #if defined(__AVX512VBMI2__)
 
 #include "decode.h"
-#include "integer_dense.h"
 #include "kernels.h"
+#include "row_scales.h"
 #include "simd/vec.h"
 
 namespace fips {
@@ -21,8 +21,8 @@ bool bitmap_supported(const Layout& layout, size_t m) {
 // Rows whose codes become bytes together: the next ones need not wait for these then.
 size_t bitmap_rows(const Layout& layout) { return larger(1, kBitmapEntries / layout.columns); }
 
-// Working memory: of every block sums of the activations times what a zero code stands for, scales of A times those of
-// each row; the sums of each row; codes as bytes.
+// Working memory: the sums of each row; of every block offsets (row_scales.h), and scales of A times those of each row;
+// codes as bytes.
 size_t bitmap_scratch_bytes(const Task& task) {
   const Layout& layout = *task.weight->layout;
   const size_t rows = bitmap_rows(layout);
@@ -51,33 +51,22 @@ inline const uint8_t* bitmap_dot(const Task& task, const Part& part, uint64_t ab
 void bitmap_tile(const Task& task, size_t tile, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const size_t blocks = layout.blocks(), stride = task.block_stride, at_once = bitmap_rows(layout);
+  const size_t stride = task.block_stride, at_once = bitmap_rows(layout);
   Vec::Floats* acc = static_cast<Vec::Floats*>(scratch);  // [at_once]
   float* offsets = reinterpret_cast<float*>(acc + at_once);
   float* products = offsets + stride;  // [at_once][stride]
   uint8_t* bytes = reinterpret_cast<uint8_t*>(products + at_once * stride);
+  const float unit = layout.segments.front().encoding.unit;  // of all
   const size_t tile_begin = tile * task.tile_outputs;
   const size_t tile_end = smaller(tile_begin + task.tile_outputs, layout.rows);
   for_each_row_range(layout, tile_begin, tile_end, [&](size_t range_begin, size_t range_end) {
-    std::memset(offsets, 0, stride * sizeof(float));
-    for_each_part(layout, range_begin, range_begin + 1, 0, layout.columns, [&](const Part& part) {
-      const Encoding& e = layout.segments[part.segment].encoding;
-      for (size_t block = part.begin / layout.block_size; block < part.end / layout.block_size; ++block) {
-        offsets[block] = -e.bias * e.unit * task.sums[block];
-      }
-    });
+    write_offsets(task, range_begin, offsets);
     for (size_t first = range_begin, last; first < range_end; first = last) {
       last = smaller(first + at_once, range_end);
       for (size_t row = first; row < last; ++row) {
-        Vec::Floats sum = Vec::zero();
-        for (size_t block = 0; block < blocks; block += Vec::kLanes) {
-          const Vec::Floats scales = row_scales(w, blocks, row, block);
-          sum = Vec::multiply_add(Vec::load_floats(offsets + block), scales, sum);
-          const Vec::Floats unit = Vec::set(layout.segments.front().encoding.unit);
-          Vec::store_floats(products + (row - first) * stride + block,
-                            Vec::multiply(Vec::multiply(Vec::load_floats(task.scales + block), unit), scales));
-        }
-        acc[row - first] = sum;
+        Vec::Floats sums[1];
+        begin_row(task, 0, row, offsets, products + (row - first) * stride, 0, sums);
+        acc[row - first] = sums[0];
       }
       for_each_part(layout, first, last, 0, layout.columns, [&](const Part& part) {
         const Segment& segment = layout.segments[part.segment];
@@ -98,7 +87,7 @@ void bitmap_tile(const Task& task, size_t tile, void* scratch) {
         }
       });
       for (size_t row = first; row < last; ++row) {
-        task.y[row] = Vec::sum(acc[row - first]) + (task.bias ? task.bias[row] : 0.0f);
+        task.y[row] = unit * Vec::sum(acc[row - first]) + (task.bias ? task.bias[row] : 0.0f);
       }
     }
   });

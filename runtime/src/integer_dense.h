@@ -4,8 +4,8 @@
 #include "chunk_halves.h"
 #include "decode.h"
 #include "kernels.h"
+#include "row_scales.h"
 #include "simd/vec.h"
-#include "vector.h"
 
 namespace fips {
 namespace FIPS_ISA {
@@ -140,37 +140,19 @@ void fields_dot(const Task& task, size_t i, const SegmentRows& segment, const ui
 
 #endif
 
-// A row's scales as floats, kLanes from block `block`, then zeros. blocks: of a row.
-inline Vec::Floats row_scales(const Weight& w, size_t blocks, size_t row, size_t block) {
-  const uint16_t* scales = w.scales + row * blocks + block;
-  if (block + Vec::kLanes <= blocks) return Vec::halves(scales);
-  return reinterpret_cast<Vec::Floats>(floats_from_halves(scales, blocks - block, 1));
-}
-
 // Outputs [first, first + count): `outputs` of them, or one, which is then computed as often. segments: what their rows
-// have in each. offsets [m][block_stride]: sums of the activations times what a zero code stands for. products: room for
-// rows * outputs * block_stride.
+// have in each. offsets: of write_offsets. products: room for rows * outputs * block_stride.
 template <size_t rows, size_t outputs>
 void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const SegmentRows* segments,
                    size_t segment_count, const float* offsets, float* products) {
-  const Weight& w = *task.weight;
-  const Layout& layout = *w.layout;
-  const size_t blocks = layout.blocks(), stride = task.block_stride;
+  const Layout& layout = *task.weight->layout;
+  const size_t stride = task.block_stride;
   Vec::Floats acc[rows][outputs];
   for (size_t j = 0; j < outputs; ++j) {
+    Vec::Floats sums[rows];
     const size_t row = first + (count == outputs ? j : 0);
-    Vec::Floats offset[rows];  // in registers
-    for (size_t r = 0; r < rows; ++r) offset[r] = Vec::zero();
-    for (size_t block = 0; block < blocks; block += Vec::kLanes) {
-      const Vec::Floats scales = row_scales(w, blocks, row, block);
-      for (size_t r = 0; r < rows; ++r) {
-        const size_t place = (i + r) * stride + block;
-        offset[r] = Vec::multiply_add(Vec::load_floats(offsets + place), scales, offset[r]);
-        Vec::store_floats(products + (r * outputs + j) * stride + block,
-                          Vec::multiply(Vec::load_floats(task.scales + place), scales));
-      }
-    }
-    for (size_t r = 0; r < rows; ++r) acc[r][j] = offset[r];
+    begin_row(task, i, row, offsets, products + j * stride, outputs * stride, sums);
+    for (size_t r = 0; r < rows; ++r) acc[r][j] = sums[r];
   }
   for (size_t s = 0; s < segment_count; ++s) {
     const SegmentRows& segment = segments[s];
@@ -212,22 +194,16 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
 void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const size_t stride = task.block_stride;
-  float* products = offsets + task.m * stride;
+  float* products = offsets + task.m * task.block_stride;
   for_each_row_range(layout, first, last, [&](size_t begin, size_t end) {
     SegmentRows segments[4];
     size_t count = 0, longest = 0;
-    std::memset(offsets, 0, task.m * stride * sizeof(float));
+    write_offsets(task, begin, offsets);
     for_each_part(layout, begin, begin + 1, 0, layout.columns, [&](const Part& part) {
       const Segment& segment = layout.segments[part.segment];
       const uint8_t* codes = w.codes + w.index->starts[part.segment].codes;
       const SegmentRows rows{segment.bits, codes - segment.row_begin * segment.row_bytes(), segment.row_bytes(),
                              part.begin / layout.block_size, part.end / layout.block_size};
-      for (size_t i = 0; i < task.m; ++i) {
-        for (size_t block = rows.block_begin; block < rows.block_end; ++block) {
-          offsets[i * stride + block] = -segment.encoding.bias * task.sums[i * stride + block];
-        }
-      }
       segments[count++] = rows;
       longest = larger(longest, rows.row_bytes);
     });

@@ -348,8 +348,8 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
         end = smaller(begin + kGroup * layout.block_size, part.end);
         const size_t blocks = (end - begin) / layout.block_size;
         uint16_t scales[kGroup][kRun];
-        turn_scales(w.scales + run * layout.blocks() + begin / layout.block_size, layout.blocks(), count, blocks,
-                    w.scales + layout.rows * layout.blocks(), scales);
+        turn_scales(w.scales + run * layout.blocks + begin / layout.block_size, layout.blocks, count, blocks,
+                    w.scales + layout.rows * layout.blocks, scales);
         // All before the products: of one block alone, the CPU would wait for each step to end.
         for (size_t block = 0; block < blocks; ++block) {
           for (size_t i = 0; i < task.m; ++i) {

@@ -13,7 +13,7 @@ namespace {
 template <typename V, size_t rows, size_t steps>
 void integer_row_kernel(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs) {
   const Layout& layout = *task.weight->layout;
-  const size_t blocks = layout.blocks(), stride = task.block_stride;
+  const size_t blocks = layout.blocks, stride = task.block_stride;
   const size_t block_steps = steps ? steps : layout.block_size / V::kBytes;
   typename V::Floats acc[rows][kDotOutputs];
   for (size_t r = 0; r < rows; ++r) {

@@ -142,7 +142,7 @@ inline void with_tile(const Weight& w, size_t s, size_t tile, Visit visit) {
       const TileStreams at{w.codes + start.codes + tile * chunks * (8 * bits),
                            w.pattern + start.pattern + tile * chunks * 16};
       const float zero_point = static_cast<float>(1 << (bits - 1)) - (layout.midrise ? 0.5f : 0.0f);
-      visit(width, at, w.scales + (start.tile + tile) * layout.blocks() * kTileRows,
+      visit(width, at, w.scales + (start.tile + tile) * layout.blocks * kTileRows,
             segment.column_begin / layout.block_size, segment.column_end / layout.block_size, zero_point);
     }
   });

@@ -207,7 +207,7 @@ class MatMulKernel {
   }
 
   void check_scales(const Tensor& scales) const {
-    const int64_t blocks = static_cast<int64_t>(layout_.blocks());
+    const int64_t blocks = static_cast<int64_t>(layout_.blocks);
     if (layout_.n_of_m()) {
       require_shape("scales", scales, {static_cast<int64_t>(layout_.tiles()), blocks, static_cast<int64_t>(kTileRows)});
     } else {

@@ -113,14 +113,14 @@ size_t tile_outputs(const Task& task, const Kernels& kernels) {
 void rounded_matmul(Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
   const Layout& layout = *task.weight->layout;
   const size_t k = task.k();
-  const size_t stride = round_up(layout.blocks(), kernels.vector_floats);
+  const size_t stride = round_up(layout.blocks, kernels.vector_floats);
   const AlignedArray<int8_t> codes(task.m * k);
   const AlignedArray<float> scales(task.m * stride), sums(task.m * stride);
   std::fill_n(scales.get(), task.m * stride, 0.0f);
   std::fill_n(sums.get(), task.m * stride, 0.0f);
   const bool offset = task.integers && kernels.wants_offset(layout, task.m);
   const auto quantize = [&](size_t i) {
-    for (size_t block = 0; block < layout.blocks(); ++block) {
+    for (size_t block = 0; block < layout.blocks; ++block) {
       const size_t size = layout.block_size, place = i * stride + block;
       int8_t* out = codes.get() + (block * task.m + i) * size;
       kernels.quantize_block(task.a + i * k + block * size, size, out, scales.get() + place, sums.get() + place);

@@ -106,6 +106,7 @@ Layout::Layout(const Attributes& a) {
           "block_size " + std::to_string(a.block_size) + " does not divide the " + std::to_string(columns) +
               " columns");
   block_size = static_cast<size_t>(a.block_size);
+  blocks = columns / block_size;
   const size_t unit = of > 1 ? 8 * of / keep : 8;
   require(block_size % unit == 0,
           "block_size " + std::to_string(block_size) + " is not a multiple of " + std::to_string(unit));

@@ -55,6 +55,7 @@ struct Layout {
   explicit Layout(const Attributes& attributes);
 
   size_t rows, columns, block_size;
+  size_t blocks;  // of a row; kept, as to divide takes as long as 64 products
   bool trans_b, midrise;
   bool columns_cut;  // segments are ranges of columns, else of rows
   int accuracy_level;
@@ -65,7 +66,6 @@ struct Layout {
   bool bitmap() const { return of == 1; }
   bool n_of_m() const { return of > 1; }
   int index_bits() const { return of == 8 ? 3 : of == 4 ? 2 : of == 1 ? 1 : 0; }
-  size_t blocks() const { return columns / block_size; }
   // n:m: of all segments.
   size_t tiles() const;
   // No byte is left to mean "absent" beside 256 half-integer levels: decoding then fills a separate mask.

@@ -102,7 +102,7 @@ bool survives(Case c, const fips::Kernels& kernels) {
   try {
     const fips::Layout layout(c.attributes);
     const fips::StreamIndex index(layout, c.pattern.data(), c.pattern.size(), c.codes.size());
-    c.scales.assign(layout.n_of_m() ? layout.tiles() * layout.blocks() * fips::kTileRows : layout.rows * layout.blocks(), 0x3c00);
+    c.scales.assign(layout.n_of_m() ? layout.tiles() * layout.blocks * fips::kTileRows : layout.rows * layout.blocks, 0x3c00);
     c.a.assign(c.m * (layout.trans_b ? layout.columns : layout.rows), 0.0f);
     c.bias.assign(layout.trans_b ? layout.rows : layout.columns, 0.0f);
     c.expected.assign(c.m * c.bias.size(), 1.0f);
