@@ -18,13 +18,6 @@ inline __m256i twice(const uint8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-// Two parts of 16 bytes, of which the second is `ahead` bytes after the first.
-inline __m256i two_parts(const int8_t* p, size_t ahead) {
-  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(first),
-                                 _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + ahead)), 1);
-}
-
 // The codes of a chunk: vector 0 has integers 0 to 15 and 32 to 47 of it, vector 1 the others, kUnit times as large.
 template <int bits>
 struct HalfLevels {
@@ -48,40 +41,6 @@ struct HalfLevels {
       const __m256i high = _mm256_rolv_epi64(_mm256_set1_epi64x(plane), _mm256_setr_epi64x(2, 1, 62, 61));
       out[0] = Vec32::and_or(high, Vec32::fill(4), out[0]);
       out[1] = Vec32::and_or(high, Vec32::fill(16), out[1]);
-    }
-  }
-};
-
-// Products of kBytes bytes of a dense row, which are kColumns codes, with as many activations.
-template <int bits>
-struct FieldProducts {
-  static constexpr bool kUsed = bits < 8;
-  static constexpr size_t kColumns = bits == 2 ? 128 : 64, kBytes = kColumns / 8 * bits;
-  static constexpr size_t kFields = bits == 2 ? 4 : 2;
-  static constexpr int kShift = bits == 3 ? 2 : bits;  // by which sums in `upper` are too high
-
-  static void load(const int8_t* a, __m256i (&fields)[kFields]) {
-    for (size_t f = 0; f < kFields; ++f) {
-      fields[f] = bits == 4 ? Vec32::load(a + 32 * f) : two_parts(a + 16 * f, bits == 2 ? 64 : 32);
-    }
-  }
-
-  static void add(const uint8_t* bytes, const __m256i (&a)[kFields], __m256i& lower, __m256i& upper) {
-    if constexpr (bits == 3) {
-      __m256i levels[kHalves];
-      HalfLevels<3>::read(bytes, levels);
-      lower = _mm256_dpbusd_epi32(lower, levels[0], a[0]);
-      upper = _mm256_dpbusd_epi32(upper, levels[1], a[1]);
-      return;
-    }
-    const __m256i all = Vec32::load(bytes);
-    const __m256i first = Vec32::fill((1 << bits) - 1), second = Vec32::fill(((1 << bits) - 1) << bits);
-    lower = _mm256_dpbusd_epi32(lower, _mm256_and_si256(all, first), a[0]);
-    upper = _mm256_dpbusd_epi32(upper, _mm256_and_si256(all, second), a[1]);
-    if constexpr (bits == 2) {
-      const __m256i rest = _mm256_srli_epi16(all, 4);
-      lower = _mm256_dpbusd_epi32(lower, _mm256_and_si256(rest, first), a[2]);
-      upper = _mm256_dpbusd_epi32(upper, _mm256_and_si256(rest, second), a[3]);
     }
   }
 };

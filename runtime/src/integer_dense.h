@@ -1,7 +1,6 @@
 // Few rows of rounded activations times a dense weight, B = S.T, of which the packed chunks are read directly.
 #pragma once
 
-#include "chunk_halves.h"
 #include "decode.h"
 #include "kernels.h"
 #include "row_scales.h"
@@ -102,44 +101,6 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
   }
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-
-// As dense_dot, for one row of A and blocks of whole vectors.
-template <int bits, size_t outputs, size_t kVectors>
-void fields_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* b, size_t b_stride,
-                const float* products, Vec::Floats (&sums)[1][outputs]) {
-  using Fields = FieldProducts<bits>;
-  const size_t block_size = task.weight->layout->block_size, stride = task.block_stride;
-  const size_t vectors = kVectors ? kVectors : block_size / Fields::kColumns;
-  Ahead ahead(b, outputs, segment.row_bytes, vectors * Fields::kBytes);
-  __m256 acc[outputs];
-  for (size_t j = 0; j < outputs; ++j) acc[j] = Vec32::zero();
-  const size_t a_step = task.m * block_size;
-  const int8_t* a = task.block_codes(i, segment.block_begin);
-  products += segment.block_begin;
-  for (size_t block = segment.block_begin; block < segment.block_end; ++block) {
-    ahead.ask<outputs>();
-    __m256i lower[outputs], upper[outputs];
-    for (size_t j = 0; j < outputs; ++j) lower[j] = upper[j] = Vec32::zero_ints();
-    for (size_t v = 0; v < vectors; ++v, b += Fields::kBytes) {
-      __m256i fields[Fields::kFields];
-      Fields::load(a + v * Fields::kColumns, fields);
-#pragma GCC unroll 4
-      for (size_t j = 0; j < outputs; ++j) Fields::add(b + j * b_stride, fields, lower[j], upper[j]);
-    }
-#pragma GCC unroll 4
-    for (size_t j = 0; j < outputs; ++j) {
-      const __m256i total = _mm256_add_epi32(lower[j], _mm256_srai_epi32(upper[j], Fields::kShift));
-      acc[j] = Vec32::multiply_add(Vec32::floats(total), Vec32::set(products[j * stride]), acc[j]);
-    }
-    a += a_step;
-    ++products;
-  }
-  for (size_t j = 0; j < outputs; ++j) sums[0][j] = _mm512_add_ps(sums[0][j], _mm512_zextps256_ps512(acc[j]));
-}
-
-#endif
-
 // Outputs [first, first + count): `outputs` of them, or one, which is then computed as often. segments: what their rows
 // have in each. offsets: of write_offsets. products: room for rows * outputs * block_stride.
 template <size_t rows, size_t outputs>
@@ -160,22 +121,7 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
     const size_t b_stride = count == outputs ? segment.row_bytes : 0;
     with_bits(segment.bits, [&](auto width) {
       constexpr int bits = decltype(width)::kValue;
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-      using Fields = FieldProducts<bits>;
-      constexpr bool kFields = rows == 1 && outputs > 1 && Fields::kUsed;
-      if constexpr (kFields) {
-        if (layout.block_size % Fields::kColumns == 0) {
-          const auto dot = layout.block_size == 2 * kChunk ? fields_dot<bits, outputs, 2 * kChunk / Fields::kColumns>
-                                                           : fields_dot<bits, outputs, 0>;
-          return dot(task, i, segment, b, b_stride, products, acc);
-        }
-      }
-      // Blocks are whole chunks.
-      constexpr bool kAll = kFields && kChunk % Fields::kColumns == 0;
-#else
-      constexpr bool kAll = false;
-#endif
-      if constexpr (!kAll && (bits < 8 || Vec::kEightBits)) {
+      if constexpr (bits < 8 || Vec::kEightBits) {
         const auto dot = layout.block_size == 2 * kChunk ? dense_dot<bits, rows, outputs, usual(2)>
                          : layout.block_size == kChunk   ? dense_dot<bits, rows, outputs, usual(1)>
                                                          : dense_dot<bits, rows, outputs, 0>;

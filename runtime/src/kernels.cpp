@@ -8,6 +8,7 @@
 #include "float_kernels.h"
 #include "integer_bitmap.h"
 #include "integer_dense.h"
+#include "integer_fields.h"
 #include "integer_outer.h"
 #include "integer_rows.h"
 #include "integer_tiles.h"
@@ -31,6 +32,9 @@ size_t rows_scratch_bytes(const Task& task) { return decoded_bytes(*task.weight-
 const Choice kIntegers[] = {
 #if defined(__AVX512VBMI2__)
     {bitmap_supported, bitmap_scratch_bytes, bitmap_tile},
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    {fields_supported, fields_scratch_bytes, fields_tile},
 #endif
     {dense_supported, dense_scratch_bytes, dense_tile},
     {tiles_supported, tiles_scratch_bytes, tiles_tile},
