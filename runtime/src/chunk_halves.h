@@ -39,8 +39,9 @@ struct HalfLevels {
       std::memcpy(&plane, chunk + 16, 8);
       // Of vector 0, lane q of 8 bytes has bit 0, 1, 4 or 5 of every byte; it belongs into bit 2.
       const __m256i high = _mm256_rolv_epi64(_mm256_set1_epi64x(plane), _mm256_setr_epi64x(2, 1, 62, 61));
-      out[0] = Vec32::and_or(high, Vec32::fill(4), out[0]);
-      out[1] = Vec32::and_or(high, Vec32::fill(16), out[1]);
+      // out | (high & bit), in the register of `out`: and_or would copy `high`.
+      out[0] = _mm256_ternarylogic_epi64(out[0], high, Vec32::fill(4), 0xf8);
+      out[1] = _mm256_ternarylogic_epi64(out[1], high, Vec32::fill(16), 0xf8);
     }
   }
 };
