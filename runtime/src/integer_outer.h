@@ -32,24 +32,22 @@ struct Rounded {
   float sum;                     // scale times the sum of all
 };
 
-// values [kRun] → rounded. A run with a value that is not finite gets the scale NaN.
-inline void round_run(const float* values, Rounded& out) {
-  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-  typedef int8_t Narrow __attribute__((vector_size(kLanes)));
-  // Without their sign, floats are ordered as their bits are as integers; infinities and NaNs come last.
+typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+
+// The largest magnitudes of values [kRun], in lanes. Without their sign, floats are ordered as their bits are as
+// integers; infinities and NaNs come last.
+inline Integers largest_of(const float* values) {
   Integers largest = {};
   for (size_t k = 0; k < kRun; k += kLanes) {
     const Integers magnitude = reinterpret_cast<Integers>(load(values + k)) & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const int32_t bits = max_lanes(largest);
-  if (bits >= 0x7f800000) {
-    std::memset(&out, 0, sizeof out);
-    out.scale = out.sum = NAN;
-    return;
-  }
-  float maximum;
-  std::memcpy(&maximum, &bits, 4);
+  return largest;
+}
+
+// values [kRun] → rounded. maximum: of their magnitudes.
+inline void round_run(const float* values, float maximum, Rounded& out) {
+  typedef int8_t Narrow __attribute__((vector_size(kLanes)));
   const Vector factor = broadcast(maximum > 0.0f ? kLargest / maximum : 0.0f);
   Vector sum = {};
   for (size_t k = 0; k < kRun; k += kLanes) {
@@ -90,14 +88,33 @@ inline void turn_scales(const uint16_t* stored, size_t stride, size_t count, siz
   }
 }
 
-// Activations a [count] times the scales of a block, rounded.
-inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[kRun], Rounded& out) {
-  float scaled[kRun] = {};
-  std::memcpy(scaled, a, count * sizeof(float));
-  for (size_t k = 0; k < kRun; k += Vec::kLanes) {
-    Vec::store_floats(scaled + k, Vec::multiply(Vec::load_floats(scaled + k), Vec::halves(scales + k)));
+// Activations a [count] times the scales of each block, rounded: out[block * step]. All maxima come first: the CPU would
+// wait for each of them. A block with a product that is not finite gets the scale NaN.
+inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[kGroup][kRun], size_t blocks,
+                         Rounded* out, size_t step) {
+  float activations[kRun] = {}, scaled[kGroup][kRun];
+  Integers largest[kGroup];
+  std::memcpy(activations, a, count * sizeof(float));
+  for (size_t block = 0; block < blocks; ++block) {
+    for (size_t k = 0; k < kRun; k += Vec::kLanes) {
+      const Vec::Floats scale = Vec::halves(scales[block] + k);
+      Vec::store_floats(scaled[block] + k, Vec::multiply(Vec::load_floats(activations + k), scale));
+    }
+    largest[block] = largest_of(scaled[block]);
   }
-  round_run(scaled, out);
+  int32_t maxima[kGroup];  // bits of floats
+  for (size_t block = 0; block < blocks; ++block) maxima[block] = max_lanes(largest[block]);
+  for (size_t block = 0; block < blocks; ++block) {
+    Rounded& rounded = out[block * step];
+    if (maxima[block] >= 0x7f800000) {
+      std::memset(&rounded, 0, sizeof rounded);
+      rounded.scale = rounded.sum = NAN;
+      continue;
+    }
+    float maximum;
+    std::memcpy(&maximum, &maxima[block], sizeof maximum);
+    round_run(scaled[block], maximum, rounded);
+  }
 }
 
 // y += totals · scale + offset. totals: of the vectors of Vec::interleave4; place(i): where in y the columns of byte
@@ -350,11 +367,8 @@ void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
         uint16_t scales[kGroup][kRun];
         turn_scales(w.scales + run * layout.blocks + begin / layout.block_size, layout.blocks, count, blocks,
                     w.scales + layout.rows * layout.blocks, scales);
-        // All before the products: of one block alone, the CPU would wait for each step to end.
-        for (size_t block = 0; block < blocks; ++block) {
-          for (size_t i = 0; i < task.m; ++i) {
-            round_scaled(task.a + i * layout.rows + run, count, scales[block], rounded[block * task.m + i]);
-          }
+        for (size_t i = 0; i < task.m; ++i) {
+          round_scaled(task.a + i * layout.rows + run, count, scales, blocks, rounded + i, task.m);
         }
         with_bits(segment.bits, [&](auto bit_width) {
           constexpr int bits = decltype(bit_width)::kValue;
