@@ -34,15 +34,15 @@ struct Rounded {
 
 typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
 
-// The largest magnitudes of values [kRun], in lanes. Without their sign, floats are ordered as their bits are as
+// The largest magnitude of values [kRun], as bits. Without their sign, floats are ordered as their bits are as
 // integers; infinities and NaNs come last.
-inline Integers largest_of(const float* values) {
+inline int32_t largest_of(const float* values) {
   Integers largest = {};
   for (size_t k = 0; k < kRun; k += kLanes) {
     const Integers magnitude = reinterpret_cast<Integers>(load(values + k)) & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
   }
-  return largest;
+  return max_lanes(largest);
 }
 
 // values [kRun] → rounded. maximum: of their magnitudes.
@@ -93,17 +93,15 @@ inline void turn_scales(const uint16_t* stored, size_t stride, size_t count, siz
 inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[kGroup][kRun], size_t blocks,
                          Rounded* out, size_t step) {
   float activations[kRun] = {}, scaled[kGroup][kRun];
-  Integers largest[kGroup];
+  int32_t maxima[kGroup];  // bits of floats
   std::memcpy(activations, a, count * sizeof(float));
   for (size_t block = 0; block < blocks; ++block) {
     for (size_t k = 0; k < kRun; k += Vec::kLanes) {
       const Vec::Floats scale = Vec::halves(scales[block] + k);
       Vec::store_floats(scaled[block] + k, Vec::multiply(Vec::load_floats(activations + k), scale));
     }
-    largest[block] = largest_of(scaled[block]);
+    maxima[block] = largest_of(scaled[block]);
   }
-  int32_t maxima[kGroup];  // bits of floats
-  for (size_t block = 0; block < blocks; ++block) maxima[block] = max_lanes(largest[block]);
   for (size_t block = 0; block < blocks; ++block) {
     Rounded& rounded = out[block * step];
     if (maxima[block] >= 0x7f800000) {
