@@ -20,8 +20,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.table import format_memory, format_table
 from benchmarks.timing import BANDWIDTH_METHOD, read_bandwidth
 from benchmarks.without_avx512 import is_hidden, run_without_avx512
-from pipeline.errors import InputError
-from pipeline.files import write_aside, write_json
+from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.files import write_aside, write_json
 
 _CACHE_SHARE = 1.25
 """Cold weights of a model, of the last-level cache."""

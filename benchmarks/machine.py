@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.without_avx512 import HIDDEN_FLAGS, is_hidden
-from pipeline.hardware import describe_hardware
+from pipeline.plumbing.hardware import describe_hardware
 
 _RELEVANT_FLAGS = ("avx", "amx", "fma", "f16c", "bmi2", "asimd", "sve", "i8mm", "bf16")
 """Beginnings of the names of instruction sets for vectors and matrices."""

@@ -14,8 +14,8 @@ from benchmarks.graph import Graph
 from benchmarks.shapes import Shape
 from benchmarks.timing import BoundRun, open_session
 from benchmarks.variants import BASELINES, GROUP, Variant, basis_variants, mlp_variants, product_variants
-from pipeline.progress import Progress
-from pipeline.turns import interleave
+from pipeline.evaluation.turns import interleave
+from pipeline.plumbing.progress import Progress
 
 KINDS: dict[str, Callable[[Shape, int], list[Variant]]] = {
     "mlp": mlp_variants,
@@ -135,7 +135,7 @@ def _save_models(folder: Path, variants: Sequence[Variant], layers: Mapping[str,
 def _times(
     comparison: Comparison, sessions: Mapping[str, onnxruntime.InferenceSession], rows: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of whole runs (see :func:`pipeline.turns.interleave`), after a check of their outputs."""
+    """Seconds of whole runs (see :func:`pipeline.evaluation.turns.interleave`), after a check of their outputs."""
     runs = {name: BoundRun(session, rows) for name, session in sessions.items()}
     for name, run in runs.items():
         run()

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pipeline.plumbing.errors import InputError
 
 HIDDEN_FLAGS = ("avx512", "avx_vnni", "avx_ifma", "avx_ne", "amx")
 """Beginnings of the names, as in /proc/cpuinfo, of what is hidden."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from exporters import passes
 from exporters.genai_builder import new_builder, silent
 from exporters.modules import PackedMatrix, PackedMLPModule, PackedProjection, input_node, linear_node
-from exporters.rest import NBitsEmbedding, NBitsLinear
+from exporters.nbits import NBitsEmbedding, NBitsLinear
 from fips_ort.ops import DOMAIN, node_attributes, op_type
 
 MAX_LENGTH = 8192

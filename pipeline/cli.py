@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.console import table_console
-from pipeline.engines import Engine
-from pipeline.environment import prepare_process
-from pipeline.errors import InputError, StageError
-from pipeline.progress import Progress
-from pipeline.recipe import load_recipe
+from pipeline.plumbing.console import table_console
+from pipeline.plumbing.engines import Engine
+from pipeline.plumbing.environment import prepare_process
+from pipeline.plumbing.errors import InputError, StageError
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.reading import load_recipe
 
 app = typer.Typer(
     name="fips",
@@ -164,7 +164,7 @@ def bench(
     """Time an artefact, interleaved, medians: an image classifier's native kernels beside its portable functions, a
     language model beside the dense one at int4 as onnxruntime-genai's builder exports it, and other folders."""
     from fips_ort.manifest import MANIFEST, read_manifest
-    from pipeline.recipe import parse_recipe
+    from pipeline.recipe.reading import parse_recipe
 
     threads = threads or os.cpu_count() or 1
     manifest = read_manifest(artifact)
@@ -182,7 +182,7 @@ def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> N
 
     from fips_ort.manifest import read_manifest
     from fips_ort.memory import measure_memory
-    from pipeline.bench import artefact_sessions, seconds_per_run
+    from pipeline.evaluation.image_speed import artefact_sessions, seconds_per_run
 
     golden = np.load(artifact / read_manifest(artifact).golden.inputs["pixel_values"])
     pixel_values = np.resize(golden, (batch, *golden.shape[1:]))
@@ -203,8 +203,8 @@ def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> N
 
 def _bench_tokens(artifact: Path, threads: int, beside: list[Path]) -> None:
     from fips_ort.manifest import MANIFEST, read_manifest
-    from pipeline.bench_causal_lm import bench_recipe
-    from pipeline.recipe import parse_recipe
+    from pipeline.evaluation.text_speed import bench_recipe
+    from pipeline.recipe.reading import parse_recipe
 
     recipe = parse_recipe(read_manifest(artifact).recipe, str(artifact / MANIFEST))
     measured = bench_recipe(artifact, recipe, threads, beside)

@@ -16,14 +16,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.allocate import choices_of, largest_choice
-from pipeline.console import table_console
-from pipeline.errors import InputError
-from pipeline.models.adapters import MLPSite, find_mlps
+from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import language_model_class, load_language_config
-from pipeline.models.loading import load_config, model_class
-from pipeline.plan import GroupPlan, GroupSize, Plan, given_segments, group_size, make_plan
-from pipeline.recipe import (
+from pipeline.models.image_classifier import load_config, model_class
+from pipeline.plumbing.console import table_console
+from pipeline.plumbing.errors import InputError
+from pipeline.quantization.rest_start import ROWS_AT_ONCE
+from pipeline.recipe.choices import choices_of, largest_choice
+from pipeline.recipe.plan import GroupPlan, GroupSize, MLPSite, Plan, given_segments, group_size, make_plan
+from pipeline.recipe.schema import (
     CausalLanguageModel,
     EndToEnd,
     ImageFolderData,
@@ -32,7 +33,6 @@ from pipeline.recipe import (
     ScratchModel,
     TextSection,
 )
-from pipeline.rest_start import ROWS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Estimate:
 
 def estimate(recipe: Recipe) -> Estimate:
     """Plan a run, with the largest choices where some are left to an allocation. Raises InputError for whatever
-    :func:`pipeline.plan.make_plan` refuses, and missing inputs."""
+    :func:`pipeline.recipe.plan.make_plan` refuses, and missing inputs."""
     _check_inputs(recipe)
     choices = []
     if recipe.allocate is not None:
@@ -298,7 +298,7 @@ def _memory(recipe: Recipe, plan: Plan, model: Any, rest_bytes: int, mlp_bytes: 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     compressed = sum(group.dense_parameters for group in plan.groups)
     sites = [site for group in plan.groups for site in group.sites]
-    masked = recipe.compression.pattern != "dense"
+    masked = recipe.compression.is_masked
     held = (4 + masked) * sum(group.parameters for group in plan.groups)
     largest = max(group.parameters for group in plan.groups)
     widest = max(site.hidden for site in sites)

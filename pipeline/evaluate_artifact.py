@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fips_ort.load import load
 from fips_ort.manifest import MANIFEST, read_manifest
-from pipeline.progress import Progress
-from pipeline.recipe import parse_recipe
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.reading import parse_recipe
 from pipeline.tasks import make_task
 
 

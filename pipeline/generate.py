@@ -10,7 +10,7 @@ import onnxruntime_genai
 
 from exporters.genai_config import GENAI_CONFIG
 from fips_ort.manifest import MANIFEST
-from pipeline.errors import InputError
+from pipeline.plumbing.errors import InputError
 
 onnxruntime_genai.disable_telemetry_events()
 

@@ -1,5 +1,5 @@
 """A whole run: the list of stages, in order, with what each depends on; those of single groups are in
-:mod:`pipeline.groups`."""
+:mod:`pipeline.stages.groups`."""
 
 import json
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from torch import nn
 from exporters.modules import install_packed
 from exporters.packed_model import load_packed_model, save_packed_model
 from fips_ort.native import library_path
-from pipeline import deliver, stages
-from pipeline.compress import install
-from pipeline.engines import Engine
+from pipeline.compression.factors import install
 from pipeline.estimate import estimate
-from pipeline.files import file_digest
-from pipeline.groups import calibrate, fit_on_ray, open_dense
-from pipeline.progress import Progress
-from pipeline.quantize import freeze
-from pipeline.recipe import Recipe
+from pipeline.plumbing.engines import Engine
+from pipeline.plumbing.files import file_digest
+from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.run_folder import RunFolder
+from pipeline.quantization.prepare import freeze
+from pipeline.recipe.schema import Recipe
 from pipeline.report.assembly import assemble_report
 from pipeline.report.render import write_report
 from pipeline.report.schema import Report
-from pipeline.run_folder import RunFolder
+from pipeline.stages import deliver, quantize, results, train
+from pipeline.stages.groups import calibrate, fit_on_ray, open_dense
 
 ARTIFACT = "artifact"
 
@@ -43,8 +43,8 @@ def run(
     cluster whose machines see ``folder`` at the same path.
 
     Stages whose inputs have not changed are taken from ``folder/work``, or from ``shared``, where other runs have left
-    what they have in common with this one (:mod:`pipeline.run_folder`). Raises InputError for what the user can
-    mend, StageError if the artefact does not keep what was promised.
+    what they have in common with this one (:mod:`pipeline.plumbing.run_folder`). Raises InputError for what the user
+    can mend, StageError if the artefact does not keep what was promised.
     """
     estimate(recipe)  # refuses what cannot work before anything is computed or written
     run_folder = RunFolder(folder, progress, fresh=fresh, shared=shared)
@@ -75,22 +75,22 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         fit_on_ray(calibrated)
     keys = {group.name: calibrated.factorize(group) for group in plan.groups}
     unquantized = [work / "factorize" / group.name for group in plan.groups]
-    restore = partial(stages.restore_all, task.model, plan)
+    restore = partial(results.restore_all, task.model, plan)
     key = json.dumps(keys)
     if recipe.compression.method == "fips":
         factorized = unquantized
         evaluate("factorized", key, lambda: install(task.model, restore(factorized)))
-        errors["factorized"] = stages.merge_errors(factorized)
+        errors["factorized"] = results.merge_errors(factorized)
     if recipe.fit is not None:
         keys = {group.name: calibrated.fit(group, keys[group.name]) for group in plan.groups}
         fitted = unquantized = [work / "fit" / group.name for group in plan.groups]
         key = json.dumps(keys)
         evaluate("fitted", key, lambda: install(task.model, restore(fitted)))
-        errors["fitted"] = stages.merge_errors(fitted)
+        errors["fitted"] = results.merge_errors(fitted)
 
     # Optional global error minimisation.
     if recipe.finetune is not None:
-        compute = partial(stages.finetune, task=task, plan=plan, before=unquantized)
+        compute = partial(train.finetune, task=task, plan=plan, before=unquantized)
         key = folder.stage(
             "finetune",
             settings["finetune"],
@@ -99,7 +99,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         )
         finetuned = unquantized = [work / "finetune" / group.name for group in plan.groups]
         evaluate("finetuned", key, lambda: install(task.model, restore(finetuned)))
-        errors["finetuned"] = stages.load_errors(work / "finetune")
+        errors["finetuned"] = results.load_errors(work / "finetune")
 
     # Quantization-aware training, in a model whose other weights are as they will be stored.
     schemes = {name: value for name, value in settings["quantization"].items() if name != "training"}
@@ -111,21 +111,21 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         partial(task.store_rest, progress=progress),
     )
     base = task.open_rest(work / "qat" / "rest")
-    models = stages.QuantizationInputs(task, base, plan, unquantized, calibration)
+    models = quantize.QuantizationInputs(task, base, plan, unquantized, calibration)
     rounded = last = work / "qat" / "0-start"
     key = folder.stage(
         "qat/0-start",
         [schemes, chosen_schemes, settings["export"]["accuracy_level"], rest_key],
         key,
-        partial(stages.quantize, inputs=models, progress=progress),
+        partial(quantize.quantize, inputs=models, progress=progress),
     )
-    restore_quantized = partial(stages.restore_quantized, models, rounded)
+    restore_quantized = partial(quantize.restore_quantized, models, rounded)
     if recipe.quantization.training:
         evaluate("rounded", key, lambda: install(base, restore_quantized(rounded)))
-        errors["rounded"] = stages.load_errors(rounded)
+        errors["rounded"] = results.load_errors(rounded)
     for position, entry in enumerate(recipe.quantization.training):
         name = f"qat/{position + 1}-{entry.objective}"
-        compute = partial(stages.train_quantized, inputs=models, position=position, started=rounded, before=last)
+        compute = partial(train.train_quantized, inputs=models, position=position, started=rounded, before=last)
         key = folder.stage(
             name,
             [settings["quantization"]["training"][position], recipe.seed],
@@ -133,10 +133,10 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
             partial(compute, progress=progress),
         )
         last = work / name
-    mlps, base = restore_quantized(last), stages.open_base(models, last)
+    mlps, base = restore_quantized(last), quantize.open_base(models, last)
     fake_quantized = install(base, mlps).eval()
     evaluate("qat", key, lambda: fake_quantized)
-    errors["qat"] = stages.load_errors(last)
+    errors["qat"] = results.load_errors(last)
 
     # Integer codes, artefact, validation, speed, report.
     key = folder.stage("pack", [], key, lambda out: save_packed_model(freeze(mlps), out / "packed.safetensors"))
@@ -160,7 +160,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         if (work / "validate" / backend).is_dir():
             evaluated[backend] = work / "validate" / backend
     folder.stage("bench", [], key, lambda out: deliver.bench(out, task, artifact))
-    segments = stages.load_segments(rounded)
+    segments = quantize.load_segments(rounded)
     report = assemble_report(task, plan, folder, artifact, packed, segments, mlps, evaluated, errors)
     write_report(report, folder.folder)
     return report

@@ -7,25 +7,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from finished_run import FinishedRun
 
 torch.set_num_threads(1)
 # Thousands of empty records for every export, which pytest would collect and show.
 logging.getLogger("torch.__trace").propagate = False
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run of the tiny recipe by the command; not to be changed (copy it)."""
-
-    recipe: Path
-    folder: Path
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +25,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder)
     program = (
-        "from pipeline.environment import prepare_process; prepare_process()\n"
+        "from pipeline.plumbing.environment import prepare_process; prepare_process()\n"
         "from pipeline.tasks import image_classification\n"
         f"image_classification.BENCH_SECONDS = {SHORT_BENCH_SECONDS}\n"
         "from pipeline.cli import main; main()"

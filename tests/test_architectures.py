@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTImagePr
 from fips_ort.manifest import read_manifest
 from fips_ort.validate import validate
 from pipeline.models.adapters import find_mlps
-from pipeline.progress import Progress
-from pipeline.recipe import parse_recipe
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.reading import parse_recipe
 from pipeline.run import run
 from pipeline.tasks import image_classification
 from pipeline.tasks.image_classification import ImageClassificationTask

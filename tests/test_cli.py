@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FinishedRun
+from finished_run import FinishedRun
 from PIL import Image
 from run_samples import TINY, artifact_hashes, fips, hashes, write_recipe
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil

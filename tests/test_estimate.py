@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from causal_lm_samples import tiny_language_model
-from conftest import FinishedRun
+from finished_run import FinishedRun
 from language_samples import byte_level_tokenizer
 from run_samples import TINY, language_recipe, tiny_recipe
 
 from fips_ort.manifest import read_manifest
-from pipeline.errors import InputError
 from pipeline.estimate import PROCESS_BYTES, estimate, print_estimate, shortages
-from pipeline.recipe import LocalTextData, Recipe, parse_recipe
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.reading import parse_recipe
+from pipeline.recipe.schema import LocalTextData, Recipe
 
 
 def test_plan_is_what_the_run_made(finished_run: FinishedRun) -> None:

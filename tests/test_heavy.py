@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from language_samples import byte_level_tokenizer, tiny_config
+from places import RECIPES
 from run_samples import language_recipe, memory_of_stages
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from pipeline.estimate import estimate
-from pipeline.progress import Progress
-from pipeline.recipe import load_recipe
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.reading import load_recipe
 from pipeline.report.schema import Report
 from pipeline.run import run
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 pytestmark = pytest.mark.heavy
 
 

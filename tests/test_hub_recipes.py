@@ -10,6 +10,7 @@ import torch
 from causal_lm_samples import tiny_language_model
 from language_samples import byte_level_tokenizer
 from PIL import Image
+from places import RECIPES
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -31,14 +32,15 @@ from transformers import (
 )
 
 from fips_ort.validate import validate
-from pipeline import bench_causal_lm
-from pipeline.data import ImageData, load_data
-from pipeline.errors import InputError
+from pipeline.data.images import ImageData, load_data
 from pipeline.estimate import estimate
+from pipeline.evaluation import text_speed
 from pipeline.models.adapters import find_mlps, supported_model_types
-from pipeline.models.loading import LoadedModel, load_model, load_preprocessing
-from pipeline.progress import Progress
-from pipeline.recipe import (
+from pipeline.models.image_classifier import LoadedModel, load_model, load_preprocessing
+from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.reading import load_recipe, parse_recipe
+from pipeline.recipe.schema import (
     CausalLanguageModel,
     DigitsData,
     HubTextData,
@@ -46,12 +48,9 @@ from pipeline.recipe import (
     PretrainedModel,
     ScratchModel,
     Training,
-    load_recipe,
-    parse_recipe,
 )
 from pipeline.run import run
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 IMAGE_SIZE = 32
 LABELS = {"id2label": {0: "cat", 1: "dog", 2: "emu"}, "label2id": {"cat": 0, "dog": 1, "emu": 2}}
 SMALL = {
@@ -200,9 +199,9 @@ def test_gemma2_groups_are_the_papers() -> None:
 @pytest.mark.parametrize("name", LANGUAGE_CONFIGS)
 def test_language_recipe_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the recipe's settings, but few steps, other groups and local text."""
-    monkeypatch.setattr(bench_causal_lm, "GENERATED_TOKENS", 3)
-    monkeypatch.setattr(bench_causal_lm, "ROUNDS", 1)
-    monkeypatch.setattr(bench_causal_lm, "load_rss", lambda _: 1)
+    monkeypatch.setattr(text_speed, "GENERATED_TOKENS", 3)
+    monkeypatch.setattr(text_speed, "ROUNDS", 1)
+    monkeypatch.setattr(text_speed, "load_rss", lambda _: 1)
     kind = TINY_KINDS[name]
     layers = {"layer_types": ["sliding_attention", "full_attention"]} if kind == "gemma3" else {}
     # Blocks of 64 and 128 have to divide widths.

@@ -28,17 +28,18 @@ from exporters.packed_model import load_packed_model
 from fips_ort.manifest import read_manifest
 from fips_ort.packed import dequantize
 from fips_ort.validate import validate
-from pipeline import bench_causal_lm, cli
-from pipeline.compress import install, named_factors
+from pipeline import cli
+from pipeline.compression.factors import install, named_factors
 from pipeline.evaluate_artifact import evaluate_artifact
-from pipeline.files import read_json
+from pipeline.evaluation import text_speed
 from pipeline.generate import greedy_tokens
-from pipeline.plan import make_plan
-from pipeline.progress import Progress
-from pipeline.recipe import Recipe
+from pipeline.plumbing.files import read_json
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import check_report
 from pipeline.run import run
-from pipeline.stages import QuantizationInputs, open_base, restore_quantized
+from pipeline.stages.quantize import QuantizationInputs, open_base, restore_quantized
 from pipeline.tasks import make_task
 
 STAGES = (
@@ -66,8 +67,8 @@ STAGES = (
 @pytest.fixture(autouse=True, scope="module")
 def short_bench() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_causal_lm, "GENERATED_TOKENS", 3)
-        patch.setattr(bench_causal_lm, "ROUNDS", 1)
+        patch.setattr(text_speed, "GENERATED_TOKENS", 3)
+        patch.setattr(text_speed, "ROUNDS", 1)
         patch.setattr("pipeline.tasks.causal_lm.PROMPT_TOKENS", 8)
         yield
 
@@ -125,7 +126,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_load_rss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of loading is measured in new processes, seconds each: once, in the first run, is enough."""
-    monkeypatch.setattr(bench_causal_lm, "load_rss", lambda _: 10**6)
+    monkeypatch.setattr(text_speed, "load_rss", lambda _: 10**6)
     monkeypatch.setattr("pipeline.tasks.causal_lm.measure_memory", lambda _: {"load_rss_bytes": 1, "peak_rss_bytes": 1})
 
 
@@ -280,7 +281,7 @@ def test_bench_measures_other_folders_in_the_same_run(
         cli.main()
     assert not ended.value.code
     lines = capfd.readouterr().out.splitlines()
-    for name in (bench_causal_lm.NATIVE, bench_causal_lm.INT4, str(other)):
+    for name in (text_speed.NATIVE, text_speed.INT4, str(other)):
         figures = next(line for line in lines if name in line).split()[-4:]
         assert all(float(figure) > 0 for figure in figures)
 

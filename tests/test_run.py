@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FinishedRun
+from finished_run import FinishedRun
 from run_samples import (
     SHORT_BENCH_SECONDS,
     TINY,
@@ -26,14 +26,14 @@ from safetensors.torch import load_file
 
 from fips_ort.manifest import MANIFEST, read_manifest
 from fips_ort.validate import validate
-from pipeline import deliver
-from pipeline.errors import InputError, StageError
-from pipeline.files import read_json
-from pipeline.progress import Progress
-from pipeline.recipe import load_recipe
+from pipeline.plumbing.errors import InputError, StageError
+from pipeline.plumbing.files import read_json
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.reading import load_recipe
 from pipeline.report.schema import check_report
 from pipeline.run import run
-from pipeline.stages import REST
+from pipeline.stages import deliver
+from pipeline.stages.quantize import REST
 from pipeline.tasks import image_classification
 
 STAGES = (

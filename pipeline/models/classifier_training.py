@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data import ImageSplit
-from pipeline.errors import InputError
-from pipeline.recipe import Training
+from pipeline.data.images import ImageSplit
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.schema import Training
 
 Progress = Callable[[int, int, str], None]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
-from pipeline.errors import InputError
+from pipeline.plumbing.errors import InputError
 
 _PREFIX = "backbone."
 _LAST_BIAS = _PREFIX + "layernorm.bias"

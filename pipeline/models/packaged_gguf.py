@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from pipeline.errors import InputError
-from pipeline.files import file_digest, writing
+from pipeline.data.packages import package_folder
+from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.files import file_digest, writing
 
 CHECKSUMS = "SHA256SUMS"
 _CHUNK = 1 << 20
@@ -56,18 +57,6 @@ def locate_gguf(package: str, file: str) -> Path:
             )
         _assemble(parts, assembled)
     return assembled
-
-
-def package_folder(package: str, key: str) -> Path:
-    """Folder of an installed package; ``key`` names the recipe's key in errors. Raises InputError."""
-    # find_spec would import the parents of a dotted name.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    folders = (spec.submodule_search_locations or []) if spec is not None else []
-    if not folders:
-        raise InputError(
-            f"{key}: {package} is not installed; for the packages of our recipes: pip install 'fips-onnx[samples]'"
-        )
-    return Path(folders[0]).resolve()
 
 
 def _find_parts(package: str, file: str) -> list[Path]:

@@ -7,15 +7,15 @@ from exporters.packed_model import PackedModel
 from fips_ort.layout import BIT_WIDTHS
 from fips_ort.manifest import read_manifest
 from fips_ort.packed import PackedWeight, unpack
-from pipeline.factorized_mlp import FactorizedMLP
-from pipeline.files import read_json
-from pipeline.hardware import describe_hardware
-from pipeline.peak_memory import peak_rss_bytes
-from pipeline.plan import GroupPlan, Plan, Segments
-from pipeline.recipe import Recipe
+from pipeline.compression.factorized_mlp import FactorizedMLP
+from pipeline.compression.factors import kept_values
+from pipeline.plumbing.files import read_json
+from pipeline.plumbing.hardware import describe_hardware
+from pipeline.plumbing.peak_memory import peak_rss_bytes
+from pipeline.plumbing.run_folder import RunFolder, versions
+from pipeline.recipe.plan import GroupPlan, Plan, Segments
+from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import SCHEMA_VERSION, Report
-from pipeline.run_folder import RunFolder, versions
-from pipeline.stages import kept_values
 from pipeline.tasks.base import Task
 
 TOKEN_TABLE = "model.embed_tokens."

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from pipeline.files import write_json, write_text
+from pipeline.plumbing.files import write_json, write_text
 from pipeline.report.figure_style import COLOURS, to_svg
 from pipeline.report.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure
 from pipeline.report.schema import Report, check_report

@@ -9,6 +9,8 @@ import json
 import math
 from typing import Any, Literal, NotRequired, TypedDict
 
+from pipeline.plumbing.hardware import Hardware
+
 SCHEMA_VERSION = 3
 
 Stage = Literal["dense", "factorized", "fitted", "finetuned", "rounded", "qat", "onnx_native", "onnx_portable"]
@@ -65,12 +67,6 @@ class Data(TypedDict):
 
 TEXT_KEYS = ("context", "train_tokens", "calibration_tokens", "test_tokens")
 """What :class:`Data` has for text, and only for text."""
-
-
-class Hardware(TypedDict):
-    cpu: str
-    cores: int
-    memory_bytes: int
 
 
 class Group(TypedDict):

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import InputError
-from pipeline.files import read_json, write_text
+from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.files import read_json, write_text
 from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent
 
 _BINARY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from pipeline.errors import InputError
-from pipeline.recipe import Positive, Recipe, Section, parse_recipe, parse_section, read_yaml, set_key
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.reading import parse_recipe, parse_section, read_yaml, set_key
+from pipeline.recipe.schema import Positive, Recipe, Section
 
 Overrides = dict[str, Any]
 """Dotted key of a recipe → value."""

@@ -8,7 +8,7 @@ import matplotlib.style
 import yaml
 from markupsafe import Markup
 
-from pipeline.files import write_aside, write_json, write_text
+from pipeline.plumbing.files import write_aside, write_json, write_text
 from pipeline.report.figure_style import COLOURS, STYLE, to_svg
 from pipeline.report.render import template_environment
 from pipeline.report.sections import Table

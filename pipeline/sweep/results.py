@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from pipeline.report.schema import Hardware, Report
+from pipeline.plumbing.hardware import Hardware
+from pipeline.report.schema import Report
 from pipeline.sweep.definition import Point, Sweep
 
 Outcome = tuple[Report | None, str]

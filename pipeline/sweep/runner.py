@@ -6,12 +6,12 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.engines import Command, Engine, run_on_ray, run_side_by_side
-from pipeline.errors import StageError
-from pipeline.files import digest, read_json, write_json, write_text, writing
-from pipeline.progress import Progress
+from pipeline.plumbing.engines import Command, Engine, run_on_ray, run_side_by_side
+from pipeline.plumbing.errors import StageError
+from pipeline.plumbing.files import digest, read_json, write_json, write_text, writing
+from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.run_folder import code_digest, only_one, versions
 from pipeline.report.schema import Report
-from pipeline.run_folder import code_digest, only_one, versions
 from pipeline.sweep.definition import Point, Sweep
 from pipeline.sweep.page import write_results
 from pipeline.sweep.results import Outcome, Results, collect

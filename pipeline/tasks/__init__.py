@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 from pipeline.tasks.base import Task
 
 

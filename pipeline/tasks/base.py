@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from exporters.artifact import Golden
 from exporters.packed_model import PackedModel
-from pipeline.models.adapters import MLPSite
-from pipeline.plan import Plan
-from pipeline.progress import Progress
-from pipeline.recipe import EndToEnd, Recipe
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.plan import MLPSite, Plan
+from pipeline.recipe.schema import EndToEnd, Recipe
 
 Predict = Callable[[Tensor], Tensor]
 """A PyTorch model as a function of a batch of samples: logits, float32."""
@@ -60,7 +59,8 @@ class Task(ABC):
 
     @abstractmethod
     def calibrate(self, folder: Path, plan: Plan, samples: Sequence[int], progress: Progress) -> None:
-        """Record what the MLPs of the plan read and wrote on training samples (:mod:`pipeline.calibrate`)."""
+        """Record what the MLPs of the plan read and wrote on training samples
+        (:mod:`pipeline.compression.calibrate`)."""
 
     @abstractmethod
     def end_to_end_loss(self, model: nn.Module, config: EndToEnd, seed: int) -> Callable[[int], Tensor]:

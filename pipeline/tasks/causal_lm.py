@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from exporters.artifact import Golden
 from exporters.causal_lm import MAX_LENGTH, export_causal_lm
 from exporters.genai_config import save_causal_lm_config
+from exporters.nbits import NBitsLinear
 from exporters.packed_model import PackedModel
-from exporters.rest import NBitsLinear, quantize_embedding, quantize_linears, round_to_float16
+from exporters.rest import quantize_embedding, quantize_linears, round_to_float16
 from fips_ort.causal_lm import prefill_inputs
 from fips_ort.memory import measure_memory
-from pipeline.bench_causal_lm import PROMPT_TOKENS, bench_causal_lm
-from pipeline.calibrate import record_activations
-from pipeline.distill import Vocabulary, distillation_loss
-from pipeline.models.adapters import MLPSite, find_mlps
-from pipeline.models.causal_lm import load_language_model, load_tokenizer
-from pipeline.perplexity import (
+from pipeline.compression.calibrate import record_activations
+from pipeline.data.text import load_text_data
+from pipeline.evaluation.perplexity import (
     DenseReference,
     evaluate_dense,
     evaluate_perplexity,
@@ -34,12 +32,15 @@ from pipeline.perplexity import (
     paired_difference,
     save_perplexity,
 )
-from pipeline.plan import Plan, make_plan
-from pipeline.progress import Progress
-from pipeline.recipe import CausalLanguageModel, EndToEnd, LanguageModel, Recipe, TextData
-from pipeline.rest_start import load_tables, rest_tables, save_tables
+from pipeline.evaluation.text_speed import PROMPT_TOKENS, bench_causal_lm
+from pipeline.models.adapters import find_mlps
+from pipeline.models.causal_lm import load_language_model, load_tokenizer
+from pipeline.plumbing.progress import Progress
+from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
+from pipeline.recipe.plan import MLPSite, Plan, make_plan
+from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModel, Recipe, TextData
 from pipeline.tasks.base import Form, Predict, Task
-from pipeline.text_data import load_text_data
+from qat.distill import Vocabulary, distillation_loss
 
 REST_TABLES = "tables.safetensors"
 GOLDEN_TOKENS = 8

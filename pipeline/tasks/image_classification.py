@@ -19,21 +19,15 @@ from exporters.packed_model import PackedModel
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from exporters.vision import export_vision
 from fips_ort.memory import measure_memory
-from pipeline.bench import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
-from pipeline.calibrate import record_activations
-from pipeline.data import load_data
-from pipeline.evaluate import check_samples, divergence, evaluate, load_quality, save_quality
+from pipeline.compression.calibrate import record_activations
+from pipeline.data.images import load_data
+from pipeline.evaluation.accuracy import check_samples, divergence, evaluate, load_quality, save_quality
+from pipeline.evaluation.image_speed import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
 from pipeline.models.adapters import check_finite, find_mlps
-from pipeline.models.loading import LoadedModel, hash_model, load_model, load_preprocessing, model_class
-from pipeline.plan import Plan
-from pipeline.progress import Progress
-from pipeline.recipe import (
-    EndToEnd,
-    PackagedOnnxModel,
-    PretrainedModel,
-    Recipe,
-    ScratchModel,
-)
+from pipeline.models.image_classifier import LoadedModel, hash_model, load_model, load_preprocessing, model_class
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.plan import Plan
+from pipeline.recipe.schema import EndToEnd, PackagedOnnxModel, PretrainedModel, Recipe, ScratchModel
 from pipeline.tasks.base import Form, Predict, Task
 
 GOLDEN_IMAGES = 4

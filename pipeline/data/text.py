@@ -1,0 +1,332 @@
+"""Text for language models: documents split into train and test, then cut into windows of tokens.
+
+The split is of documents, before they become tokens, and no text is on both sides. Each side's documents follow one
+another, a blank line between two, and are cut into windows wherever these happen to end. Only as many documents are
+tokenized as the wanted windows need.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.data.packages import package_folder
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.schema import HubTextData, LocalTextData, PackagedTextData
+
+Indices = Sequence[int] | NDArray[np.integer[Any]]
+
+SEPARATOR = "\n\n"
+_DOCUMENTS_AT_ONCE = 128
+_PIECE = 1 << 17
+"""Characters after which a long document is cut for the tokenizer, at the next line."""
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Windows of ``context`` token ids on one stream of text.
+
+    ``tokens``: int32 [n], the text. ``bos``: the id every window begins with, in addition to the text; None where the
+    tokenizer adds none. ``step``: tokens of text between the starts of two windows; less than a window and they
+    overlap.
+    """
+
+    tokens: Tensor
+    context: int
+    bos: int | None
+    step: int
+
+    @property
+    def width(self) -> int:
+        """Tokens of text in a window."""
+        return self.context - (self.bos is not None)
+
+    def __len__(self) -> int:
+        return max(0, 1 + (len(self.tokens) - self.width) // self.step)
+
+    def batch(self, indices: Indices) -> Tensor:
+        """Windows, int64 [B, context]. Raises IndexError for one that is not there."""
+        chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
+            raise IndexError(f"windows {int(chosen.min())} to {int(chosen.max())} of {len(self)}")
+        windows = self.tokens[chosen[:, None] * self.step + torch.arange(self.width)].long()
+        if self.bos is None:
+            return windows
+        return torch.cat([windows.new_full((len(chosen), 1), self.bos), windows], dim=1)
+
+    def predicted(self) -> Tensor:
+        """How many tokens at the end of each window are there to be predicted, int64 [windows].
+
+        Each token of the text counts once, where most text goes before it: all of the first window that have a
+        token before them, then the last ``step`` of each.
+        """
+        counts = torch.full((len(self),), min(self.step, self.context - 1))
+        counts[:1] = self.context - 1
+        return counts
+
+    def token_counts(self, vocabulary: int) -> Tensor:
+        """How often each of ``vocabulary`` token ids occurs in the text, int64 [vocabulary]."""
+        return torch.bincount(self.tokens, minlength=vocabulary)
+
+    def strided(self, stride: int | None) -> "TextSplit":
+        """The same text in windows that start every ``stride`` tokens; None for windows side by side. Raises
+        InputError for a stride that leaves out text."""
+        if stride is not None and not 1 <= stride <= self.width:
+            raise InputError(
+                f"evaluation.stride: got {stride}; windows of data.context: {self.context} hold {self.width} tokens of "
+                "text, so it should be at least 1 and at most that"
+            )
+        return replace(self, step=stride or self.width)
+
+    def first(self, windows: int) -> "TextSplit":
+        """The first ``windows`` windows, or all if there are fewer."""
+        return replace(self, tokens=self.tokens[: self.width + max(0, windows - 1) * self.step])
+
+
+@dataclass(frozen=True)
+class TextData:
+    """``hash``: SHA-256 of the token ids of both splits, the window length and the tokenizer's vocabulary.
+    ``train_documents``, ``test_documents``: how many documents were tokenized."""
+
+    train: TextSplit
+    test: TextSplit
+    hash: str
+    train_documents: int
+    test_documents: int
+
+
+def load_text_data(
+    section: PackagedTextData | LocalTextData | HubTextData,
+    tokenizer: Any,
+    seed: int,
+    train_samples: int | None = None,
+    test_samples: int | None = None,
+) -> TextData:
+    """The train (calibration) and test splits of a recipe's text, which have no document in common.
+
+    Packaged and local documents are in an order drawn from ``seed``; those of the hub, which are streamed, and given
+    test files in their own. ``train_samples`` and ``test_samples`` keep only that many windows. Raises InputError for
+    text that is not found or not readable, a missing field, a split with less text than one window.
+    """
+    train: Iterable[str]
+    test: Iterable[str]
+    if isinstance(section, PackagedTextData):
+        where = f"data: {section.package}/{section.file}"
+        train, test = _split(_packaged_documents(section), section.test_fraction, seed, where)
+    elif isinstance(section, LocalTextData):
+        train, test = _local_documents(section, seed)
+        where = f"data: {section.train}"
+    else:
+        train, test = _hub_documents(section, section.train), _hub_documents(section, section.test)
+        where = f"data: {section.path}"
+    bos = leading_token(tokenizer)
+    width = section.context - (bos is not None)
+    # Test first: what the train documents must not repeat is known then.
+    test_tokens, test_digests = _tokenize(test, tokenizer, _wanted(test_samples, width), frozenset())
+    train_tokens, train_digests = _tokenize(train, tokenizer, _wanted(train_samples, width), test_digests)
+    assert not train_digests & test_digests
+    splits = []
+    for name, tokens in (("train", train_tokens), ("test", test_tokens)):
+        whole = len(tokens) // width * width
+        if whole == 0:
+            raise InputError(
+                f"{where}: the {name} text has {len(tokens)} tokens, less than one window of data.context: "
+                f"{section.context}; give more text, or a smaller context"
+            )
+        splits.append(TextSplit(tokens[:whole], section.context, bos, width))
+    digest = hashlib.sha256(json.dumps([section.context, bos]).encode())
+    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    for split in splits:
+        digest.update(len(split.tokens).to_bytes(8, "little") + split.tokens.numpy().astype("<i4").tobytes())
+    return TextData(splits[0], splits[1], digest.hexdigest(), len(train_digests), len(test_digests))
+
+
+# --- packaged and local ----------------------------------------------------------------------------------------
+
+
+def _packaged_documents(section: PackagedTextData) -> list[str]:
+    root = package_folder(section.package, "data.package")
+    path = (root / section.file).resolve()
+    if not path.is_relative_to(root) or not path.is_file():
+        raise InputError(f"data.file: package {section.package} has no file {section.file}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON in UTF-8: {error}") from None
+    if not isinstance(content, list | dict):
+        raise InputError(f"{path}: expected a list or a mapping of records, found {type(content).__name__}")
+    entries = content.items() if isinstance(content, dict) else enumerate(content)
+    return [_field(record, section.field, f"{path}: record {name!r}") for name, record in entries]
+
+
+def _local_documents(section: LocalTextData, seed: int) -> tuple[Iterable[str], Iterable[str]]:
+    """Documents of (train, test). The lines of a plain text count as documents only where it has to be split."""
+    train_path = Path(section.train)
+    if section.test is None:
+        plain = train_path.suffix != ".jsonl"
+        documents = _read_text(train_path).splitlines() if plain else _read_jsonl(train_path, section.field)
+        return _split(documents, section.test_fraction, seed, f"data: {train_path}")
+    test_path = Path(section.test)
+    if train_path.resolve() == test_path.resolve():
+        raise InputError(f"data: train and test are the same file, {train_path}; leave out test to have it split")
+    train, test = (
+        [_read_text(path)] if path.suffix != ".jsonl" else _read_jsonl(path, section.field)
+        for path in (train_path, test_path)
+    )
+    return _shuffled(train, seed), test
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"data: {path}: cannot read the text: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"data: {path}: not text in UTF-8") from None
+
+
+def _read_jsonl(path: Path, field: str) -> list[str]:
+    documents = []
+    # Not splitlines, which also cuts at characters that may stand inside a JSON string.
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
+        documents.append(_field(record, field, f"{path}: line {number}"))
+    return documents
+
+
+def _field(record: Any, field: str, where: str) -> str:
+    if not isinstance(record, dict) or field not in record:
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise InputError(f"{where}: no field {field!r} (data.field); it has {found}")
+    if not isinstance(record[field], str):
+        raise InputError(f"{where}: field {field!r} (data.field) holds {type(record[field]).__name__}, not text")
+    text: str = record[field]
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can say half of a pair of surrogates
+        raise InputError(f"{where}: field {field!r} (data.field) holds characters that are not Unicode text") from None
+    return text
+
+
+def _split(documents: Iterable[str], test_fraction: float, seed: int, where: str) -> tuple[list[str], list[str]]:
+    """(train, test) of distinct documents, both in an order drawn from ``seed``."""
+    distinct = list(dict.fromkeys(document.strip() for document in documents))
+    ordered = _shuffled([document for document in distinct if document], seed)
+    if len(ordered) < 2:
+        raise InputError(f"{where}: {len(ordered)} documents cannot be split into train and test; give test")
+    tested = min(max(1, round(test_fraction * len(ordered))), len(ordered) - 1)
+    return ordered[tested:], ordered[:tested]
+
+
+def _shuffled(documents: Sequence[str], seed: int) -> list[str]:
+    return [documents[index] for index in np.random.default_rng(seed).permutation(len(documents))]
+
+
+# --- hub -------------------------------------------------------------------------------------------------------
+
+
+def _hub_documents(section: HubTextData, split: str) -> Iterator[str]:
+    """The first documents of a split, streamed."""
+    if section.train == section.test:
+        raise InputError(f"data: {section.path}: train and test are the same split, {section.train!r}")
+    try:
+        import datasets
+    except ImportError:
+        raise InputError("data: source hub_text needs the datasets library: pip install 'fips-onnx[hub]'") from None
+    where = f"data: {section.path}, split {split}"
+    try:
+        if (Path(section.path) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(section.path)[split]
+        else:
+            rows = datasets.load_dataset(section.path, section.config, split=split, streaming=True)
+        for number, row in enumerate(islice(rows, section.documents)):
+            yield _field(row, section.field, f"{where}: row {number}")
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where}: cannot load it (missing or empty?): {type(error).__name__}: {reason}") from None
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------
+
+
+def _wanted(windows: int | None, width: int) -> int | None:
+    return None if windows is None else windows * width
+
+
+def _tokenize(
+    documents: Iterable[str], tokenizer: Any, wanted: int | None, excluded: frozenset[bytes]
+) -> tuple[Tensor, frozenset[bytes]]:
+    """Token ids of ``documents`` one after another, int32 [n], and the SHA-256 of each one's text.
+
+    At least ``wanted`` ids if there is as much text, all of it if None. Blank documents are left out, and so are
+    repeated ones and those whose SHA-256 is ``excluded``.
+    """
+    used: set[bytes] = set()
+    parts: list[NDArray[np.int32]] = []
+    count = 0
+    pending: list[str] = []
+
+    def tokenize_pending() -> None:
+        nonlocal count
+        if not pending:  # which tokenizers do not take
+            return
+        for ids in tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]:
+            parts.append(np.asarray(ids, dtype=np.int32))
+            count += len(ids)
+        pending.clear()
+
+    for document in documents:
+        text = document.strip()
+        digest = hashlib.sha256(text.encode()).digest()
+        if not text or digest in used or digest in excluded:
+            continue
+        if used:
+            # Belongs to the document before it: tokenizers may join a full stop and what ends its line.
+            pending[-1] += SEPARATOR
+        if len(pending) >= _DOCUMENTS_AT_ONCE:
+            last = pending.pop()
+            tokenize_pending()
+            pending.append(last)
+            if wanted is not None and count >= wanted:
+                break
+        used.add(digest)
+        for piece in _pieces(text):
+            pending.append(piece)
+    tokenize_pending()
+    tokens = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.int32)
+    return tokens if wanted is None else tokens[:wanted], frozenset(used)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces of bounded length that end with a line, each before a line that does not start blank: no
+    tokenizer we know joins across such a place."""
+    start = 0
+    while len(text) - start > _PIECE:
+        end = re.compile(r"\n(?=\S)").search(text, start + _PIECE)
+        if end is None:
+            break
+        yield text[start : end.end()]
+        start = end.end()
+    yield text[start:]
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """The ``<bos>`` that ``tokenizer`` puts before a text; None when it puts none."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None

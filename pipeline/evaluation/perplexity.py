@@ -1,0 +1,375 @@
+"""Quality of a language model on windows of text: perplexity, and divergence from the dense model.
+
+One evaluator for every form of a model, PyTorch or ONNX Runtime. Logits over a vocabulary of 262,144 take half a
+gigabyte for a window of 512 tokens, so no more than one batch of them is ever there, and what is computed from them
+is computed for a chunk of tokens at a time. The dense model's logits are not kept either, but its final hidden states
+are (a few kilobytes per token), from which its output layer makes them again when another model is compared.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.data.text import TextSplit
+from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.files import read_json, write_aside, write_json, writing
+
+Report = Callable[[int, int, str], None]
+
+HIDDEN_STATES = "hidden_states.npy"
+_CHUNK_LOGITS = 1 << 24
+"""Logits that are worked on at a time: 64 MB in float32, of which a few copies exist at once."""
+
+
+class Logits(Protocol):
+    """Logits [B, T, vocabulary] of a batch: a tensor, or something that makes slices ``[window, start:stop]``."""
+
+    def __getitem__(self, index: tuple[int, slice], /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of a model from the dense one, over predicted tokens: mean and percentiles of KL(dense ‖ model) in nats, and
+    the fraction of tokens for which both find the same next token most likely."""
+
+    kl_mean: float
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    kl_p999: float
+    kl_max: float
+    same_top1: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``perplexity = exp(nll)``; ``nll``: mean negative log-likelihood in nats over ``tokens`` predicted tokens.
+
+    ``standard_error`` is that of ``nll``, over windows: tokens of a window are not independent. ``context``: tokens
+    of a window; ``stride``: tokens between the starts of two. ``text``: SHA-256 of the text's token ids.
+    ``window_nll`` float64 [windows] and ``window_tokens`` int64 [windows]: sum and number of what each window counts.
+    """
+
+    perplexity: float
+    nll: float
+    standard_error: float
+    tokens: int
+    context: int
+    stride: int
+    text: str
+    window_nll: Tensor
+    window_tokens: Tensor
+    divergence: Divergence | None = None
+
+    @property
+    def perplexity_error(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.perplexity * self.standard_error
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Of one model from another on the same text: difference of the mean negative log-likelihoods in nats and ratio
+    of the perplexities, each with its standard error over windows."""
+
+    nll: float
+    standard_error: float
+    ratio: float
+    ratio_error: float
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------
+
+
+def evaluate_perplexity(
+    logits_of: Callable[[Tensor], Logits],
+    windows: TextSplit,
+    batch_size: int,
+    stride: int | None = None,
+    progress: Report | None = None,
+    reference: "DenseReference | None" = None,
+) -> Perplexity:
+    """Perplexity of ``logits_of`` (token ids int64 [B, T] → logits [B, T, vocabulary]) on all of ``windows``.
+
+    With a ``stride`` the windows overlap and each counts its last ``stride`` tokens only, so that most are predicted
+    from a longer past; by default they lie side by side. With a ``reference`` the result has the divergence from it.
+    Raises InputError for logits that are not finite, a stride that does not fit, and text that is too short for a
+    standard error.
+    """
+    windows = windows.strided(stride)
+    check_windows(windows)
+    counts = windows.predicted()
+    sums = torch.zeros(len(windows), dtype=torch.float64)
+    comparison = _Comparison(reference, int(counts.sum())) if reference is not None else None
+    done = chunk_size = 0
+    for first in range(0, len(windows), batch_size):
+        indices = range(first, min(first + batch_size, len(windows)))
+        input_ids = windows.batch(indices)
+        with torch.no_grad():
+            logits = logits_of(input_ids)
+            chunk_size = chunk_size or max(1, _CHUNK_LOGITS // logits[0, slice(0, 1)].shape[-1])
+            for row, window in enumerate(indices):
+                for positions in _chunks(windows.context, int(counts[window]), chunk_size):
+                    chunk = logits[row, positions].float()
+                    maximum, total = _exponential_sum(chunk)
+                    normalizer = maximum.double() + total.double().log()
+                    if not torch.isfinite(normalizer).all() or not torch.isfinite(chunk.amin()):
+                        raise InputError(
+                            f"the logits of test window {window} are not finite: the weights or activations overflow, "
+                            "or training diverged (try a lower learning_rate)"
+                        )
+                    targets = input_ids[row, positions.start + 1 : positions.stop + 1]
+                    chosen = chunk.gather(1, targets[:, None])[:, 0].double()
+                    sums[window] += (normalizer - chosen).sum()
+                    if comparison is not None:
+                        comparison.add(done, chunk, normalizer)
+                    done += len(targets)
+        if progress is not None:
+            so_far = sums[: indices.stop].sum() / counts[: indices.stop].sum()
+            progress(indices.stop, len(windows), f"perplexity {math.exp(so_far):.3f}")
+    return _summarize(sums, counts, windows, comparison.result() if comparison is not None else None)
+
+
+def paired_difference(model: Perplexity, baseline: Perplexity) -> PairedDifference:
+    """How much worse (if positive) ``model`` predicts the same text than ``baseline``.
+
+    The error is that of the differences window by window, far below that of either value: what makes a window hard
+    is hard for both. Raises ValueError when the texts, windows or strides are not the same.
+    """
+    for name in ("text", "context", "stride"):
+        if getattr(model, name) != getattr(baseline, name):
+            raise ValueError(f"{name} {getattr(model, name)} against {getattr(baseline, name)}: not comparable")
+    difference, error = _ratio_of_sums(
+        model.window_nll - baseline.window_nll, model.window_tokens, _correlated_windows(model.context, model.stride)
+    )
+    ratio = math.exp(difference)
+    return PairedDifference(difference, error, ratio, ratio * error)
+
+
+def check_windows(windows: TextSplit) -> None:
+    """Raise InputError when there are too few windows for a standard error."""
+    if len(windows) <= _correlated_windows(windows.context, windows.step):
+        raise InputError(
+            f"evaluation: {len(windows)} windows are too few for a standard error; evaluation.samples should be at "
+            "least 2, and the test text long enough for them"
+        )
+
+
+def _chunks(context: int, count: int, size: int) -> Iterator[slice]:
+    """Positions whose logits predict the last ``count`` tokens of a window, at most ``size`` at a time."""
+    stop = context - 1
+    for start in range(stop - count, stop, size):
+        yield slice(start, min(start + size, stop))
+
+
+def _exponential_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum m and Σ exp(logit - m) over the last axis, float32 [tokens] each."""
+    maximum = logits.amax(dim=-1)
+    return maximum, (logits - maximum[:, None]).exp_().sum(dim=-1)
+
+
+def _summarize(sums: Tensor, counts: Tensor, windows: TextSplit, divergence: Divergence | None) -> Perplexity:
+    nll, error = _ratio_of_sums(sums, counts, _correlated_windows(windows.context, windows.step))
+    text = hashlib.sha256(windows.tokens.numpy().astype("<i4").tobytes()).hexdigest()
+    return Perplexity(
+        _exp(nll), nll, error, int(counts.sum()), windows.context, windows.step, text, sums, counts, divergence
+    )
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:  # of a model far worse than one that knows nothing
+        return math.inf
+
+
+def _correlated_windows(context: int, stride: int) -> int:
+    """How many consecutive windows see the same text: overlapping ones are no independent samples."""
+    return max(1, math.ceil((context - 1) / stride))
+
+
+def _ratio_of_sums(sums: Tensor, counts: Tensor, grouped: int) -> tuple[float, float]:
+    """``Σ sums / Σ counts`` and its standard error as a ratio estimator, from ``grouped`` windows together.
+
+    With samples s_i and n_i of G groups and r = Σs/Σn: error² = G/(G-1) Σ(s_i - r n_i)² / (Σn)².
+    """
+    total = float(counts.sum())
+    ratio = float(sums.sum()) / total
+    groups = [(float(s.sum()), int(n.sum())) for s, n in zip(sums.split(grouped), counts.split(grouped), strict=True)]
+    squares = sum((s - ratio * n) ** 2 for s, n in groups)
+    return ratio, math.sqrt(len(groups) / (len(groups) - 1) * squares) / total
+
+
+# --- PyTorch models --------------------------------------------------------------------------------------------
+
+
+class OutputLayer:
+    """From final hidden states to logits, as a transformers causal language model does it."""
+
+    def __init__(self, model: Any) -> None:
+        self._layer: nn.Module = model.get_output_embeddings()
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., vocabulary] of hidden states [..., d]."""
+        logits: Tensor = self._layer(hidden).float()
+        if self._softcap is not None:
+            logits = logits.div_(self._softcap).tanh_().mul_(self._softcap)
+        return logits
+
+
+@dataclass(frozen=True)
+class LazyLogits:
+    """Logits that are made when asked for, from ``hidden`` [B, T, d]."""
+
+    hidden: Tensor
+    output_layer: OutputLayer
+
+    def __getitem__(self, index: tuple[int, slice], /) -> Tensor:
+        return self.output_layer(self.hidden[index])
+
+
+def lazy_logits(model: Any) -> Callable[[Tensor], LazyLogits]:
+    """A PyTorch causal language model as ``logits_of`` of :func:`evaluate_perplexity`, its logits made in chunks."""
+    output_layer = OutputLayer(model)
+    return lambda input_ids: LazyLogits(_hidden_states(model, input_ids), output_layer)
+
+
+def _hidden_states(model: Any, input_ids: Tensor) -> Tensor:
+    """Final hidden states, [B, T, d]."""
+    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+# --- dense reference -------------------------------------------------------------------------------------------
+
+
+def evaluate_dense(
+    model: Any,
+    windows: TextSplit,
+    batch_size: int,
+    stride: int | None,
+    folder: Path,
+    progress: Report | None = None,
+) -> Perplexity:
+    """Perplexity of the dense PyTorch model, whose final hidden states are left in ``folder`` for
+    :class:`DenseReference`: float32 [predicted tokens, d], in the order of evaluation."""
+    strided = windows.strided(stride)
+    counts = strided.predicted()
+    output_layer = OutputLayer(model)
+    path = folder / HIDDEN_STATES
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        states = _create(temporary, (int(counts.sum()), model.config.hidden_size))
+    written = window = 0
+
+    def logits_of(input_ids: Tensor) -> LazyLogits:
+        nonlocal written, window
+        hidden = _hidden_states(model, input_ids)
+        for row in hidden:
+            count = int(counts[window])
+            states[written : written + count] = row[-1 - count : -1].float().numpy()
+            written, window = written + count, window + 1
+        return LazyLogits(hidden, output_layer)
+
+    try:
+        quality = evaluate_perplexity(logits_of, windows, batch_size, stride, progress)
+        assert written == len(states)
+        with writing(path):
+            states.flush()
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return quality
+
+
+class DenseReference:
+    """The dense model's logits on the windows of :func:`evaluate_dense`, made again a chunk at a time.
+
+    ``model`` is the dense model, of which only the output layer is used.
+    """
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        self._states = np.load(folder / HIDDEN_STATES, mmap_mode="r")
+        self._output_layer = OutputLayer(model)
+
+    def __len__(self) -> int:
+        return int(self._states.shape[0])
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Logits float32 [stop - start, vocabulary] for predicted tokens by number, in the order of evaluation."""
+        return self._output_layer(torch.tensor(self._states[start:stop]))
+
+
+class _Comparison:
+    """KL(dense ‖ model) of every predicted token, and whether both have the same most likely one."""
+
+    def __init__(self, reference: DenseReference, tokens: int) -> None:
+        if len(reference) != tokens:
+            raise ValueError(f"{tokens} tokens are compared with {len(reference)} of the dense model")
+        self._reference = reference
+        self._kl = torch.empty(tokens, dtype=torch.float64)
+        self._same = torch.empty(tokens, dtype=torch.bool)
+
+    def add(self, start: int, logits: Tensor, normalizer: Tensor) -> None:
+        """``logits`` float32 [n, vocabulary] of the tokens from number ``start``, ``normalizer`` float64 [n] the
+        logarithm of the sum of their exponentials."""
+        stop = start + len(logits)
+        dense = self._reference.logits(start, stop)
+        self._same[start:stop] = dense.argmax(dim=-1) == logits.argmax(dim=-1)
+        # Σ p (log p - log q) with log p = dense - log Σ exp(dense), and the same for q. Means of differences of
+        # logits lose less in float32 than differences of logarithms of probabilities.
+        difference = dense - logits
+        maximum = dense.amax(dim=-1)
+        weights = dense.sub_(maximum[:, None]).exp_()
+        total = weights.sum(dim=-1)
+        dense_normalizer = maximum.double() + total.double().log()
+        mean = difference.mul_(weights).sum(dim=-1).double() / total.double()
+        self._kl[start:stop] = (mean - (dense_normalizer - normalizer)).clamp(min=0.0)
+
+    def result(self) -> Divergence:
+        median, p90, p99, p999 = (float(value) for value in np.quantile(self._kl.numpy(), [0.5, 0.9, 0.99, 0.999]))
+        same = float(self._same.double().mean())
+        return Divergence(float(self._kl.mean()), median, p90, p99, p999, float(self._kl.max()), same)
+
+
+def _create(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """A new float32 array to be written through memory. Raises OSError if the disk has no room for it."""
+    array = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with path.open("r+b") as opened:  # otherwise a full disk kills the process when the memory is written
+        os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
+    return array
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def save_perplexity(quality: Perplexity, folder: Path) -> None:
+    tensors = {"nll": quality.window_nll.numpy(), "tokens": quality.window_tokens.numpy()}
+    fields = {key: value for key, value in asdict(quality).items() if key not in ("window_nll", "window_tokens")}
+    write_aside(folder / "windows.safetensors", lambda path: save_file(tensors, path))
+    write_json(folder / "perplexity.json", fields)
+
+
+def load_perplexity(folder: Path) -> Perplexity:
+    tensors = {key: torch.from_numpy(value) for key, value in load_file(folder / "windows.safetensors").items()}
+    fields = read_json(folder / "perplexity.json")
+    divergence = fields.pop("divergence")
+    return Perplexity(
+        **fields,
+        window_nll=tensors["nll"],
+        window_tokens=tensors["tokens"],
+        divergence=None if divergence is None else Divergence(**divergence),
+    )

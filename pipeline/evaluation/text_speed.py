@@ -1,0 +1,167 @@
+"""Speed and memory of language models in onnxruntime-genai: interleaved runs, medians.
+
+``python -m pipeline.evaluation.text_speed FOLDER`` prints by how much loading a folder raises a new process's memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import onnx_ir as ir
+import psutil
+from torch import nn
+
+from exporters.causal_lm import export_causal_lm
+from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
+from exporters.rest import quantize_embedding, quantize_linears
+from pipeline.evaluation.turns import wait_until_idle
+from pipeline.models.causal_lm import load_language_model
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.schema import Recipe
+
+NATIVE = "artefact, native kernels"
+INT4 = "int4, onnxruntime-genai's builder"
+INT4_BLOCK = 32
+"""The builder's default."""
+MAX_LENGTH = 1024
+PROMPT_TOKENS = 128
+GENERATED_TOKENS = 32
+ROUNDS = 5
+PROMPT = "The river rises in the hills and flows through three countries before it reaches the sea. "
+
+
+def bench_causal_lm(
+    artifact: Path,
+    dense: nn.Module,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    threads: int,
+    beside: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """The report's ``speed`` of an artefact beside ``dense`` at int4, and memory after loading each.
+
+    ``prompt``: token ids, at least one. ``beside``: folders for onnxruntime-genai to measure in the same run, under
+    their paths as names. Returns ``speed`` (see :mod:`pipeline.report.schema`) and ``load_rss_by_backend``.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {NATIVE: artifact, INT4: Path(temporary)} | {str(folder): folder for folder in beside}
+        export_int4(folders[INT4], dense, tokenizer)
+        seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
+        memory = {name: load_rss(folder) for name, folder in folders.items()}
+    rows: list[dict[str, Any]] = [
+        {
+            "backend": name,
+            "prefill_tokens_per_second": len(prompt) / prefill,
+            "decode_tokens_per_second": 1 / decode,
+        }
+        for name, (prefill, decode) in seconds.items()
+    ]
+    int4 = next(row for row in rows if row["backend"] == INT4)
+    for row in rows:
+        for phase in ("prefill", "decode"):
+            key = f"{phase}_tokens_per_second"
+            row[f"{phase}_ratio_to_int4"] = row[key] / int4[key]
+    speed = {
+        "unit": "tokens/s",
+        "prompt_tokens": len(prompt),
+        "generated_tokens": GENERATED_TOKENS,
+        "threads": threads,
+        "rows": rows,
+    }
+    return {"speed": speed, "load_rss_by_backend": memory}
+
+
+def bench_recipe(artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = ()) -> dict[str, Any]:
+    """:func:`bench_causal_lm` of an artefact and the dense model that its recipe names, on a text of our own.
+
+    Raises InputError if a folder of ``beside`` has no genai_config.json.
+    """
+    for folder in beside:
+        if not (folder / GENAI_CONFIG).is_file():
+            raise InputError(f"--beside {folder}: it has no {GENAI_CONFIG}; give a folder that onnxruntime-genai loads")
+    loaded = load_language_model(recipe.model)  # type: ignore[arg-type]
+    tokens = loaded.tokenizer(PROMPT)["input_ids"]
+    prompt = [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]
+    return bench_causal_lm(artifact, loaded.model, loaded.tokenizer, prompt, threads, beside)
+
+
+def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
+    """The dense model as the builder exports it at int4: MatMulNBits (accuracy_level 4) and GatherBlockQuantized with
+    blocks of 32, rounded to nearest."""
+    linears = quantize_linears(dense, 4, INT4_BLOCK, [], 4, codes_only=True)
+    model = quantize_embedding(linears, 4, INT4_BLOCK, 4, codes_only=True).eval()
+    graph = export_causal_lm(model, MAX_LENGTH)
+    ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
+    save_causal_lm_config(folder, model, tokenizer, MAX_LENGTH)
+    path = folder / GENAI_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["model"]["decoder"]["session_options"]["custom_ops_library"]  # it needs none, and has none
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def time_generation(
+    folders: Mapping[str, Path], prompt: Sequence[int], count: int, threads: int, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Median seconds of (the whole prompt, one generated token) by name; the models take turns, after one round to
+    warm up."""
+    import onnxruntime_genai
+
+    models = {}
+    for name, folder in folders.items():
+        config = onnxruntime_genai.Config(str(folder))
+        options = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        models[name] = onnxruntime_genai.Model(config)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            parameters = onnxruntime_genai.GeneratorParams(model)
+            # Not shorter than a sliding window, which GroupQueryAttention refuses, nor longer than the model permits.
+            limit = int(parameters.get_search_options()["max_length"])
+            parameters.set_search_options(max_length=min(MAX_LENGTH, limit), do_sample=False)
+            generator = onnxruntime_genai.Generator(model, parameters)
+            wait_until_idle()
+            begin = time.perf_counter()
+            generator.append_tokens([list(prompt)])
+            generator.generate_next_token()
+            first = time.perf_counter()
+            for _ in range(count - 1):
+                generator.generate_next_token()
+            end = time.perf_counter()
+            times[name].append((first - begin, (end - first) / (count - 1)))
+            del generator
+    return {
+        name: (median(pair[0] for pair in pairs[1:]), median(pair[1] for pair in pairs[1:]))
+        for name, pairs in times.items()
+    }
+
+
+def load_rss(folder: Path) -> int:
+    """Bytes by which loading the model in ``folder`` raises the resident memory of a process of its own."""
+    command = [sys.executable, "-m", "pipeline.evaluation.text_speed", str(folder)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    if child.returncode:
+        raise RuntimeError(f"measuring memory of {folder} failed: {child.stderr.strip().splitlines()[-1:]}")
+    return int(child.stdout)
+
+
+def _measure_load(folder: str) -> int:
+    import onnxruntime_genai
+
+    process = psutil.Process()
+    before = process.memory_info().rss
+    model = onnxruntime_genai.Model(folder)
+    after = process.memory_info().rss
+    del model
+    return after - before
+
+
+if __name__ == "__main__":
+    print(_measure_load(sys.argv[1]))

@@ -1,0 +1,302 @@
+"""A recipe's dense model: trained in the run, loaded from a checkpoint, or rebuilt from a packaged ONNX file."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from optimum.exporters.tasks import TasksManager
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, BitImageProcessorPil, ViTImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from pipeline.data.images import ImageData, TensorSplit
+from pipeline.data.preprocessing import Preprocessing
+from pipeline.models.adapters import check_finite, check_model_type
+from pipeline.models.classifier_training import Progress, random_affine, train_classifier
+from pipeline.models.packaged_dinov2 import load_classifier, locate
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.schema import (
+    DigitsData,
+    HubImageData,
+    ImageFolderData,
+    PackagedOnnxModel,
+    PretrainedModel,
+    ScratchModel,
+    Training,
+)
+
+# Plain MatMul and Softmax nodes: exports to any opset and gives the same bits on every run.
+_ATTENTION = "eager"
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
+_FEATURE_BATCH = 64
+_CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError)
+_CHECKPOINT_ERRORS = (*_CONFIG_ERRORS, LookupError, OSError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense image classifier in evaluation mode, float32, without dropout.
+
+    ``model(pixel_values=[B, 3, image_size, image_size]).logits`` is float32 [B, len(labels)].
+    ``source_hash``: SHA-256 of configuration and weights, wherever they came from.
+    """
+
+    model: nn.Module
+    image_processor: Any
+    image_size: int
+    labels: list[str]
+    source_hash: str
+
+
+def load_preprocessing(
+    model: ScratchModel | PretrainedModel | PackagedOnnxModel, data: DigitsData | ImageFolderData | HubImageData
+) -> Preprocessing:
+    """The image processor, input size and label names of a recipe's model, before its weights are loaded.
+
+    Raises InputError for a model that is not found, of an unknown type, or of another image size than the data's.
+    """
+    if isinstance(model, ScratchModel):
+        preprocessing = _scratch_preprocessing(model)
+    elif isinstance(model, PackagedOnnxModel):
+        preprocessing = _packaged_preprocessing(model)
+    else:
+        preprocessing = _pretrained_preprocessing(model)
+    if isinstance(data, DigitsData) and data.image_size != preprocessing.image_size:
+        raise InputError(
+            f"data.image_size: {data.image_size} is not the model's image size, {preprocessing.image_size}"
+        )
+    return preprocessing
+
+
+def load_model(
+    section: ScratchModel | PretrainedModel | PackagedOnnxModel,
+    preprocessing: Preprocessing,
+    data: ImageData,
+    seed: int,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """The dense model of a recipe, trained on ``data.train`` where the recipe says so.
+
+    ``progress(step, total, message)`` is called during training. Raises InputError when the model cannot be found
+    or built, lacks weights, or has weights that are not finite.
+    """
+    if isinstance(section, ScratchModel):
+        model = _train_scratch(section, data, seed, progress)
+    elif isinstance(section, PackagedOnnxModel):
+        model = _packaged_with_head(section, data, seed, progress)
+    else:
+        model = _pretrained(section)
+    model.eval().requires_grad_(True)
+    check_finite(model)
+    config: Any = model.config
+    config.id2label = dict(enumerate(data.labels))
+    config.label2id = {label: index for index, label in enumerate(data.labels)}
+    return LoadedModel(model, preprocessing.image_processor, preprocessing.image_size, data.labels, hash_model(model))
+
+
+def hash_model(model: nn.Module) -> str:
+    """SHA-256 of a transformers model's configuration and of every tensor of its state."""
+    config: Any = model.config
+    digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --- scratch ---------------------------------------------------------------------------------------------------
+
+
+def _scratch_preprocessing(section: ScratchModel) -> Preprocessing:
+    size = _square(_scratch_config(section, labels=2).image_size, "model.config.image_size")
+    return Preprocessing(ViTImageProcessorPil(size={"height": size, "width": size}), size)
+
+
+def _scratch_config(section: ScratchModel, labels: int) -> Any:
+    check_model_type(section.model_type, "image-classification")
+    config_class = CONFIG_MAPPING[section.model_type]
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    for key, value in section.config.items():
+        if key not in known or key in ("num_labels", "id2label", "label2id"):
+            raise InputError(
+                f"model.config.{key}: not a setting of a {section.model_type} model (the labels come from the data)"
+            )
+        if key in _NO_DROPOUT and value:
+            raise InputError(f"model.config.{key}: got {value!r}; dropout is not supported, leave it out")
+    dropout = {key: value for key, value in _NO_DROPOUT.items() if key in known}
+    try:
+        config = AutoConfig.for_model(section.model_type, **{**dropout, **section.config}, num_labels=labels)
+    except _CONFIG_ERRORS as error:
+        raise InputError(f"model.config: {' '.join(str(error).split())}") from None
+    # DeiT has two image classifiers; without this, transformers cannot choose.
+    config.architectures = [f"{config_class.__name__.removesuffix('Config')}ForImageClassification"]
+    return config
+
+
+def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: Progress | None) -> nn.Module:
+    config = _scratch_config(section, len(data.labels))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = model_class().from_config(config, attn_implementation=_ATTENTION)
+        except _CONFIG_ERRORS as error:
+            raise InputError(f"model.config: {' '.join(str(error).split())}") from None
+    model.train()
+    augment = random_affine if section.augmentation == "affine" else None
+    train_classifier(
+        lambda pixel_values: model(pixel_values=pixel_values).logits,
+        model.parameters(),
+        data.train,
+        section.training,
+        seed,
+        augment,
+        progress,
+    )
+    return model
+
+
+# --- pretrained ------------------------------------------------------------------------------------------------
+
+
+def _pretrained_preprocessing(section: PretrainedModel) -> Preprocessing:
+    config = _from_hub(section, AutoConfig.from_pretrained)
+    check_model_type(config.model_type, "image-classification")
+    processor = _from_hub(section, AutoImageProcessor.from_pretrained, backend="pil")
+    size = _square(config.image_size, f"model.path: {section.path}: image_size")
+    labels = tuple(config.id2label[index] for index in range(config.num_labels))
+    preprocessing = Preprocessing(processor, size, labels)
+    height, width = preprocessing([Image.new("RGB", (2 * size, 3 * size))]).shape[2:]
+    if (height, width) != (size, size):
+        raise InputError(
+            f"model.path: {section.path}: its image processor makes images of {height}x{width}, "
+            f"the model takes {size}x{size}"
+        )
+    return preprocessing
+
+
+def _pretrained(section: PretrainedModel) -> nn.Module:
+    config = _from_hub(section, AutoConfig.from_pretrained)
+    for key, value in _NO_DROPOUT.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    model, loading = _from_hub(
+        section,
+        model_class().from_pretrained,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=_ATTENTION,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that we can name them
+    )
+    missing = sorted({*loading["missing_keys"], *(str(entry[0]) for entry in loading["mismatched_keys"])})
+    if missing:
+        raise InputError(
+            f"model.path: {section.path}: the checkpoint lacks weights of {type(model).__name__}, or has them in "
+            f"another shape: {', '.join(missing)}; is it a fine-tuned image classifier?"
+        )
+    return model
+
+
+def _from_hub(section: PretrainedModel, load: Any, **options: Any) -> Any:
+    try:
+        return load(section.path, revision=section.revision or "main", **options)
+    except _CHECKPOINT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model.path: {section.path}: cannot load it from a local folder or the Hugging Face hub: {reason}"
+        ) from None
+
+
+# --- packaged --------------------------------------------------------------------------------------------------
+
+
+def _packaged_preprocessing(section: PackagedOnnxModel) -> Preprocessing:
+    locate(section.package, section.file)
+    processor = BitImageProcessorPil(
+        size={"height": section.image_size, "width": section.image_size},
+        do_center_crop=False,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    )
+    return Preprocessing(processor, section.image_size)
+
+
+def _packaged_with_head(
+    section: PackagedOnnxModel, data: ImageData, seed: int, progress: Progress | None
+) -> nn.Module:
+    path = locate(section.package, section.file)
+    model = load_classifier(path, section.image_size, len(data.labels))
+    model.set_attn_implementation(_ATTENTION)
+    model.eval()
+    model.classifier = train_head(model, data, section.head, seed, progress)
+    return model
+
+
+def train_head(
+    model: nn.Module, data: ImageData, training: Training, seed: int, progress: Progress | None = None
+) -> nn.Linear:
+    """A linear classifier on the features that reach ``model.classifier``, which is not changed.
+
+    The features [n, f] are computed once and standardised; the standardisation is folded into the returned layer.
+    """
+    features, labels = _features(model, data, progress)
+    mean, deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    head = nn.Linear(features.shape[1], len(data.labels))
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    split = TensorSplit((features - mean) / deviation, labels)
+    train_classifier(head, head.parameters(), split, training, seed, None, progress)
+    with torch.no_grad():
+        head.weight.div_(deviation)
+        head.bias.sub_(head.weight @ mean)
+    return head
+
+
+def _features(model: nn.Module, data: ImageData, progress: Progress | None) -> tuple[Tensor, Tensor]:
+    """Inputs of ``model.classifier``, [n, f], and labels [n] of the whole train split."""
+    starts = range(0, len(data.train), _FEATURE_BATCH)
+    captured: list[Tensor] = []
+    labels: list[Tensor] = []
+    hook = model.get_submodule("classifier").register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            for step, start in enumerate(starts, 1):
+                inputs, batch_labels = data.train.batch(range(start, min(start + _FEATURE_BATCH, len(data.train))))
+                model(pixel_values=inputs)
+                labels.append(batch_labels)
+                if progress is not None:
+                    progress(step, len(starts), "features of the training images")
+    finally:
+        hook.remove()
+    return torch.cat(captured), torch.cat(labels)
+
+
+# --- shared ----------------------------------------------------------------------------------------------------
+
+
+def load_config(section: ScratchModel | PretrainedModel | PackagedOnnxModel, labels: int) -> Any:
+    """The configuration of a recipe's model; ``labels``: their number, where the model takes them from the data."""
+    if isinstance(section, ScratchModel):
+        return _scratch_config(section, labels)
+    if isinstance(section, PackagedOnnxModel):
+        return load_classifier(locate(section.package, section.file), section.image_size, labels).config
+    return _from_hub(section, AutoConfig.from_pretrained)
+
+
+def model_class() -> Any:
+    """The class of image classifiers, as optimum resolves the task."""
+    return TasksManager.get_model_class_for_task("image-classification")
+
+
+def _square(size: Any, where: str) -> int:
+    """The one number of a square image size given as an int or as (height, width)."""
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise InputError(f"{where}: {size} is not square; only square images are supported")
+    return int(sides.pop())

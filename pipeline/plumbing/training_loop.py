@@ -1,0 +1,79 @@
+"""The one training loop: AdamW with cosine decay, progress, and checkpoints a killed run resumes from exactly."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.plumbing.files import write_aside
+from pipeline.plumbing.progress import Progress
+
+CHECKPOINT_SECONDS = 20.0
+
+
+def train(
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    progress: Progress,
+    label: str,
+    checkpoint: Path | None = None,
+    before_step: Callable[[int], None] | None = None,
+    after_backward: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Train all parameters of ``module`` that require a gradient on ``loss(step)``; returns the losses.
+
+    ``loss`` must depend on nothing but the module and the step (draw batches from a generator seeded with the
+    step): then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. The learning rate
+    warms up over the first 5 % of the steps and decays to zero by a cosine. Raises FloatingPointError if the
+    loss is not finite.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95))
+    first, losses = 0, []
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, losses = saved["step"], saved["losses"]
+    saved_at = time.monotonic()
+    with progress.task(label, steps, start=first) as advance:
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * learning_rate_factor(step, steps)
+            if before_step is not None:
+                before_step(step)
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(step)
+            value.backward()
+            if after_backward is not None:
+                after_backward(step)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            losses.append(float(value.detach()))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"{label}: the loss is {losses[-1]} at step {step + 1}")
+            advance(1, f"loss {losses[-1]:.4g}")
+            if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                _save(checkpoint, module, optimizer, step + 1, losses)
+                saved_at = time.monotonic()
+    return losses
+
+
+def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
+    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "losses": losses}
+    write_aside(path, lambda temporary: torch.save(state, temporary))
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 5 % of the steps, then a cosine down to zero."""
+    warmup = max(1, round(0.05 * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,0 +1,43 @@
+"""What an allocation chooses from for each group of blocks: the combinations that a recipe allows."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.recipe.reading import parse_recipe
+from pipeline.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of one group; None: as the recipe has it. ``bits``: of the projections, a number or segments."""
+
+    budget: float | None
+    sparsity: float | None
+    bits: Any
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """``recipe`` with this choice."""
+        content = recipe.model_dump(mode="json")
+        if self.budget is not None:
+            content["compression"]["budget"] = self.budget
+        if self.sparsity is not None:
+            content["compression"]["sparsity"] = self.sparsity
+        if self.bits is not None:
+            content["quantization"]["projections"]["bits"] = self.bits
+        return parse_recipe(content, f"recipe {recipe.name}, choice {self}")
+
+
+def choices_of(recipe: Recipe) -> list[Choice]:
+    """Every combination that the recipe allows."""
+    assert recipe.allocate is not None
+    content = recipe.allocate.model_dump(mode="json")
+    lists = (content[name] or [None] for name in ("budgets", "sparsities", "bits"))
+    return [Choice(*combination) for combination in itertools.product(*lists)]
+
+
+def largest_choice(recipe: Recipe) -> Recipe:
+    """``recipe`` with the choice that has most parameters, for estimates."""
+    assert recipe.allocate is not None
+    budgets, sparsities = recipe.allocate.budgets, recipe.allocate.sparsities
+    return Choice(max(budgets) if budgets else None, min(sparsities) if sparsities else None, None).apply(recipe)

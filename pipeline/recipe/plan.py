@@ -1,0 +1,298 @@
+"""Recipe × model, before any expensive work: groups, ranks, layouts and sizes, and everything that cannot work.
+
+The rank of a shared basis follows from the parameter budget: FiPS (arXiv 2411.09816), section 3.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fips_ort.layout import BIT_WIDTHS, DENSE, Layout, Pattern
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.schema import FactorScheme, Recipe
+
+
+@dataclass(frozen=True)
+class MLPSite:
+    """One MLP of a model.
+
+    ``block``: running index over the whole model, in execution order. ``stage``: Swin's stage, 0 elsewhere.
+    ``path``: module path of the MLP. ``first``: child names of the linears that read the input, gate before up.
+    ``last``: child name of the last linear. ``activation``: child name of the activation module.
+    ``width``: model dimension d of this block. ``hidden``: output dimension of each first linear.
+    ``output_scale``: path of the layer-scale parameter [d] that multiplies the MLP's output, if there is one.
+    """
+
+    block: int
+    stage: int
+    path: str
+    first: tuple[str, ...]
+    last: str
+    activation: str
+    width: int
+    hidden: int
+    output_scale: str | None
+
+
+def group_name(index: int) -> str:
+    return f"group_{index}"
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A group of blocks that share one basis: ``rank`` entries of width ``width``.
+
+    ``has_basis`` False: the dense baseline, whose blocks are groups of their own. It is the factorization with the
+    identity for a basis (so ``rank`` is ``width``), which need not be stored.
+    """
+
+    index: int
+    sites: tuple[MLPSite, ...]
+    width: int
+    columns: int
+    rank: int
+    has_basis: bool = True
+
+    @property
+    def name(self) -> str:
+        return group_name(self.index)
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.width * self.columns
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all factors, whatever a mask leaves of them."""
+        return self.rank * (self.columns + self.width * self.has_basis)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a model: its groups, and the blocks it leaves dense.
+
+    ``recipes``: the recipe as it applies to each group, by name; they differ where an allocation has chosen
+    (:mod:`pipeline.stages.allocate`).
+    """
+
+    groups: tuple[GroupPlan, ...]
+    dense_blocks: tuple[int, ...]
+    recipes: Mapping[str, Recipe]
+
+
+def make_plan(recipe: Recipe, sites: list[MLPSite], chosen: Mapping[str, Recipe] | None = None) -> Plan:
+    """Check a recipe against the MLPs of a model and derive the ranks. ``chosen``: recipes of single groups, by name.
+
+    Raises InputError listing every offender: group indices out of range or used twice, groups of unequal
+    width, block sizes that do not divide, a rank below one block, bits graded along a rank axis that is not there.
+    """
+    problems: list[str] = []
+    if recipe.compression.method == "dense" and not isinstance(recipe.quantization.projections.bits, int):
+        problems.append(
+            "quantization.projections.bits: graded bits follow the rank axis of a factorization, which "
+            "compression.method dense does not have; take 2, 3 or 4"
+        )
+    groups = _group_sites(recipe, sites, problems)
+    plans = []
+    recipes: dict[str, Recipe] = {}
+    for index, members in groups:
+        own = (chosen or {}).get(group_name(index), recipe)
+        plan = _plan_group(own, index, members, problems)
+        if plan is not None:
+            plans.append(plan)
+            recipes[plan.name] = own
+    if problems:
+        raise InputError("\n".join(f"recipe {recipe.name}: {problem}" for problem in problems))
+    grouped = {site.block for group in plans for site in group.sites}
+    return Plan(tuple(plans), tuple(site.block for site in sites if site.block not in grouped), recipes)
+
+
+def _group_sites(recipe: Recipe, sites: list[MLPSite], problems: list[str]) -> list[tuple[int, list[MLPSite]]]:
+    """(number in the recipe, MLPs) of every group that can share a basis; what cannot goes to ``problems``."""
+    wanted = recipe.compression.groups
+    if isinstance(wanted, int):
+        wanted = [list(range(start, min(start + wanted, len(sites)))) for start in range(0, len(sites), wanted)]
+    seen: dict[int, int] = {}
+    groups = []
+    for number, blocks in enumerate(wanted):
+        key = f"compression.groups.{number}"
+        if not blocks:
+            problems.append(f"{key}: the group is empty; remove it")
+        outside = [block for block in blocks if not 0 <= block < len(sites)]
+        if outside:
+            problems.append(f"{key}: blocks {outside} do not exist; the model has blocks 0 to {len(sites) - 1}")
+        for block in blocks:
+            if block in seen:
+                where = "twice in this group" if seen[block] == number else f"in group {seen[block]} already"
+                problems.append(f"{key}: block {block} is {where}; a block belongs to one group")
+            seen[block] = number
+        members = [sites[block] for block in blocks if 0 <= block < len(sites)]
+        widths = sorted({site.width for site in members})
+        if len(widths) > 1:
+            listed = ", ".join(f"block {site.block}: {site.width}" for site in members)
+            problems.append(f"{key}: blocks of unequal width cannot share a basis ({listed}); split the group")
+        elif members:
+            groups.append((number, members))
+    return groups
+
+
+def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list[str]) -> GroupPlan | None:
+    compression, quantization = recipe.compression, recipe.quantization
+    width = sites[0].width
+    columns = sum(site.hidden * (len(site.first) + 1) for site in sites)
+    block_size = quantization.projections.block_size
+    if quantization.basis is not None and width % quantization.basis.block_size:
+        problems.append(
+            f"quantization.basis.block_size: {quantization.basis.block_size} does not divide the width {width} of "
+            f"group {index}; {_dividing_blocks(width, DENSE)}"
+        )
+    uneven = [f"block {site.block}: {site.hidden}" for site in sites if site.hidden % block_size]
+    if uneven:
+        problems.append(
+            f"quantization.projections.block_size: {block_size} does not divide the MLP width of "
+            f"{', '.join(uneven)}; "
+            f"{_dividing_blocks(math.gcd(*(site.hidden for site in sites)), Pattern.parse(compression.pattern))}"
+        )
+    if compression.method == "dense":
+        if width % block_size:
+            problems.append(
+                f"quantization.projections.block_size: {block_size} does not divide the width {width} of block "
+                f"{sites[0].block}; {_dividing_blocks(width, DENSE)}"
+            )
+        return GroupPlan(index, tuple(sites), width, columns, rank=width, has_basis=False)
+    wanted = rank_for_budget(compression.budget, width, columns, compression.target_sparsity)
+    # First projections have blocks along the rank axis; rounding down keeps the budget.
+    rank = int(wanted) // block_size * block_size
+    if rank < 1:
+        problems.append(
+            f"compression.budget: {compression.budget} gives group {index} rank {wanted:.1f}, less than one block "
+            f"of {block_size}; raise the budget or lower quantization.projections.block_size"
+        )
+        return None
+    return GroupPlan(index, tuple(sites), width, columns, rank)
+
+
+def _dividing_blocks(length: int, pattern: Pattern) -> str:
+    """The remedy for a block size that does not divide ``length``."""
+    smallest = 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
+    sizes = [str(size) for size in (16, 32, 64, 128, 256) if length % size == 0 and size % smallest == 0]
+    return f"take {' or '.join(sizes)}" if sizes else f"no supported block size does with pattern {pattern}"
+
+
+# --- budget -------------------------------------------------------------------------------------------------------
+
+
+def rank_for_budget(budget: float, width: int, columns: int, sparsity: float) -> float:
+    """Rank r at which basis and kept projection entries cost ``budget`` of the dense parameters.
+
+    ``p·d·N = d·r + (1-s)·r·N`` with p = ``budget``, d = ``width``, N = ``columns`` (all MLP matrices of the group,
+    laid side by side) and s = ``sparsity``. The result is a real number, to be rounded by the caller.
+    """
+    return budget * width * columns / (width + (1.0 - sparsity) * columns)
+
+
+def kept_parameters(rank: int, width: int, columns: int, sparsity: float) -> float:
+    """Values kept by a factorization of the given rank: basis and non-zero projection entries."""
+    return rank * width + (1.0 - sparsity) * rank * columns
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------
+
+Segments = tuple[int, int, int, int]
+
+
+def scheme_segments(scheme: FactorScheme, group: GroupPlan, chunk: int) -> Segments | None:
+    """Sizes of the 8-, 4-, 3- and 2-bit segments of a group's rank axis, multiples of ``chunk``.
+
+    None if the scheme leaves them to the allocation. The last segment takes what rounding leaves.
+    """
+    if scheme.bits == "allocate":
+        return None
+    if isinstance(scheme.bits, int):
+        return _sizes({scheme.bits: group.rank})
+    sizes: dict[int, int] = {}
+    left = group.rank
+    for grade in scheme.bits[:-1]:
+        size = min(left, round(grade.fraction * group.rank / chunk) * chunk)
+        sizes[grade.bits] = size
+        left -= size
+    sizes[scheme.bits[-1].bits] = left
+    return _sizes(sizes)
+
+
+def given_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments | None, Segments | None]:
+    """Segments of (basis, projections) that follow from the recipe alone; None where they are allocated.
+
+    A basis that is not stored has no entries at any bit-width.
+    """
+    quantization = recipe.quantization
+    chunk = quantization.projections.block_size
+    basis = (0, 0, 0, 0) if quantization.basis is None else scheme_segments(quantization.basis, group, chunk)
+    return basis, scheme_segments(quantization.projections, group, chunk)
+
+
+def basis_layout(recipe: Recipe, group: GroupPlan, segments: Segments) -> Layout:
+    """Stored basis: U.T [rank, d], segments along the rows."""
+    scheme = recipe.quantization.basis
+    assert scheme is not None
+    return Layout(group.rank, group.width, scheme.block_size, segments, 0, scheme.levels == "midrise", DENSE)
+
+
+def projection_layout(recipe: Recipe, group: GroupPlan, site: MLPSite, name: str, segments: Segments) -> Layout:
+    """Stored projection: of a first linear V.T [n, rank], of the last V [rank, n]; the contracted axis last.
+
+    Without a basis V is the dense matrix and the rank axis the model dimension.
+    """
+    scheme = recipe.quantization.projections
+    midrise = scheme.levels == "midrise"
+    pattern = Pattern.parse(recipe.compression.pattern)
+    if name == site.last:
+        return Layout(group.rank, site.hidden, scheme.block_size, segments, 0, midrise, pattern)
+    return Layout(site.hidden, group.rank, scheme.block_size, segments, 1, midrise, pattern)
+
+
+def _sizes(by_bits: dict[int, int]) -> Segments:
+    sizes = [by_bits.get(bits, 0) for bits in BIT_WIDTHS]
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """Promised sizes of a group's packed factors, in bytes; ``values`` are the kept parameters."""
+
+    values: float
+    value_bits: float
+    codes: int
+    pattern: int
+    scales: int
+
+    @property
+    def stored(self) -> int:
+        return self.codes + self.pattern + self.scales
+
+
+def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: Segments) -> GroupSize:
+    """What a group will take with the given segments of the rank axis (bitmaps: at the target sparsity)."""
+    sparsity = recipe.compression.target_sparsity
+    layouts = [basis_layout(recipe, group, basis)] if group.has_basis else []
+    for site in group.sites:
+        layouts += [projection_layout(recipe, group, site, name, projections) for name in (*site.first, site.last)]
+    codes = pattern = scales = 0
+    value_bits = 0.0
+    for layout in layouts:
+        density = 1.0 if layout.pattern == DENSE else 1.0 - sparsity
+        kept = []
+        for bits, rows, columns in layout.submatrices():
+            entries = (rows.stop - rows.start) * (columns.stop - columns.start)
+            kept.append(round(entries * density))
+            value_bits += entries * density * bits
+        codes += layout.code_bytes(kept)
+        pattern += layout.pattern_bytes
+        scales += 2 * int(np.prod(layout.stored_scales_shape))
+    values = kept_parameters(group.rank, group.width * group.has_basis, group.columns, sparsity)
+    return GroupSize(values, value_bits, codes, pattern, scales)

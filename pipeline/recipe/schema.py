@@ -1,0 +1,499 @@
+"""The recipe: everything a run depends on, as one frozen, validated value.
+
+Unknown keys are refused at every level. A recipe is read from YAML in :mod:`pipeline.recipe.reading`; what it says
+about a model (group indices, divisibility, rank) is checked against that model in :mod:`pipeline.recipe.plan`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
+
+PatternName = Literal["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class AtKeyError(ValueError):
+    """A problem found by a validator of a whole section, at one of the ``key``s in it (dotted)."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# --- model -----------------------------------------------------------------------------------------------------
+
+
+class Training(Section):
+    """AdamW with linear warm-up over 5 % of the steps and cosine decay to zero."""
+
+    steps: Positive
+    batch_size: Positive = 128
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+
+
+class ScratchModel(Section):
+    """A transformers image classifier of ``model_type`` built from ``config`` and trained in the run.
+
+    ``augmentation``: ``affine`` slightly rotates, scales and moves each training image.
+    """
+
+    source: Literal["scratch"]
+    model_type: str
+    config: dict[str, Any]
+    training: Training
+    augmentation: Literal["none", "affine"] = "none"
+
+
+class PretrainedModel(Section):
+    """A fine-tuned image classifier: a Hugging Face id or a local folder (``path`` is either)."""
+
+    source: Literal["pretrained"]
+    path: str
+    revision: str | None = None
+
+
+class PackagedOnnxModel(Section):
+    """A DINOv2 backbone inside the ONNX file of an installed package, with a linear head trained in the run."""
+
+    source: Literal["packaged_onnx"]
+    package: str
+    file: str
+    image_size: Positive
+    head: Training
+
+
+class CausalLanguageModel(Section):
+    """A causal language model: a Hugging Face id or a local folder; ``gguf_file`` names a GGUF file in it."""
+
+    source: Literal["causal_lm"]
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+
+class PackagedGGUFModel(Section):
+    """A causal language model in a GGUF file of an installed package, whole or cut into ``file.part00`` and so on
+    over the package and those it requires."""
+
+    source: Literal["packaged_gguf"]
+    package: str
+    file: str
+
+
+LanguageModel = CausalLanguageModel | PackagedGGUFModel
+
+
+ModelSection = Annotated[
+    ScratchModel | PretrainedModel | PackagedOnnxModel | CausalLanguageModel | PackagedGGUFModel,
+    Field(discriminator="source"),
+]
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+
+class DigitsData(Section):
+    """scikit-learn's digits (1,797 images), as RGB images resized to ``image_size``."""
+
+    source: Literal["digits"]
+    image_size: Positive
+    test_fraction: Fraction = 0.33
+
+
+class ImageFolderData(Section):
+    """``path/{train,test}/LABEL/image.*``; the label is a name or index known to the model, in ImageNet style."""
+
+    source: Literal["image_folder"]
+    path: str
+    train: str = "train"
+    test: str = "val"
+
+
+class HubImageData(Section):
+    """An image classification dataset read with ``datasets`` (a hub id, or a local folder it understands)."""
+
+    source: Literal["hub"]
+    path: str
+    config: str | None = None
+    train: str = "train"
+    test: str = "validation"
+    image_column: str = "image"
+    label_column: str = "label"
+
+
+class TextSection(Section):
+    """Text, cut into windows of ``context`` tokens (a leading ``<bos>`` included); samples are windows."""
+
+    context: Annotated[int, Field(ge=16)] = 512
+
+
+class PackagedTextData(TextSection):
+    """A JSON file of an installed package: records (a list, or the values of a mapping) with text in ``field``.
+
+    ``test_fraction`` of the records, drawn at random, is for evaluation, the others for training.
+    """
+
+    source: Literal["packaged_text"]
+    package: str
+    file: str
+    field: str
+    test_fraction: Fraction = 0.1
+
+
+class LocalTextData(TextSection):
+    """Local files: plain text (one document), or JSONL with a document in ``field`` of every line.
+
+    Without ``test``, ``test_fraction`` of the documents (of a plain text: of its lines) is for evaluation.
+    """
+
+    source: Literal["text"]
+    train: str
+    test: str | None = None
+    field: str = "text"
+    test_fraction: Fraction = 0.1
+
+
+class HubTextData(TextSection):
+    """A text dataset read with ``datasets``, streamed; ``documents``: at most so many of each split are read."""
+
+    source: Literal["hub_text"]
+    path: str
+    config: str | None = None
+    train: str = "train"
+    test: str = "test"
+    field: str = "text"
+    documents: Positive = 20_000
+
+
+TextData = PackagedTextData | LocalTextData | HubTextData
+
+
+DataSection = Annotated[
+    DigitsData | ImageFolderData | HubImageData | PackagedTextData | LocalTextData | HubTextData,
+    Field(discriminator="source"),
+]
+
+
+# --- compression -----------------------------------------------------------------------------------------------
+
+
+class Sparsifier(Section):
+    """How the projections become sparse during the fit (METHOD: GMP, RigL, static magnitude).
+
+    ``ranking``: magnitudes are compared within each projection (``layer``) or over the whole group
+    (``group``, the paper's 'global'). ``saliency``: entries are ranked by ``magnitude``, or by their contribution to
+    the output on the calibration data (``activation``). The mask is updated every ``update_every`` steps until ``end``
+    of the steps. ``initial_sparsity`` is where GMP starts; ``drop_fraction`` is RigL's, with cosine decay.
+    """
+
+    algorithm: Literal["gmp", "rigl", "static"] = "gmp"
+    ranking: Literal["layer", "group"] = "layer"
+    saliency: Literal["magnitude", "activation"] = "magnitude"
+    update_every: Positive = 50
+    end: Fraction = 0.75
+    initial_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    drop_fraction: Fraction = 0.1
+
+
+class Compression(Section):
+    """FiPS: groups of blocks, parameter budget, sparsity of the projections.
+
+    ``groups``: lists of block indices, or the size of groups of consecutive blocks. ``budget``: kept fraction
+    of the group's MLP parameters; above 1 for a basis of full rank, which pays by fewer bits alone. ``pattern`` of the
+    projections; an n:m pattern fixes ``sparsity``.
+
+    ``method: dense`` is the baseline without factorization: the MLPs' own matrices are quantized (as
+    ``quantization.projections`` says) and trained; groups and budget do not apply.
+    """
+
+    method: Literal["fips", "dense"] = "fips"
+    groups: Annotated[list[list[int]], Field(min_length=1)] | Positive = 1
+    budget: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
+    pattern: PatternName = "bitmap"
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    initialization: Literal["svd", "activation_svd", "output_aware"] = "activation_svd"
+    sparsifier: Sparsifier = Sparsifier()
+
+    @model_validator(mode="after")
+    def _method_has_its_keys(self) -> "Compression":
+        wanted = ("groups", "budget")
+        if self.method == "fips":
+            for key in wanted:
+                if key not in self.model_fields_set:
+                    raise AtKeyError(key, "required key is missing")
+        else:
+            for key in (*wanted, "sparsity", "initialization", "sparsifier"):
+                # A recipe written out in full, as in an artefact, has them all: with what stands for nothing given.
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise AtKeyError(key, "method dense does not factorize and has no such key; leave it out")
+            if self.pattern != "dense":
+                raise AtKeyError("pattern", f"got {self.pattern!r}; method dense keeps every weight: take dense")
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_follows_pattern(self) -> "Compression":
+        pattern = Pattern.parse(self.pattern)
+        if pattern.is_n_of_m:
+            implied: float | None = 1.0 - pattern.keep / pattern.of
+        else:
+            implied = 0.0 if self.pattern == "dense" else None
+        if implied is None and not self.sparsity:
+            raise ValueError("pattern bitmap needs a sparsity above 0 (for none, use pattern: dense)")
+        if implied is not None and self.sparsity not in (None, implied):
+            raise ValueError(f"pattern {self.pattern} means sparsity {implied}, not {self.sparsity}")
+        if pattern.is_n_of_m and self.sparsifier.ranking == "group":
+            raise ValueError(
+                f"sparsifier.ranking: group is for pattern bitmap; pattern {self.pattern} ranks within each "
+                f"{pattern.of} columns, so take ranking: layer"
+            )
+        return self
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the projections are sparse: some of their entries are masked."""
+        return self.pattern != "dense"
+
+    @property
+    def target_sparsity(self) -> float:
+        """Fraction of the projections' entries that are zero."""
+        pattern = Pattern.parse(self.pattern)
+        if pattern.is_n_of_m:
+            return 1.0 - pattern.keep / pattern.of
+        return self.sparsity or 0.0
+
+
+class Fit(Section):
+    """Local error minimisation: AdamW on basis and projections against the dense MLPs' outputs."""
+
+    steps: Positive
+    batch_tokens: Positive = 2048
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class EndToEnd(Section):
+    """Training of the factors in the whole model: ``task`` loss, or ``distill`` (KL to the dense logits).
+
+    ``precision`` bfloat16 (language models): products in bfloat16, several times faster where the CPU has
+    instructions for it; factors, scales and the optimizer stay float32."""
+
+    objective: Literal["task", "distill"]
+    steps: Positive
+    batch_size: Positive = 128
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+class QuantizedEndToEnd(EndToEnd):
+    """Of the quantized factors; with ``train_rest``, norms and the scales of n-bit linear layers outside the MLPs
+    are trained with them, so that they make up for what the codes have lost."""
+
+    train_rest: bool = False
+
+
+# --- quantization ----------------------------------------------------------------------------------------------
+
+
+class Grade(Section):
+    """A segment of the rank axis: a ``fraction`` of the rank entries stored with ``bits``."""
+
+    bits: Literal[2, 3, 4, 8]
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class FactorScheme(Section):
+    """How one kind of factor is quantized: symmetric, one float16 scale per ``block_size`` values.
+
+    ``bits``: 2, 3 or 4; or segments of the rank axis, the most energetic entries first; or ``allocate``:
+    reverse water-filling to ``quantization.target_stored_bits``. ``levels``: ``midtread`` has a level at zero,
+    ``midrise`` uses all levels symmetrically.
+    """
+
+    bits: Literal[2, 3, 4] | list[Grade] | Literal["allocate"]
+    block_size: Literal[16, 32, 64, 128, 256]
+    levels: Literal["midtread", "midrise"] = "midtread"
+
+    @model_validator(mode="after")
+    def _grades_are_complete(self) -> "FactorScheme":
+        if isinstance(self.bits, list):
+            total = sum(grade.fraction for grade in self.bits)
+            widths = [grade.bits for grade in self.bits]
+            if abs(total - 1.0) > 1e-6:
+                raise ValueError(f"the fractions of the segments add up to {total:g}, not 1")
+            if sorted(widths, reverse=True) != widths or len(set(widths)) != len(widths):
+                raise ValueError(f"segments must have falling bits, each once, out of {BIT_WIDTHS}; got {widths}")
+        return self
+
+
+class LocalTraining(Section):
+    """Block-wise QAT: the objective of the fit, with fake-quantized factors."""
+
+    objective: Literal["local"]
+    steps: Positive
+    batch_tokens: Positive = 2048
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class RestOfModel(Section):
+    """Storage of everything outside the MLPs. Linear layers (not the classifier) can take 4 or 8 bits
+    (MatMulNBits); all other weights are float16 or float32.
+
+    ``embedding_bits``: the token table of a language model (GatherBlockQuantized), and its output layer
+    (MatMulNBits), which share one table where the model ties them."""
+
+    weights: Literal["float32", "float16"] = "float16"
+    linear_bits: Literal[4, 8] | None = None
+    embedding_bits: Literal[4, 8] | None = None
+    block_size: Literal[16, 32, 64, 128, 256] = 64
+
+
+class Quantization(Section):
+    """``start``: codes before training are the ``nearest`` levels, or those that ``gptq`` finds from the second
+    moments of the activations."""
+
+    basis: FactorScheme | None = None
+    projections: FactorScheme
+    target_stored_bits: PositiveFloat | None = None
+    start: Literal["nearest", "gptq"] = "nearest"
+    learned_scales: bool = True
+    training: list[Annotated[LocalTraining | QuantizedEndToEnd, Field(discriminator="objective")]] = []
+    rest: RestOfModel = RestOfModel()
+
+    @model_validator(mode="after")
+    def _target_goes_with_allocation(self) -> "Quantization":
+        allocated = "allocate" in (self.basis and self.basis.bits, self.projections.bits)
+        if allocated != (self.target_stored_bits is not None):
+            raise ValueError("target_stored_bits goes with bits: allocate, and only with it")
+        return self
+
+
+class Allocate(Section):
+    """Rank, sparsity and bits of every group, chosen together to meet ``target``: stored bits per original weight of
+    the compressed MLPs, all bytes counted.
+
+    Every combination of ``budgets``, ``sparsities`` (pattern bitmap only) and ``bits`` (of the projections) is tried on
+    every group alone, and measured by the divergence from the dense model that it causes on ``samples`` training
+    samples; the recipe's own value stands where a list is not given.
+    """
+
+    target: PositiveFloat
+    budgets: Annotated[list[Annotated[float, Field(gt=0.0, le=2.0)]], Field(min_length=1)] | None = None
+    sparsities: Annotated[list[Fraction], Field(min_length=1)] | None = None
+    bits: Annotated[list[Literal[2, 3, 4] | list[Grade]], Field(min_length=1)] | None = None
+    samples: Positive = 8
+
+    @model_validator(mode="after")
+    def _something_is_open(self) -> "Allocate":
+        if all(values is None for values in (self.budgets, self.sparsities, self.bits)):
+            raise ValueError("nothing to choose from; give budgets, sparsities or bits")
+        return self
+
+
+class Export(Section):
+    """``accuracy_level`` 0: float32 activations; 4: int8 activations where the kernels can use them."""
+
+    accuracy_level: Literal[0, 4] = 0
+    max_shard_size: Annotated[int, Field(ge=4096)] = 2_000_000_000
+
+
+class Evaluation(Section):
+    """``samples``: how many test samples (images, or windows of text), in order; all if not given.
+
+    ``stride``: tokens between the starts of two windows, only the last of which count in each; by default a
+    whole window."""
+
+    samples: Positive | None = None
+    batch_size: Positive = 64
+    stride: Positive | None = None
+
+
+class Calibration(Section):
+    """``samples``: how many training samples (images, or windows of text), drawn at random; all if not given."""
+
+    samples: Positive | None = None
+    batch_size: Positive = 64
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelSection
+    data: DataSection
+    calibration: Calibration = Calibration()
+    compression: Compression
+    fit: Fit | None = None
+    finetune: EndToEnd | None = None
+    quantization: Quantization
+    allocate: Allocate | None = None
+    export: Export = Export()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def is_language_model(self) -> bool:
+        return isinstance(self.model, CausalLanguageModel | PackagedGGUFModel)
+
+    @model_validator(mode="after")
+    def _model_reads_data(self) -> "Recipe":
+        is_text = isinstance(self.data, TextSection)
+        if is_text != self.is_language_model:
+            raise AtKeyError(
+                "data.source",
+                f"{self.data.source} is {'text' if is_text else 'images'}; model.source: {self.model.source} is "
+                f"{'a language model' if self.is_language_model else 'an image classifier'}",
+            )
+        rest = self.quantization.rest
+        if not is_text and (rest.embedding_bits is not None or self.evaluation.stride is not None):
+            key = "evaluation.stride" if rest.embedding_bits is None else "quantization.rest.embedding_bits"
+            raise AtKeyError(key, "is for language models; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _method_has_its_parts(self) -> "Recipe":
+        is_fips = self.compression.method == "fips"
+        if is_fips != (self.quantization.basis is not None):
+            said = "required key is missing" if is_fips else "compression.method dense has no basis; leave it out"
+            raise AtKeyError("quantization.basis", said)
+        if is_fips and self.fit is None and self.compression.pattern != "dense":
+            pattern = self.compression.pattern
+            said = f"required key is missing: with pattern {pattern}, projections become sparse in the fit"
+            raise AtKeyError("fit", said)
+        for key in ("fit", "finetune"):
+            if not is_fips and getattr(self, key) is not None:
+                raise AtKeyError(key, "trains unquantized factors; compression.method dense has none, leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _allocation_has_its_parts(self) -> "Recipe":
+        if self.allocate is None:
+            return self
+        if self.compression.method == "dense":
+            raise AtKeyError("allocate", "method dense has no rank, sparsity or graded bits to choose; leave it out")
+        if self.allocate.sparsities is not None and self.compression.pattern != "bitmap":
+            pattern = self.compression.pattern
+            raise AtKeyError("allocate.sparsities", f"pattern {pattern} fixes the sparsity; take pattern bitmap")
+        if self.quantization.target_stored_bits is not None:
+            raise AtKeyError("allocate", "chooses the bits, and so does quantization: bits allocate; take one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_hold_whole_bytes(self) -> "Recipe":
+        try:
+            check_block_size(self.quantization.projections.block_size, Pattern.parse(self.compression.pattern))
+        except ValueError as error:
+            raise AtKeyError("quantization.projections", str(error)) from None
+        return self

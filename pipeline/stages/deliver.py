@@ -1,0 +1,117 @@
+"""The last stages: export of the artefact, its validation three ways, and how fast it runs."""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from exporters.artifact import Provenance, write_artifact
+from exporters.audit import AuditError, audit
+from exporters.packed_model import PackedModel
+from exporters.parity import ParityError, check_parity
+from fips_ort.errors import ArtifactError
+from fips_ort.load import load
+from fips_ort.manifest import MANIFEST, read_manifest, sha256
+from pipeline.plumbing.errors import InputError, StageError
+from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.run_folder import versions
+from pipeline.report.render import remove_report
+from pipeline.tasks.base import Task
+
+PARITY_TOLERANCE = 1e-3
+"""Allowed difference of logits relative to the largest: float32 sums in another order. Parity is checked with float32
+activations whatever the artefact permits."""
+GOLDEN_TOLERANCE = {0: PARITY_TOLERANCE, 4: 0.2}
+"""The same for the golden outputs of an artefact as it is, by accuracy_level: int8 activations in native kernels."""
+
+
+def export(out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path) -> None:
+    """Audit what the artefact is going to store, and write it."""
+    recipe = task.recipe
+    exported = task.export_graph(stored, packed)
+    golden = task.golden(task.predictor(stored), GOLDEN_TOLERANCE[recipe.export.accuracy_level])
+    provenance = Provenance(
+        title=recipe.name,
+        notes=f"Made by fips-onnx from the recipe `{recipe.name}` (in `{MANIFEST}`). The licence of the original "
+        "model's weights applies to this folder too.",
+        recipe=recipe.model_dump(mode="json"),
+        versions=versions(),
+    )
+    try:
+        rows = audit(exported, packed, recipe.quantization.rest.weights)
+    except AuditError as error:
+        raise StageError(str(error)) from None
+    try:
+        write_artifact(artifact, exported, packed, golden, provenance, task.save_config, recipe.export.max_shard_size)
+    except ArtifactError as error:
+        raise InputError(str(error)) from None
+    # A report of an earlier run would now speak of another artefact.
+    remove_report(artifact.parent)
+    write_json(out / "audit.json", [asdict(row) for row in rows])
+    write_json(out / "artifact.json", {"manifest_sha256": sha256(artifact / MANIFEST)})
+
+
+def is_intact(out: Path, artifact: Path) -> bool:
+    """Whether the artefact is the one that the export stage wrote, byte by byte."""
+    try:
+        read_manifest(artifact).check_files(artifact)
+        return bool(sha256(artifact / MANIFEST) == read_json(out / "artifact.json")["manifest_sha256"])
+    except (ArtifactError, OSError):
+        return False
+
+
+def validate(
+    out: Path,
+    task: Task,
+    fake_quantized: nn.Module,
+    stored: nn.Module,
+    artifact: Path,
+    dense_quality: Path,
+    progress: Progress,
+) -> None:
+    """Fake-quantized ↔ stored numbers ↔ both backends; then the quality of the file itself.
+
+    An artefact that fails is moved to ``artifact.rejected``, so that nobody takes it for a good one.
+    """
+    batches = task.parity_batches()
+    predict_expected, predict_actual = task.predictor(fake_quantized), task.predictor(stored)
+    for batch in batches:
+        with torch.inference_mode():
+            expected, actual = predict_expected(batch), predict_actual(batch)
+        if float((actual - expected).abs().max()) > 1e-4 * float(expected.abs().max()):
+            raise StageError("the packed codes do not compute what the fake-quantized model computes")
+    try:
+        parity = check_parity(artifact, stored, batches, PARITY_TOLERANCE)
+    except ParityError as error:
+        rejected = artifact.with_name(f"{artifact.name}.rejected")
+        shutil.rmtree(rejected, ignore_errors=True)
+        os.replace(artifact, rejected)
+        raise StageError(f"{error}; the artefact was moved to {rejected}") from None
+    for backend in task.evaluated_backends:
+        session = load(artifact, native=backend == "native", verify=backend == "native")
+        name = f"onnx_{backend}"
+        progress.say(f"  {name}: {task.measure(session, out / name, name, progress, against_dense=dense_quality)}")
+        del session
+    content = {
+        name: {"max_abs": difference.absolute, "relative": difference.relative}
+        for name, difference in (
+            ("native_vs_torch", parity.native_vs_torch),
+            ("portable_vs_torch", parity.portable_vs_torch),
+            ("native_vs_portable", parity.native_vs_portable),
+            ("rounding", parity.rounding),
+        )
+        if difference is not None
+    }
+    same = parity.native_vs_portable.same_predictions == 1.0
+    write_json(out / "parity.json", {**content, "tolerance": PARITY_TOLERANCE, "same_predictions": same})
+
+
+def bench(out: Path, task: Task, artifact: Path) -> None:
+    """Speed beside the dense model in ONNX Runtime, and resident memory."""
+    speed, memory = task.bench(artifact)
+    write_json(out / "speed.json", speed)
+    write_json(out / "memory.json", memory)

@@ -1,0 +1,378 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import onnxruntime_genai
+import pytest
+import torch
+from causal_lm_samples import (
+    CASES,
+    KINDS,
+    MAX_LENGTH,
+    WINDOW,
+    LanguageSample,
+    language_sample,
+    tiny_language_model,
+    tokens,
+    write_language_sample,
+)
+from language_samples import byte_level_tokenizer
+from packed_samples import random_packed, sample, write_sample
+
+from exporters.audit import AuditError, audit
+from exporters.causal_lm import export_causal_lm
+from exporters.genai_config import SAMPLE_TEXTS, TokenizerError, check_tokenizers
+from exporters.modules import install_packed
+from exporters.packed_model import PackedModel
+from exporters.parity import ParityError, check_parity
+from fips_ort import causal_lm
+from fips_ort.load import load
+from fips_ort.validate import validate
+from pipeline.generate import Sampling, generate, greedy_tokens
+from pipeline.plumbing.errors import InputError
+
+PROMPT = tokens(3 * WINDOW, seed=7)[0].tolist()
+GENERATED = 24
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp(kind) / "artifact" for kind in KINDS}
+    for kind, folder in folders.items():
+        write_language_sample(folder, language_sample(kind))
+    return folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_native_kernels_and_functions_compute_the_same(kind: str, artefacts: dict[str, Path]) -> None:
+    exported = language_sample(kind)
+    # One token; a batch; and texts past the sliding window.
+    parity = check_parity(artefacts[kind], exported.module, [tokens(1), tokens(7, 3), tokens(3 * WINDOW, 2)])
+    assert parity.samples == 6
+    assert parity.rounding is None
+    for difference in (parity.native_vs_torch, parity.portable_vs_torch, parity.native_vs_portable):
+        assert difference.relative < 1e-5
+        assert difference.same_predictions == 1.0
+    assert exported.logits(tokens(4)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("llama", "qwen3")])
+def test_sliding_windows_matter_in_the_samples(kind: str) -> None:
+    changed = tokens(3 * WINDOW)
+    changed[0, 0] = 5 + (changed[0, 0] - 4) % 260
+    exported = language_sample(kind)
+    wide = tiny_language_model(kind, sliding_window=4 * WINDOW)
+    narrow = tiny_language_model(kind)
+    with torch.inference_mode():
+        assert not torch.allclose(wide(tokens(3 * WINDOW)).logits[0, -1], narrow(tokens(3 * WINDOW)).logits[0, -1])
+    assert not torch.equal(exported.logits(changed)[0, 1], exported.logits(tokens(3 * WINDOW))[0, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_those_of_torch(kind: str, artefacts: dict[str, Path]) -> None:
+    """In onnxruntime-genai and in plain onnxruntime, from a prompt shorter and one longer than the window."""
+    exported = language_sample(kind)
+    session = load(artefacts[kind], verify=False)
+    for prompt in (PROMPT[:5], PROMPT):
+        expected = exported.greedy(prompt, GENERATED)
+        stop = (exported.module.config.eos_token_id,)
+        for computed in (
+            greedy_tokens(artefacts[kind], prompt, GENERATED),
+            causal_lm.greedy_tokens(session, prompt, GENERATED, stop),
+        ):
+            assert len(computed) == GENERATED or computed[-1] in stop
+            assert_same_until_tie(exported, prompt, computed, expected[: len(computed)])
+        assert len(set(expected)) > 3
+
+
+def assert_same_until_tie(exported: LanguageSample, prompt: list[int], actual: list[int], expected: list[int]) -> None:
+    for place, (token, wanted) in enumerate(zip(actual, expected, strict=True)):
+        if token != wanted:
+            best = exported.logits(torch.tensor([prompt + expected[:place]]))[0, -1].topk(2).values
+            assert best[0] - best[1] < 1e-5 * best[0].abs()
+            return
+
+
+def test_prompts_are_read_in_chunks_with_the_same_result(
+    artefacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = load(artefacts["gemma3"], verify=False)
+    whole = causal_lm.greedy_tokens(session, PROMPT, 8)
+    monkeypatch.setattr(causal_lm, "_PREFILL_TOKENS", 10)
+    assert causal_lm.greedy_tokens(session, PROMPT, 8) == whole
+    with pytest.raises(ValueError, match="no tokens"):
+        causal_lm.greedy_tokens(session, [], 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initializers_are_the_models_own(kind: str) -> None:
+    exported = language_sample(kind)
+    stored = {name for name, _ in [*exported.module.named_parameters(), *exported.module.named_buffers()]}
+    if exported.module.config.tie_word_embeddings and CASES[kind][3] is not None:
+        stored.add("lm_head.codes")  # PyTorch names it only once
+    initializers = exported.graph.graph.initializers
+    assert set(initializers) <= stored
+    nodes = {node.name for node in exported.graph.graph}
+    path = "model.layers.0.mlp"
+    has_basis = CASES[kind][1]
+    assert {f"{path}/basis_in" in nodes, f"{path}/basis_out" in nodes} == {has_basis}
+    assert f"{path}/gate_proj" in nodes
+    assert not [name for name in initializers if "rotary" not in name and initializers[name].dtype == ir.DataType.FLOAT
+                and initializers[name].shape.numpy() != () and not name.endswith("bias")]
+
+
+def test_gate_and_up_share_one_product() -> None:
+    graph = language_sample("gemma2").graph.graph
+    nodes = {node.name: node for node in graph}
+    gate, up = (nodes[f"model.layers.1.mlp/{name}"] for name in ("gate_proj", "up_proj"))
+    assert gate.inputs[0] is up.inputs[0]
+    assert gate.inputs[0] is nodes["model.layers.1.mlp/basis_in"].outputs[0]
+    names = [f"model.layers.{layer}.mlp/{name}" for layer in (0, 1) for name in ("basis_in", "basis_out")]
+    assert len({nodes[name].inputs[1] for name in names}) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_artefacts_store_what_was_promised(kind: str, artefacts: dict[str, Path]) -> None:
+    exported = language_sample(kind)
+    in_memory = audit(exported.graph, exported.packed, "float16")
+    assert audit(artefacts[kind], exported.packed, "float16") == in_memory
+    external = (artefacts[kind] / "model.onnx.data").stat().st_size
+    inline = sum(row.bytes for row in in_memory if row.bytes < 256)
+    assert 0 <= external - (sum(row.bytes for row in in_memory) - inline) < 64 * len(in_memory)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("gemma2", 4), ("gemma3", 8), ("qwen3", 4)])
+def test_tied_tables_are_stored_once(kind: str, bits: int, artefacts: dict[str, Path]) -> None:
+    exported = language_sample(kind)
+    vocabulary, width = 265, 32
+    rows = {row.name: row for row in audit(artefacts[kind], exported.packed, "float16")}
+    table = rows["model.embed_tokens.codes"]
+    assert (table.kind, table.bytes) == ("token_table", vocabulary * width * bits // 8)
+    assert rows["lm_head.codes"].bytes == 0
+    assert rows["model.embed_tokens.scales"].bytes == 2 * vocabulary * width // 32
+    assert "lm_head.scales" not in rows
+    initializers = ir.load(artefacts[kind] / "model.onnx").graph.initializers
+    places = [initializers[f"{path}.codes"].const_value for path in ("model.embed_tokens", "lm_head")]
+    assert all(isinstance(place, ir.ExternalTensor) for place in places)
+    assert len({(place.location, place.offset, place.nbytes) for place in places}) == 1
+    buffers = exported.module.model.embed_tokens, exported.module.lm_head
+    assert len({module.values.data_ptr() for module in buffers}) == 1
+    assert len({module.codes.data_ptr() for module in buffers}) == 1
+
+
+def test_a_tied_float_table_is_stored_once_and_looked_up_as_stored() -> None:
+    graph = language_sample("qwen2").graph.graph
+    initializers = graph.initializers
+    assert "lm_head.weight" not in initializers
+    assert initializers["model.embed_tokens.weight"].dtype == ir.DataType.FLOAT16
+    lookup = next(node for node in graph if node.op_type == "Gather" and node.name == "model.embed_tokens")
+    assert lookup.inputs[0] is initializers["model.embed_tokens.weight"]
+
+
+def test_audit_finds_a_table_stored_twice(tmp_path: Path) -> None:
+    exported = language_sample("gemma2")
+    model = ir.serde.deserialize_model(ir.to_proto(exported.graph))
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    with pytest.raises(AuditError, match=r"lm_head\.codes and model\.embed_tokens\.codes have equal bytes|"
+                                         r"model\.embed_tokens\.codes and lm_head\.codes have equal bytes"):
+        audit(tmp_path, exported.packed, "float16")
+
+
+def test_audit_finds_a_table_of_other_bits() -> None:
+    exported = language_sample("gemma3")
+    node = next(node for node in exported.graph.graph if node.op_type == "GatherBlockQuantized")
+    node.attributes["bits"] = ir.AttrInt64("bits", 4)
+    try:
+        with pytest.raises(AuditError, match=r"embed_tokens\.codes \(token_table\) takes 8480 bytes, .* were 4240"):
+            audit(exported.graph, exported.packed, "float16")
+    finally:
+        node.attributes["bits"] = ir.AttrInt64("bits", 8)
+
+
+def test_int8_activations_are_told_apart_from_errors(tmp_path: Path) -> None:
+    exported = language_sample("gemma3", 4)
+    write_language_sample(tmp_path / "artifact", exported)
+    levels = {node.op_type: node.attributes["accuracy_level"].as_int() for node in exported.graph.graph
+              if "accuracy_level" in node.attributes}
+    assert levels == {"QMatMul": 4, "BitmapQMatMul": 4, "MatMulNBits": 4}
+    parity = check_parity(tmp_path / "artifact", exported.module, [tokens(20)])
+    assert parity.native_vs_torch.relative < 1e-5
+    assert parity.rounding is not None
+    assert parity.rounding.relative > 1e-4
+
+
+@pytest.mark.parametrize(("kind", "initializer", "path"), [
+    ("gemma3", "model.layers.1.mlp.up_proj.codes", "model.layers.1.mlp"),
+    ("mistral", "model.layers.1.mlp.down_proj.codes", "model.layers.1.mlp"),
+    ("gemma3", "model.layers.0.self_attn.o_proj.codes", "model.layers.0.mlp"),
+    ("gemma3", "model.norm.weight", None),
+])
+def test_wrong_weights_are_traced_to_the_first_block(
+    kind: str, initializer: str, path: str | None, tmp_path: Path
+) -> None:
+    exported = language_sample(kind)
+    write_language_sample(tmp_path / "artifact", exported)
+    flip_bytes(tmp_path / "artifact", initializer)
+    with pytest.raises(ParityError) as caught:
+        check_parity(tmp_path / "artifact", exported.module, [tokens(20)])
+    assert caught.value.path == path
+
+
+def flip_bytes(folder: Path, initializer: str) -> None:
+    tensor = ir.load(folder / "model.onnx").graph.initializers[initializer].const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        path, span = folder / str(tensor.location), slice(tensor.offset, tensor.offset + tensor.nbytes)
+    else:
+        path = folder / "model.onnx"
+        start = path.read_bytes().index(tensor.tobytes())
+        span = slice(start, start + tensor.nbytes)
+    data = bytearray(path.read_bytes())
+    data[span] = bytes(byte ^ 0x33 for byte in data[span])
+    path.write_bytes(data)
+
+
+def test_validation_needs_no_torch_model(artefacts: dict[str, Path]) -> None:
+    checks = list(validate(artefacts["gemma3"]))
+    assert [check.name for check in checks] == ["manifest", "files", "native", "portable"]
+    assert all(check.passed for check in checks)
+    inputs = sorted(path.name for path in (artefacts["gemma3"] / "golden").iterdir())
+    assert inputs == ["input_ids.npy", "logits.npy"]
+    assert np.load(artefacts["gemma3"] / "golden" / "logits.npy").shape == (1, 1, 265)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runtime_configuration(kind: str, artefacts: dict[str, Path]) -> None:
+    content = json.loads((artefacts[kind] / "genai_config.json").read_text())
+    decoder = content["model"]["decoder"]
+    library = decoder["session_options"]["custom_ops_library"]
+    assert (artefacts[kind] / library).is_file()
+    assert content["model"]["context_length"] == content["search"]["max_length"] == MAX_LENGTH
+    assert content["model"]["type"] == {"gemma3": "gemma3_text"}.get(kind, kind)
+    assert (content["model"]["bos_token_id"], content["model"]["eos_token_id"]) == (2, 1)
+    assert content["search"]["chunk_size"] == 128
+    assert "sliding_window" not in decoder  # caches grow with the text, as in plain onnxruntime
+    config = json.loads((artefacts[kind] / "config.json").read_text())
+    assert config["max_position_embeddings"] == 256
+
+
+def test_tokenizers_agree_and_differences_are_shown(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    folder = artefacts["gemma3"]
+    check_tokenizers(folder, byte_level_tokenizer())
+    with pytest.raises(TokenizerError, match=r"the saved tokenizer makes .*from token 0 on \[2, .*expected \[56, "):
+        check_tokenizers(folder, byte_level_tokenizer(bos=False), ["The"])
+    indented = tmp_path / "indented"
+    byte_level_tokenizer().save_pretrained(indented)
+    assert (folder / "tokenizer.json").stat().st_size < 0.6 * (indented / "tokenizer.json").stat().st_size
+    assert len("".join(SAMPLE_TEXTS).encode()) > 400
+
+
+def test_generated_text_comes_in_pieces(artefacts: dict[str, Path]) -> None:
+    tokenizer = byte_level_tokenizer()
+    prompt = "the thing"
+    pieces = list(generate(artefacts["gemma3"], prompt, 12))
+    expected = greedy_tokens(artefacts["gemma3"], tokenizer(prompt)["input_ids"], 12)
+    runtime = onnxruntime_genai.Tokenizer(str(artefacts["gemma3"])).create_stream()
+    assert pieces == [runtime.decode(token) for token in expected if token != 1]
+    assert len(pieces) > 3
+    drawn = ["".join(generate(artefacts["gemma3"], prompt, 12, Sampling(2.0, 0.9, seed))) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+
+
+def test_generation_errors_say_what_to_do(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    folder = artefacts["qwen3"]
+    with pytest.raises(InputError, match=r"longer than the 128 tokens that the model was exported for; ask for less"):
+        generate(folder, "the thing", MAX_LENGTH)
+    with pytest.raises(InputError, match="temperature: -1 is below 0"):
+        generate(folder, "the", 4, Sampling(temperature=-1))
+    with pytest.raises(InputError, match=r"top_p: 0\.0 is not"):
+        generate(folder, "the", 4, Sampling(top_p=0.0))
+    with pytest.raises(InputError, match="max_new_tokens: 0"):
+        generate(folder, "the", 0)
+    with pytest.raises(InputError, match="prompt: it has no tokens"):
+        greedy_tokens(folder, [], 4)
+    with pytest.raises(InputError, match="no artefact, it has no genai_config"):
+        generate(tmp_path, "the", 4)
+    write_sample(tmp_path / "vision", sample("vit", "1:4"))
+    with pytest.raises(InputError, match="an image classifier's artefact"):
+        generate(tmp_path / "vision", "the", 4)
+    (tmp_path / "genai_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot load it: .*; try `fips validate"):
+        generate(tmp_path, "the", 4)
+
+
+def test_export_is_deterministic_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    exported = language_sample("gemma3")
+    again = export_causal_lm(exported.module, MAX_LENGTH)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+    proto = ir.to_proto(again)
+    assert proto.SerializeToString() == ir.to_proto(exported.graph).SerializeToString()
+    assert (proto.ir_version, {entry.domain: entry.version for entry in proto.opset_import}) == (
+        9, {"": 20, "com.microsoft": 1, "ai.fips": 1}
+    )
+    assert all(entry.version == 20 for function in proto.functions for entry in function.opset_import)
+    assert b"site-packages" not in proto.SerializeToString()
+
+
+def test_a_model_may_be_packed_in_part_and_in_float32() -> None:
+    dense = tiny_language_model("llama")
+    packed = random_packed(dense, "1:4", per_group=1)
+    partial = PackedModel({"group_1": packed.bases["group_1"]}, packed.mlps[1:])
+    module = install_packed(dense, partial)
+    # Tables of rotary embeddings are never longer than the model's own limit.
+    graph = export_causal_lm(module, 10_000)
+    nodes = {node.name: node for node in graph.graph}
+    assert nodes["model.layers.0.mlp.gate_proj"].op_type == "MatMul"
+    assert nodes["model.layers.1.mlp/gate_proj"].op_type == "SparseQMatMul"
+    assert nodes["rotary/positions"].inputs[1].name == "/model/constants/FLOAT/256.0"
+    audit(graph, partial, "float32")
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
+    input_ids = tokens(30)
+    (logits,) = session.run(["logits"], causal_lm.prefill_inputs(session, input_ids.numpy()))
+    expected = LanguageSample(partial, module, graph).logits(input_ids).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda model: model.train(), "training mode"),
+    (lambda model: setattr(model.model.rotary_emb, "rope_type", "dynamic"), "rotary embeddings of type 'dynamic'"),
+])
+def test_export_refuses(change: Any, message: str) -> None:
+    model = tiny_language_model("qwen3")
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        export_causal_lm(model)
+
+
+def test_export_refuses_other_architectures() -> None:
+    class StableLmForCausalLM(type(tiny_language_model("qwen3"))):  # type: ignore[misc]
+        pass
+
+    model = tiny_language_model("qwen3")
+    model.__class__ = StableLmForCausalLM
+    with pytest.raises(ValueError, match="cannot export a StableLmForCausalLM; supported: Gemma2ForCausalLM, "):
+        export_causal_lm(model)
+
+
+def test_frequencies_of_rotary_embeddings_are_not_rounded() -> None:
+    exported = language_sample("gemma3")
+    dense = tiny_language_model("gemma3")
+    for name in ("full_attention_inv_freq", "sliding_attention_inv_freq"):
+        expected = getattr(dense.model.rotary_emb, name)
+        assert not torch.equal(expected, expected.half().float())
+        assert torch.equal(getattr(exported.module.model.rotary_emb, name), expected)
+        stored = exported.graph.graph.initializers[f"model.rotary_emb.{name}"].const_value
+        np.testing.assert_array_equal(stored.numpy(), expected.numpy())
+
+
+def test_incomplete_inputs_are_completed_only_where_the_graph_wants_them(artefacts: dict[str, Path]) -> None:
+    session = load(artefacts["gemma3"], verify=False)
+    feeds = causal_lm.prefill_inputs(session, tokens(5, 2).numpy())
+    assert set(feeds) == {value.name for value in session.get_inputs()}
+    assert feeds["attention_mask"].tolist() == [[1] * 5] * 2
+    assert feeds["past_key_values.2.value"].shape == (2, 1, 0, 16)
+    assert feeds["past_key_values.0.key"].dtype == np.float32

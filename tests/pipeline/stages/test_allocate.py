@@ -1,0 +1,201 @@
+"""Allocation over groups: the best combination, choices of a recipe, and a run whose groups differ."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_samples import TINY, StoppingProgress, StopRun, tiny_recipe
+
+from pipeline.estimate import estimate
+from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.progress import Progress
+from pipeline.recipe.choices import Choice, choices_of
+from pipeline.recipe.reading import parse_recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.run import run
+from pipeline.stages.allocate import Measured, best_combination
+from pipeline.tasks import image_classification
+
+NOTHING = Choice(None, None, None)
+
+
+@pytest.fixture(autouse=True)
+def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_classification, "BENCH_SECONDS", 0.2)
+
+
+# --- the best combination --------------------------------------------------------------------------------------
+
+ENTRIES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=4)
+
+
+@given(st.lists(ENTRIES, min_size=1, max_size=4), st.integers(0, 60))
+def test_best_combination_is_the_best_of_all(groups: list[list[tuple[int, int]]], budget: int) -> None:
+    measured = {
+        f"group_{index}": [Measured(NOTHING, size, loss / 8) for size, loss in entries]
+        for index, entries in enumerate(groups)
+    }
+    within = [
+        sum(entry.divergence for entry in combination)
+        for combination in itertools.product(*measured.values())
+        if sum(entry.stored_bytes for entry in combination) <= budget
+    ]
+    found = best_combination(measured, budget)
+    if not within:
+        assert found is None
+        return
+    assert found is not None
+    assert all(entry in measured[name] for name, entry in found.items())
+    assert sum(entry.stored_bytes for entry in found.values()) <= budget
+    assert sum(entry.divergence for entry in found.values()) == min(within)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------
+
+
+def allocating(**settings: Any) -> Recipe:
+    return tiny_recipe(allocate={"target": 3.0, "samples": 16, **settings})
+
+
+def test_choices_are_all_combinations() -> None:
+    graded = [{"bits": 4, "fraction": 0.5}, {"bits": 2, "fraction": 0.5}]
+    choices = choices_of(allocating(budgets=[0.6, 0.4], bits=[3, graded]))
+    assert choices == [Choice(0.6, None, 3), Choice(0.6, None, graded), Choice(0.4, None, 3), Choice(0.4, None, graded)]
+    recipe = choices[3].apply(allocating(bits=[3]))
+    assert recipe.compression.budget == 0.4
+    assert recipe.compression.sparsity == 0.5
+    assert isinstance(recipe.quantization.projections.bits, list)
+    assert [grade.bits for grade in recipe.quantization.projections.bits] == [4, 2]
+    assert Choice(None, 0.75, None).apply(recipe).compression.target_sparsity == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"allocate": {"target": 3.0}}, ["allocate", "nothing to choose from"]),
+        ({"allocate": {"target": 0.0, "bits": [3]}}, ["allocate.target"]),
+        ({"allocate": {"target": 3.0, "bits": []}}, ["allocate.bits"]),
+        (
+            {
+                "allocate": {"target": 3.0, "sparsities": [0.5]},
+                "compression": {"groups": 3, "budget": 0.6, "pattern": "1:4"},
+            },
+            ["allocate.sparsities", "1:4"],
+        ),
+        (
+            {
+                "allocate": {"target": 3.0, "bits": [3]},
+                "compression": {"method": "dense", "pattern": "dense"},
+                "fit": None,
+                "quantization": {"projections": {"bits": 3, "block_size": 16}},
+            },
+            ["allocate", "method dense"],
+        ),
+        (
+            {
+                "allocate": {"target": 3.0, "bits": [3]},
+                "quantization": {
+                    "basis": {"bits": 4, "block_size": 16},
+                    "projections": {"bits": "allocate", "block_size": 16},
+                    "target_stored_bits": 3.0,
+                },
+            },
+            ["allocate", "take one of them"],
+        ),
+    ],
+)
+def test_bad_allocations_are_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as refused:
+        parse_recipe({**TINY, **changes}, "tiny.yaml")
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_plan_counts_the_largest_choice() -> None:
+    largest = estimate(allocating(budgets=[0.9])).plan.groups
+    assert estimate(allocating(budgets=[0.6, 0.9])).plan.groups == largest
+
+
+def test_a_choice_that_cannot_work_is_refused_before_anything_runs() -> None:
+    with pytest.raises(InputError, match=r"compression\.budget: 0\.1 gives group 0 rank"):
+        estimate(allocating(budgets=[0.6, 0.1]))
+
+
+# --- runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def allocated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Any]:
+    """A run that chose; its recipe, folder and report. Not to be changed."""
+    recipe, folder = allocating(budgets=[0.9, 0.6], bits=[4, 2]), tmp_path_factory.mktemp("allocated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_classification, "BENCH_SECONDS", 0.2)
+        return recipe, folder, run(recipe, folder, Progress())
+
+
+def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Path, Any]) -> None:
+    recipe, folder, report = allocated
+    work = folder / "work/allocate"
+    chosen = read_json(work / "chosen.json")
+    assert sorted(chosen) == ["group_0", "group_1"]
+    total = 0
+    for group in report["groups"]:
+        measured = read_json(work / "measured" / f"{group['name']}.json")
+        assert [entry["choice"]["budget"] for entry in measured] == [0.9, 0.9, 0.6, 0.6]
+        assert chosen[group["name"]] in measured
+        total += chosen[group["name"]]["stored_bytes"]
+        by_choice = {(entry["choice"]["budget"], entry["choice"]["bits"]): entry for entry in measured}
+        # More bits and more rank cost less quality and more bytes.
+        assert by_choice[0.9, 4]["divergence"] < by_choice[0.9, 2]["divergence"]
+        assert by_choice[0.9, 4]["stored_bytes"] > by_choice[0.9, 2]["stored_bytes"]
+        assert by_choice[0.9, 4]["stored_bytes"] > by_choice[0.6, 4]["stored_bytes"]
+    weights = sum(group["width"] * group["columns"] for group in report["groups"])
+    assert recipe.allocate is not None
+    assert 8 * total / weights <= recipe.allocate.target
+
+
+def test_groups_come_out_as_they_were_chosen(allocated: tuple[Recipe, Path, Any]) -> None:
+    recipe, folder, report = allocated
+    chosen = read_json(folder / "work/allocate/chosen.json")
+    for group in report["groups"]:
+        choice = Choice(**chosen[group["name"]]["choice"])
+        assert list(group["projection_bits"]) == [str(choice.bits)]
+        alone = estimate(choice.apply(recipe).model_copy(update={"allocate": None})).plan.groups
+        assert group["rank"] == next(plan.rank for plan in alone if plan.name == group["name"])
+    assert report["bits_per_weight"]["stored"] <= 3.0 + 0.1  # bitmaps of the fit keep other entries in other bytes
+    assert report["parity"]["same_predictions"]
+
+
+def test_a_killed_allocation_goes_on(allocated: tuple[Recipe, Path, Any], tmp_path: Path) -> None:
+    recipe, folder, _ = allocated
+    with pytest.raises(StopRun):
+        run(recipe, tmp_path, StoppingProgress("factorize/group_0"))
+    expected = read_json(folder / "work/allocate/measured/group_1.json")
+    # As if it had been killed after the second choice of the last group.
+    work = tmp_path / "work/allocate"
+    (work / "chosen.json").unlink()
+    stage = read_json(work / "stage.json")
+    (work / "stage.json").unlink()
+    write_json(work / "started.json", {"key": stage["key"]})
+    write_json(work / "measured/group_1.json", [{**expected[0], "divergence": 99.0}, *expected[1:2]])
+    with pytest.raises(StopRun):
+        run(recipe, tmp_path, StoppingProgress("factorize/group_0"))
+    found = read_json(work / "measured/group_1.json")
+    assert found[0]["divergence"] == 99.0  # taken, not measured again
+    assert found[1:] == expected[1:]
+
+
+def test_a_target_too_low_names_one_that_works(tmp_path: Path) -> None:
+    recipe = allocating(target=0.5, budgets=[0.9, 0.6], bits=[4, 2], samples=1)
+    with pytest.raises(InputError) as refused:
+        run(recipe, tmp_path, Progress())
+    found = re.search(r"allocate\.target: 0\.5 is below .* take, (\d\.\d+); raise it", str(refused.value))
+    assert found is not None
+    enough = float(found[1])
+    again = recipe.model_copy(update={"allocate": recipe.allocate.model_copy(update={"target": enough + 1e-3})})  # type: ignore[union-attr]
+    with pytest.raises(StopRun):
+        run(again, tmp_path, StoppingProgress("factorize/group_0"))
