@@ -1,12 +1,30 @@
-"""A whole run: the list of stages, in order, with what each depends on; those of single groups are in
-:mod:`pipeline.stages.groups`."""
+"""A whole run as the list of its stages, which are the steps of the method.
 
-import json
-from collections.abc import Callable
+With X and Y what the MLPs of the dense model read and write, W the MLP matrices of a group of blocks side by side, U
+the basis that they share and V their projections (FiPS, arXiv 2411.09816, section 3):
+
+| stage               | reads                  | leaves                                                                |
+| ------------------- | ---------------------- | --------------------------------------------------------------------- |
+| model               | the recipe             | the dense model, where it is made in the run                          |
+| calibrate           | dense model            | X and Y of every block                                                |
+| allocate (optional) | dense model, X         | rank, sparsity and bits of every group                                |
+| factorize/GROUP     | W, X                   | U, V with W ≈ U V                                                     |
+| fit/GROUP           | U, V, X, Y             | U, V that minimise the error of MLP(X; U, V) to Y, V becoming sparse  |
+| finetune (optional) | U, V                   | U, V that minimise the loss of the whole model                        |
+| qat/rest            | dense model            | codes of the weights outside the MLPs, where these take long to find  |
+| qat/0-start         | U, V, X, Y             | scales s and integer codes q, so that U ≈ s q, V ≈ s q                |
+| qat/N-OBJECTIVE     | the step before, X, Y  | scales and codes, trained by block (local) or in the whole model      |
+| pack                | the last step          | integer codes, packed                                                 |
+| export              | packed model           | the artefact                                                          |
+| validate            | the artefact           | that all ways to run it agree; its quality                            |
+| bench               | the artefact           | speed and memory                                                      |
+
+After each step that changes the model, a stage ``evaluate/STEP`` measures its quality on the test samples. Stages of
+single groups are in :mod:`pipeline.stages.groups`.
+"""
+
 from functools import partial
 from pathlib import Path
-
-from torch import nn
 
 from exporters.modules import install_packed
 from exporters.packed_model import load_packed_model, save_packed_model
@@ -16,14 +34,18 @@ from pipeline.estimate import estimate
 from pipeline.plumbing.engines import Engine
 from pipeline.plumbing.files import file_digest
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.run_folder import RunFolder
-from pipeline.quantization.prepare import freeze
+from pipeline.plumbing.run_folder import RunFolder, StageResult
+from pipeline.quantization.freeze import freeze
 from pipeline.recipe.schema import Recipe
 from pipeline.report.assembly import assemble_report
-from pipeline.report.render import write_report
+from pipeline.report.render import remove_report, write_report
 from pipeline.report.schema import Report
-from pipeline.stages import deliver, quantize, results, train
-from pipeline.stages.groups import calibrate, fit_on_ray, open_dense
+from pipeline.stages import deliver
+from pipeline.stages.evaluate import Evaluations
+from pipeline.stages.groups import Calibrated, calibrate, compute_on_ray, open_dense
+from pipeline.stages.quantize import QuantizationInputs, load_segments, open_base, quantize, restore_quantized
+from pipeline.stages.results import SavedFactors
+from pipeline.stages.train import finetune, train_quantized
 
 ARTIFACT = "artifact"
 
@@ -37,7 +59,7 @@ def run(
     shared: Path | None = None,
     engine: Engine = "local",
 ) -> Report:
-    """Everything from the recipe to the validated artefact in ``folder/artifact`` and the report beside it.
+    """Run everything from the recipe to the validated artefact in ``folder/artifact`` and the report beside it.
 
     ``engine`` ray: groups, which are independent until quantization, are factorized and fitted side by side on a Ray
     cluster whose machines see ``folder`` at the same path.
@@ -53,114 +75,137 @@ def run(
 
 
 def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) -> Report:
-    work = folder.work
-    settings = recipe.model_dump(mode="json")
-    evaluated: dict[str, Path] = {}
-    errors: dict[str, dict[str, float]] = {}
-    task, dense_key = open_dense(recipe, folder, progress)
+    task, dense = open_dense(recipe, folder, progress)
+    evaluations = Evaluations(task, folder, progress)
+    evaluations.evaluate("dense", [dense], lambda: task.model)
 
-    def evaluate(name: str, before: str, make_model: Callable[[], nn.Module]) -> None:
-        def measure(out: Path) -> None:
-            progress.say(f"  {name}: {task.measure(make_model().eval(), out, name, progress)}")
-
-        folder.stage(f"evaluate/{name}", settings["evaluation"], before, measure)
-        evaluated[name] = work / "evaluate" / name
-
-    evaluate("dense", dense_key, lambda: task.model)
-    calibrated = calibrate(task, dense_key, folder, progress)
-    plan, calibration = calibrated.plan, calibrated.calibration
-
-    # Factorization and fit, group by group.
+    calibrated = calibrate(task, dense, folder, progress)
     if engine == "ray":
-        fit_on_ray(calibrated)
-    keys = {group.name: calibrated.factorize(group) for group in plan.groups}
-    unquantized = [work / "factorize" / group.name for group in plan.groups]
-    restore = partial(results.restore_all, task.model, plan)
-    key = json.dumps(keys)
-    if recipe.compression.method == "fips":
-        factorized = unquantized
-        evaluate("factorized", key, lambda: install(task.model, restore(factorized)))
-        errors["factorized"] = results.merge_errors(factorized)
-    if recipe.fit is not None:
-        keys = {group.name: calibrated.fit(group, keys[group.name]) for group in plan.groups}
-        fitted = unquantized = [work / "fit" / group.name for group in plan.groups]
-        key = json.dumps(keys)
-        evaluate("fitted", key, lambda: install(task.model, restore(fitted)))
-        errors["fitted"] = results.merge_errors(fitted)
+        compute_on_ray(calibrated)
+    unquantized = _compress(calibrated, evaluations)
 
-    # Optional global error minimisation.
-    if recipe.finetune is not None:
-        compute = partial(train.finetune, task=task, plan=plan, before=unquantized)
-        key = folder.stage(
-            "finetune",
-            settings["finetune"],
-            key,
-            partial(compute, calibration=calibration, progress=progress),
-        )
-        finetuned = unquantized = [work / "finetune" / group.name for group in plan.groups]
-        evaluate("finetuned", key, lambda: install(task.model, restore(finetuned)))
-        errors["finetuned"] = results.load_errors(work / "finetune")
-
-    # Quantization-aware training, in a model whose other weights are as they will be stored.
-    schemes = {name: value for name, value in settings["quantization"].items() if name != "training"}
-    chosen_schemes = [own.quantization.projections.model_dump(mode="json") for own in plan.recipes.values()]
-    rest_key = folder.stage(
-        "qat/rest",
-        [settings["calibration"], schemes["rest"], schemes["start"], recipe.seed],
-        json.dumps([task.source_hash, task.data_hash]),
-        partial(task.store_rest, progress=progress),
-    )
-    base = task.open_rest(work / "qat" / "rest")
-    models = quantize.QuantizationInputs(task, base, plan, unquantized, calibration)
-    rounded = last = work / "qat" / "0-start"
-    key = folder.stage(
-        "qat/0-start",
-        [schemes, chosen_schemes, settings["export"]["accuracy_level"], rest_key],
-        key,
-        partial(quantize.quantize, inputs=models, progress=progress),
-    )
-    restore_quantized = partial(quantize.restore_quantized, models, rounded)
-    if recipe.quantization.training:
-        evaluate("rounded", key, lambda: install(base, restore_quantized(rounded)))
-        errors["rounded"] = results.load_errors(rounded)
-    for position, entry in enumerate(recipe.quantization.training):
-        name = f"qat/{position + 1}-{entry.objective}"
-        compute = partial(train.train_quantized, inputs=models, position=position, started=rounded, before=last)
-        key = folder.stage(
-            name,
-            [settings["quantization"]["training"][position], recipe.seed],
-            key,
-            partial(compute, progress=progress),
-        )
-        last = work / name
-    mlps, base = restore_quantized(last), quantize.open_base(models, last)
+    inputs, start, trained = _quantize(calibrated, dense, unquantized, evaluations)
+    mlps = restore_quantized(inputs, start.folder, trained.folder)
+    base = open_base(inputs, trained.folder)
     fake_quantized = install(base, mlps).eval()
-    evaluate("qat", key, lambda: fake_quantized)
-    errors["qat"] = results.load_errors(last)
+    errors = SavedFactors.of_stage(trained, calibrated.plan).errors()
+    evaluations.evaluate("qat", [trained], lambda: fake_quantized, errors)
 
     # Integer codes, artefact, validation, speed, report.
-    key = folder.stage("pack", [], key, lambda out: save_packed_model(freeze(mlps), out / "packed.safetensors"))
-    packed = load_packed_model(work / "pack" / "packed.safetensors")
+    packing = folder.stage(
+        "pack", [], [trained], lambda out: save_packed_model(freeze(mlps), out / "packed.safetensors")
+    )
+    packed = load_packed_model(packing.folder / "packed.safetensors")
     stored = install_packed(base, packed, recipe.export.accuracy_level).eval()
     artifact = folder.folder / ARTIFACT
-    key = folder.stage(
+
+    def export(out: Path) -> None:
+        deliver.export(out, task, stored, packed, artifact)
+        remove_report(folder.folder)  # one of an earlier run would now speak of another artefact
+
+    exported = folder.stage(
         "export",
-        [settings, file_digest(library_path())],  # both go into the artefact
-        key,
-        lambda out: deliver.export(out, task, stored, packed, artifact),
+        [recipe.model_dump(mode="json"), file_digest(library_path())],  # both go into the artefact
+        [packing],
+        export,
         is_valid=lambda out: deliver.is_intact(out, artifact),
     )
-    folder.stage(
+    validated = folder.stage(
         "validate",
-        [settings["export"], settings["evaluation"]],
-        key,
-        lambda out: deliver.validate(out, task, fake_quantized, stored, artifact, evaluated["dense"], progress),
+        [recipe.export.model_dump(mode="json"), recipe.evaluation.model_dump(mode="json")],
+        [exported],
+        lambda out: deliver.validate(
+            out, task, fake_quantized, stored, artifact, evaluations.folders["dense"], progress
+        ),
     )
-    for backend in ("onnx_native", "onnx_portable"):
-        if (work / "validate" / backend).is_dir():
-            evaluated[backend] = work / "validate" / backend
-    folder.stage("bench", [], key, lambda out: deliver.bench(out, task, artifact))
-    segments = quantize.load_segments(rounded)
-    report = assemble_report(task, plan, folder, artifact, packed, segments, mlps, evaluated, errors)
+    evaluations.folders |= deliver.evaluated_backends(validated.folder)
+    folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact))
+    segments = load_segments(start.folder)
+    report = assemble_report(
+        task, calibrated.plan, folder, artifact, packed, segments, mlps, evaluations.folders, evaluations.errors
+    )
     write_report(report, folder.folder)
     return report
+
+
+def _compress(calibrated: Calibrated, evaluations: Evaluations) -> SavedFactors:
+    """Factorize, fit and fine-tune as far as the recipe says; returns the factors that quantization starts from."""
+    recipe, task, plan = calibrated.recipe, calibrated.task, calibrated.plan
+
+    def evaluate(name: str, factors: SavedFactors) -> None:
+        evaluations.evaluate(
+            name, factors.results, lambda: install(task.model, factors.restore(task.model, plan)), factors.errors()
+        )
+
+    factors = calibrated.factorize()
+    if recipe.compression.method == "fips":
+        evaluate("factorized", factors)
+    if recipe.fit is not None:
+        factors = calibrated.fit(factors)
+        evaluate("fitted", factors)
+    if recipe.finetune is not None:
+        finetuned = calibrated.folder.stage(
+            "finetune",
+            recipe.finetune.model_dump(mode="json"),
+            factors.results,
+            partial(
+                finetune,
+                task=task,
+                plan=plan,
+                before=factors,
+                calibration=calibrated.activations.folder,
+                progress=calibrated.progress,
+            ),
+        )
+        factors = SavedFactors.of_stage(finetuned, plan)
+        evaluate("finetuned", factors)
+    return factors
+
+
+def _quantize(
+    calibrated: Calibrated, dense: StageResult, unquantized: SavedFactors, evaluations: Evaluations
+) -> tuple[QuantizationInputs, StageResult, StageResult]:
+    """Start quantization and train it, in a model whose weights outside the MLPs are as they will be stored.
+
+    Returns what every step starts from, the first step and the last one.
+    """
+    recipe, task, plan, folder = calibrated.recipe, calibrated.task, calibrated.plan, calibrated.folder
+    settings = recipe.quantization.model_dump(mode="json")
+    training = settings.pop("training")
+    rest = folder.stage(
+        "qat/rest",
+        [recipe.calibration.model_dump(mode="json"), settings["rest"], settings["start"], recipe.seed],
+        [dense],
+        partial(task.store_rest, progress=calibrated.progress),
+    )
+    inputs = QuantizationInputs(task, task.open_rest(rest.folder), plan, unquantized, calibrated.activations.folder)
+    chosen = [own.quantization.projections.model_dump(mode="json") for own in plan.recipes.values()]
+    start = folder.stage(
+        "qat/0-start",
+        [settings, chosen, recipe.export.accuracy_level],
+        [*unquantized.results, rest],
+        partial(quantize, inputs=inputs, progress=calibrated.progress),
+    )
+    if training:
+        evaluations.evaluate(
+            "rounded",
+            [start],
+            lambda: install(inputs.base, restore_quantized(inputs, start.folder, start.folder)),
+            SavedFactors.of_stage(start, plan).errors(),
+        )
+    last = start
+    for position, entry in enumerate(training):
+        last = folder.stage(
+            f"qat/{position + 1}-{entry['objective']}",
+            [entry, recipe.seed],
+            [last],
+            partial(
+                train_quantized,
+                inputs=inputs,
+                position=position,
+                started=start.folder,
+                before=last.folder,
+                progress=calibrated.progress,
+            ),
+        )
+    return inputs, start, last

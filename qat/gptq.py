@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fips_ort.layout import Layout
+from qat.damping import damped
 from qat.fake_quantize import CLIP_RATIOS, SMALLEST_SCALE
 
 
@@ -40,9 +41,7 @@ def gptq(
         raise ValueError(f"weight {tuple(weight.shape)} and moment {tuple(moment.shape)} do not fit layout {shape}")
     if mask is not None and mask.shape != shape:
         raise ValueError(f"mask {tuple(mask.shape)} does not fit layout {shape}")
-    H = moment.double()
-    # With no inputs at all, every column counts the same.
-    H = H + torch.eye(layout.columns, dtype=H.dtype) * (damping * H.diagonal().mean() or 1.0)
+    H = damped(moment.double(), damping)
     kept = torch.ones(shape) if mask is None else mask.float()
     levels = _Levels(layout)
     order = _order(H.diagonal(), layout.block_size)

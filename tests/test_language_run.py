@@ -40,6 +40,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import check_report
 from pipeline.run import run
 from pipeline.stages.quantize import QuantizationInputs, open_base, restore_quantized
+from pipeline.stages.results import SavedFactors
 from pipeline.tasks import make_task
 
 STAGES = (
@@ -166,7 +167,7 @@ def fake_quantized(done: LanguageRun) -> tuple[nn.Module, list[Any]]:
     task.open_dense(work / "model")
     plan = make_plan(done.recipe, task.sites)
     base = task.open_rest(work / "qat" / "rest")
-    inputs = QuantizationInputs(task, base, plan, [], work / "calibrate")
+    inputs = QuantizationInputs(task, base, plan, SavedFactors({}, ()), work / "calibrate")
     last = max((work / "qat").glob("[0-9]-*"))
     mlps = restore_quantized(inputs, work / "qat" / "0-start", last)
     return install(open_base(inputs, last), mlps).eval(), mlps

@@ -19,6 +19,8 @@ values. What we do differently:
 import torch
 from torch import Tensor
 
+from qat.damping import damped
+
 
 def svd_factors(W: Tensor, rank: int, *, seed: int, second_moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Shared basis and projections of a group.
@@ -52,7 +54,7 @@ def output_aware_basis(H: Tensor, G: Tensor, K: Tensor, rank: int, *, rounds: in
     eigenvectors of H and those of (M, N).
     """
     d = H.shape[0]
-    H = _damped(H.double(), 1e-4)
+    H = damped(H.double(), 1e-4)
     G, K = G.double(), K.double()
     inputs, directions = torch.linalg.eigh(H)
     # Start: principal directions in a metric halfway between the two, which are H and the identity.
@@ -62,7 +64,7 @@ def output_aware_basis(H: Tensor, G: Tensor, K: Tensor, rank: int, *, rounds: in
     U = torch.linalg.qr(inverse_root @ torch.linalg.eigh(energy)[1].flip(1)[:, :rank])[0]
     for _ in range(rounds if rank < d else 0):
         P, Q = _first_map(U, H), U.T
-        M, N = P @ G @ P.T, _damped(Q @ K @ Q.T, 1e-12)
+        M, N = P @ G @ P.T, damped(Q @ K @ Q.T, 1e-12)
         right = H @ G @ P.T + K @ Q.T
         lower = torch.linalg.cholesky(N)
         whitened = torch.linalg.solve_triangular(lower, M, upper=False)
@@ -78,7 +80,7 @@ def output_aware_basis(H: Tensor, G: Tensor, K: Tensor, rank: int, *, rounds: in
 
 def first_projection(U: Tensor, H: Tensor, W: Tensor) -> Tensor:
     """V [rank, n] with the smallest error ``tr((W - U V)ᵀ H (W - U V))`` of a first matrix W [d, n]: float64."""
-    return _first_map(U, _damped(H.double(), 1e-4)) @ W.double()
+    return _first_map(U, damped(H.double(), 1e-4)) @ W.double()
 
 
 def finish_factors(U: Tensor, V: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -96,11 +98,7 @@ def _first_map(U: Tensor, H: Tensor) -> Tensor:
 
 def _square_root(moment: Tensor) -> Tensor:
     """Cholesky factor L with L Lᵀ = moment + a little of its mean diagonal, which makes it invertible."""
-    return torch.linalg.cholesky(_damped(moment, 1e-4))
-
-
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    return moment + damping * moment.diagonal().mean() * torch.eye(moment.shape[0], dtype=moment.dtype)
+    return torch.linalg.cholesky(damped(moment, 1e-4))
 
 
 def _equal_rows(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ baseline is the same without U: its factors are the MLP's own matrices.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class FactorizedMLP(nn.Module):
         self.group = group
         self.basis = basis
         self.projections = nn.ModuleDict(dict(projections))
-        linears = {name: dense.get_submodule(name) for name in (*site.first, site.last)}
+        linears = {name: dense.get_submodule(name) for name in site.linears}
         self.biases = nn.ParameterDict(
             {name: copy.deepcopy(linear.bias) for name, linear in linears.items() if linear.bias is not None}
         )
@@ -65,6 +65,24 @@ class FactorizedMLP(nn.Module):
         assert isinstance(factor, Factor)
         return factor
 
+    def named_projections(self) -> Iterator[tuple[str, Factor]]:
+        """Every projection with the name of the linear that it replaced, in the order of computation."""
+        for name in self.site.linears:
+            yield name, self.projection(name)
+
+    def factor_name(self, name: str) -> str:
+        """The name of the projection that replaced the linear ``name`` among all factors of a model."""
+        return f"block_{self.site.block}.{name}"
+
+    @property
+    def basis_name(self) -> str:
+        """The name of the group's basis among all factors of a model."""
+        return f"{self.group}.basis"
+
+    def rank_axis(self, name: str) -> int:
+        """The axis of the projection ``name`` along the rank: 0 (rows) of the last one, 1 (columns) of a first."""
+        return 0 if name == self.site.last else 1
+
     def _first(self, t: Tensor) -> list[Tensor]:
         return [F.linear(t, self.projection(name)(), self.bias(name)) for name in self.site.first]
 
@@ -75,8 +93,7 @@ class FactorizedMLP(nn.Module):
 
 def original_mlp(dense: nn.Module, site: MLPSite, group: str) -> FactorizedMLP:
     """An MLP without a basis, whose factors are the ``dense`` one's own matrices."""
-    names = (*site.first, site.last)
-    factors = {name: Factor(dense.get_parameter(f"{name}.weight").detach()) for name in names}
+    factors = {name: Factor(dense.get_parameter(f"{name}.weight").detach()) for name in site.linears}
     return FactorizedMLP(site, group, dense, None, factors)
 
 

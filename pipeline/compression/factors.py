@@ -17,7 +17,23 @@ from pipeline.compression.factorized_mlp import FactorizedMLP, dense_columns, or
 from pipeline.compression.moments import MLPMoments, group_moments
 from pipeline.plumbing.files import write_aside
 from pipeline.recipe.plan import GroupPlan
+from pipeline.recipe.schema import Recipe
 from qat.factor import Factor
+
+
+def initial_factors(
+    recipe: Recipe, model: nn.Module, group: GroupPlan, calibration: Path
+) -> tuple[list[FactorizedMLP], Tensor]:
+    """:func:`factorize_group` as ``compression.initialization`` of a recipe says, before any sparsity."""
+    compression = recipe.compression
+    return factorize_group(
+        model,
+        group,
+        calibration=None if compression.initialization == "svd" else calibration,
+        masked=compression.is_masked,
+        seed=recipe.seed,
+        output_aware=compression.initialization == "output_aware",
+    )
 
 
 def factorize_group(
@@ -96,7 +112,7 @@ def _assemble(model: nn.Module, group: GroupPlan, U: Tensor, V: Tensor, masked: 
     mlps, start = [], 0
     for site in group.sites:
         projections = {}
-        for name in (*site.first, site.last):
+        for name in site.linears:
             part = V[:, start : start + site.hidden]
             start += site.hidden
             matrix = part if name == site.last else part.T
@@ -130,11 +146,10 @@ def named_factors(mlps: Sequence[FactorizedMLP]) -> dict[str, Factor]:
     """
     factors: dict[str, Factor] = {}
     for mlp in mlps:
-        if mlp.basis is not None and factors.setdefault(f"{mlp.group}.basis", mlp.basis) is not mlp.basis:
+        if mlp.basis is not None and factors.setdefault(mlp.basis_name, mlp.basis) is not mlp.basis:
             raise AssertionError(f"the MLPs of {mlp.group} hold different bases")
-        for name, projection in mlp.projections.items():
-            assert isinstance(projection, Factor)
-            key = f"block_{mlp.site.block}.{name}"
+        for name, projection in mlp.named_projections():
+            key = mlp.factor_name(name)
             if key in factors:
                 raise AssertionError(f"two factors are called {key}")
             factors[key] = projection

@@ -25,9 +25,9 @@ def projection_importances(mlps: Sequence[FactorizedMLP], moments: Mapping[int, 
         moment = moments[mlp.site.block]
         components = ((basis @ moment.input) * basis).sum(dim=1).clamp(min=0.0).sqrt()
         lengths, hidden = basis.square().sum(dim=1).sqrt(), moment.hidden_energy.sqrt()
-        for name in (*mlp.site.first, mlp.site.last):
+        for name, projection in mlp.named_projections():
             last = name == mlp.site.last
             importance = lengths[:, None] * hidden[None, :] if last else components[None, :]
-            norm = float((mlp.projection(name)() * importance).square().sum().sqrt())
+            norm = float((projection() * importance).square().sum().sqrt())
             importances.append(importance / (norm or 1.0))
     return importances

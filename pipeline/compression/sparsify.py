@@ -16,13 +16,16 @@ the weakest kept entry of a group with its strongest other entry.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fips_ort.layout import Pattern
-from pipeline.recipe.schema import Sparsifier
+from pipeline.compression.factorized_mlp import FactorizedMLP
+from pipeline.compression.moments import MLPMoments
+from pipeline.compression.saliency import projection_importances
+from pipeline.recipe.schema import Compression, Sparsifier
 from qat.factor import Factor
 
 
@@ -137,6 +140,26 @@ class MaskSchedule:
                 assert projection.mask is not None
                 projection.mask.copy_(mask)
                 projection.weight.mul_(mask)
+
+
+def mask_schedule(
+    mlps: Sequence[FactorizedMLP],
+    compression: Compression,
+    steps: int,
+    moments: Mapping[int, MLPMoments] | None = None,
+) -> MaskSchedule:
+    """The schedule of a recipe's section ``compression`` for the projections of a group, over ``steps`` of training.
+
+    ``moments``: of the group's dense MLPs, by block; entries are ranked by their saliency then, else by magnitude.
+    """
+    return MaskSchedule(
+        [projection for mlp in mlps for _, projection in mlp.named_projections()],
+        compression.sparsifier,
+        Pattern.parse(compression.pattern),
+        compression.target_sparsity,
+        steps,
+        None if moments is None else projection_importances(mlps, moments),
+    )
 
 
 def _magnitude(projection: Factor) -> Tensor:

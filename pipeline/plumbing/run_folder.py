@@ -3,7 +3,7 @@
 A stage's result is a folder ``work/STAGE`` with a ``stage.json`` that holds the key; it is written last, so a
 killed stage leaves none and is run again (long training continues from its checkpoint, which carries the
 same key). It also lists the result's files with their sizes: a result that lost some is computed anew. Only
-successes are kept. A key covers: the stage's name and settings, the key of the stage before,
+successes are kept. A key covers: the stage's name and settings, the keys of the stages that it reads,
 our own source code and the versions of the libraries that compute.
 
 Runs that have stages in common (a sweep's) can share a folder of results by key: whoever comes first computes, the
@@ -15,8 +15,9 @@ import importlib.metadata
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ from pipeline.plumbing.peak_memory import give_back_memory, peak_rss_bytes
 from pipeline.plumbing.progress import Progress
 
 LIBRARIES = ("fips-onnx", "fips-ort", "torch", "torchao", "transformers", "numpy", "onnx", "onnx-ir", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage left: its ``folder``, and the ``key`` of everything that it depends on."""
+
+    folder: Path
+    key: str
 
 
 class RunFolder:
@@ -63,41 +72,48 @@ class RunFolder:
         self,
         name: str,
         settings: Any,
-        before: str,
+        inputs: Sequence[StageResult],
         compute: Callable[[Path], None],
         is_valid: Callable[[Path], bool] = lambda _: True,
-    ) -> str:
-        """Run ``compute(folder)`` unless its result is there already; returns the stage's key.
+    ) -> StageResult:
+        """Run ``compute(folder)`` unless its result is there already.
 
-        ``compute`` gets ``work/NAME`` and writes its result into it; what a killed attempt with the same key left
-        there (checkpoints) is still there. ``is_valid(folder)`` says whether an earlier result still holds.
+        The result depends on ``settings`` (a JSON-serialisable value) and ``inputs``. ``compute`` gets ``work/NAME``
+        and writes its result into it; what a killed attempt with the same key left there (checkpoints) is still there.
+        ``is_valid(folder)`` says whether an earlier result still holds.
         """
-        key = stage_key(name, settings, before)
-        folder = self.work / name
-        if self.has(name, key) and is_valid(folder):
+        result = self.expected(name, settings, inputs)
+        folder, key = result.folder, result.key
+        if self._has(result) and is_valid(folder):
             self._reuse(name)
             self.progress.say(f"{name}: unchanged, taken from {folder}")
-            return key
+            return result
         with self._wait_for_others(name, key):
             if self.shared is not None and (self.shared / key / "stage.json").exists():
                 with writing(folder):
                     shutil.rmtree(folder, ignore_errors=True)
                     _link_tree(self.shared / key, folder)
-                if self.has(name, key) and is_valid(folder):
+                if self._has(result) and is_valid(folder):
                     self._reuse(name)
                     self.progress.say(f"{name}: shared, taken from {self.shared}")
-                    return key
+                    return result
             self._compute(name, key, folder, compute)
             if self.shared is not None:
                 with writing(self.shared):
                     _publish(folder, self.shared / key)
-        return key
+        return result
 
-    def has(self, name: str, key: str) -> bool:
-        """Whether the result of a stage with this key is there, whole."""
-        folder = self.work / name
-        result = _read(folder / "stage.json")
-        return result.get("key") == key and result.get("files") == _file_sizes(folder)
+    def expected(self, name: str, settings: Any, inputs: Sequence[StageResult]) -> StageResult:
+        """What :meth:`stage` gives with these arguments, whether it is there or not."""
+        return StageResult(self.work / name, stage_key(name, settings, inputs))
+
+    def has(self, name: str, settings: Any, inputs: Sequence[StageResult]) -> bool:
+        """Whether the result of a stage is there already, whole."""
+        return self._has(self.expected(name, settings, inputs))
+
+    def _has(self, result: StageResult) -> bool:
+        done = _read(result.folder / "stage.json")
+        return done.get("key") == result.key and done.get("files") == _file_sizes(result.folder)
 
     def _compute(self, name: str, key: str, folder: Path, compute: Callable[[Path], None]) -> None:
         done, started = folder / "stage.json", folder / "started.json"
@@ -181,9 +197,12 @@ def _publish(folder: Path, target: Path) -> None:
     os.replace(aside, target)
 
 
-def stage_key(name: str, settings: Any, before: str) -> str:
-    depends_on = {"stage": name, "settings": settings, "before": before, "code": code_digest(), "versions": versions()}
-    return digest(depends_on)
+def stage_key(name: str, settings: Any, inputs: Sequence[StageResult]) -> str:
+    """SHA-256 of everything that the result of a stage depends on."""
+    keys = [result.key for result in inputs]
+    return digest(
+        {"stage": name, "settings": settings, "inputs": keys, "code": code_digest(), "versions": versions()}
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fips_ort.layout import Layout
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.moments import MLPMoments, hidden_moments, reduced_energy
+from qat.damping import damped
 
 DAMPING = 0.01
 """Of least squares on moments of the activations, relative to their mean diagonal, as in GPTQ."""
@@ -34,7 +35,7 @@ def prepare_with_gptq(
     """
     before = None if mlps[0].basis is None else mlps[0].basis().double()
     if mlps[0].basis is not None:
-        layout = layouts[f"{mlps[0].group}.basis"]
+        layout = layouts[mlps[0].basis_name]
         mlps[0].basis.prepare(layout, learned_scales=learned_scales, moment=_basis_moment(mlps, moments))
     for mlp in mlps:
         _prepare_first(mlp, moments[mlp.site.block], before, layouts, learned_scales)
@@ -70,8 +71,8 @@ def _prepare_first(
             after = mlp.basis().double()
             moment = after @ H @ after.T
             lost = target @ (before - after) @ H @ after.T
-            target = target + torch.linalg.solve(_damped(moment, 1e-4), lost.T).T
-        layout = layouts[f"block_{mlp.site.block}.{name}"]
+            target = target + torch.linalg.solve(damped(moment, 1e-4), lost.T).T
+        layout = layouts[mlp.factor_name(name)]
         projection.prepare(layout, learned_scales=learned_scales, moment=moment, target=target.float())
 
 
@@ -86,15 +87,9 @@ def _prepare_last(
         lost = cross - target @ moment
     else:
         after = mlp.basis().double()
-        gram = _damped(after @ after.T, 1e-6)
+        gram = damped(after @ after.T, 1e-6)
         target = target + torch.linalg.solve(gram, after @ ((before - after).T @ target))
         lost = torch.linalg.solve(gram, after @ (cross - after.T @ (target @ moment)))
-    target = target + torch.linalg.solve(_damped(moment, DAMPING), lost.T).T
-    layout = layouts[f"block_{mlp.site.block}.{mlp.site.last}"]
+    target = target + torch.linalg.solve(damped(moment, DAMPING), lost.T).T
+    layout = layouts[mlp.factor_name(mlp.site.last)]
     projection.prepare(layout, learned_scales=learned_scales, moment=moment, target=target.float())
-
-
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    """With ``damping`` of the mean diagonal added; positive definite even where nothing was read at all."""
-    mean = float(moment.diagonal().mean())
-    return moment + (damping * mean or 1.0) * torch.eye(moment.shape[0], dtype=moment.dtype)

@@ -14,6 +14,7 @@ from exporters.nbits import NBitsTable, table_of_codes, table_of_values
 from fips_ort.layout import BIT_WIDTHS, DENSE, Layout
 from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
+from qat.damping import damped
 from qat.gptq import gptq
 
 TIED_TABLE_DAMPING = 0.3
@@ -76,8 +77,7 @@ def gptq_table(weight: Tensor, moment: Tensor, bits: int, block_size: int) -> NB
 
 def tied_moment(hidden: Tensor) -> Tensor:
     """The moment by which a table is rounded that is both looked up and multiplied with ``hidden`` (moment [d, d])."""
-    energy = float(hidden.diagonal().mean())
-    return hidden + TIED_TABLE_DAMPING * energy * torch.eye(hidden.shape[0])
+    return damped(hidden, TIED_TABLE_DAMPING)
 
 
 def rest_tables(

@@ -92,9 +92,8 @@ def sort_rank_entries(
     entries = torch.from_numpy((order[:, None] * chunk + np.arange(chunk)).reshape(-1))
     _basis(mlps).permute(entries, axis=0)
     for mlp in mlps:
-        for name, projection in mlp.projections.items():
-            assert isinstance(projection, Factor)
-            projection.permute(entries, axis=0 if name == mlp.site.last else 1)
+        for name, projection in mlp.named_projections():
+            projection.permute(entries, axis=mlp.rank_axis(name))
 
 
 def _basis(mlps: Sequence[FactorizedMLP]) -> Factor:
@@ -108,10 +107,9 @@ def _kept_values(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) ->
     """Kept values of all projections in each chunk of rank entries: int64 [rank / chunk]."""
     values = np.zeros(group.rank, dtype=np.int64)
     for mlp in mlps:
-        for name, projection in mlp.projections.items():
-            assert isinstance(projection, Factor)
+        for name, projection in mlp.named_projections():
             kept = torch.ones_like(projection.weight) if projection.mask is None else projection.mask
-            values += kept.sum(dim=1 if name == mlp.site.last else 0).long().numpy()
+            values += kept.sum(dim=1 - mlp.rank_axis(name)).long().numpy()
     return values.reshape(-1, chunk).sum(axis=1)
 
 
@@ -129,8 +127,8 @@ def _chunk_energy(
     energy = torch.zeros(group.rank, dtype=torch.float64)
     for mlp in mlps:
         if moments is None:
-            for name, projection in mlp.projections.items():
-                energy += length * projection().double().square().sum(dim=1 if name == mlp.site.last else 0)
+            for name, projection in mlp.named_projections():
+                energy += length * projection().double().square().sum(dim=1 - mlp.rank_axis(name))
             continue
         part = moments[mlp.site.block]
         read = ((basis @ part.input.double()) * basis).sum(dim=1)

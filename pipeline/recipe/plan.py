@@ -35,6 +35,16 @@ class MLPSite:
     hidden: int
     output_scale: str | None
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Child names of all linears, in the order of computation."""
+        return (*self.first, self.last)
+
+    @property
+    def linear_paths(self) -> tuple[str, ...]:
+        """Module paths of all linears, in the order of computation."""
+        return tuple(f"{self.path}.{name}" for name in self.linears)
+
 
 def group_name(index: int) -> str:
     return f"group_{index}"
@@ -281,7 +291,7 @@ def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: S
     sparsity = recipe.compression.target_sparsity
     layouts = [basis_layout(recipe, group, basis)] if group.has_basis else []
     for site in group.sites:
-        layouts += [projection_layout(recipe, group, site, name, projections) for name in (*site.first, site.last)]
+        layouts += [projection_layout(recipe, group, site, name, projections) for name in site.linears]
     codes = pattern = scales = 0
     value_bits = 0.0
     for layout in layouts:

@@ -13,17 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fips_ort.layout import Pattern
 from pipeline.compression.factorized_mlp import FactorizedMLP
-from pipeline.compression.factors import factorize_group, install
+from pipeline.compression.factors import initial_factors, install
 from pipeline.compression.moments import open_moments
-from pipeline.compression.saliency import projection_importances
-from pipeline.compression.sparsify import MaskSchedule
+from pipeline.compression.sparsify import mask_schedule
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import read_json, write_json
 from pipeline.plumbing.progress import Progress
-from pipeline.quantization.prepare import freeze, needs_moments, prepare_factors
-from pipeline.quantization.segments import choose_segments
+from pipeline.quantization.freeze import freeze
+from pipeline.quantization.prepare import start_quantization
 from pipeline.recipe.choices import Choice, choices_of
 from pipeline.recipe.plan import GroupPlan, Plan, make_plan
 from pipeline.recipe.schema import EndToEnd, Recipe
@@ -83,20 +81,20 @@ def best_combination(measured: Mapping[str, Sequence[Measured]], budget: float) 
 
     Exact: partial combinations are kept unless another is at once no larger and no worse.
     """
-    partial: list[tuple[int, float, tuple[Measured, ...]]] = [(0, 0.0, ())]
+    kept: list[tuple[int, float, tuple[Measured, ...]]] = [(0, 0.0, ())]
     for entries in measured.values():
         grown = [
             (size + entry.stored_bytes, loss + entry.divergence, (*before, entry))
-            for size, loss, before in partial
+            for size, loss, before in kept
             for entry in entries
             if size + entry.stored_bytes <= budget
         ]
-        partial, least = [], float("inf")
+        kept, least = [], float("inf")
         for candidate in sorted(grown, key=lambda candidate: candidate[:2]):
             if candidate[1] < least:
                 least = candidate[1]
-                partial.append(candidate)
-    return dict(zip(measured, partial[-1][2], strict=True)) if partial else None
+                kept.append(candidate)
+    return dict(zip(measured, kept[-1][2], strict=True)) if kept else None
 
 
 def _measure(choice: Choice, task: Task, group: GroupPlan, calibration: Path) -> Measured:
@@ -111,26 +109,13 @@ def _measure(choice: Choice, task: Task, group: GroupPlan, calibration: Path) ->
 
 def _quantized(recipe: Recipe, dense: nn.Module, group: GroupPlan, calibration: Path) -> list[FactorizedMLP]:
     """A group as quantization starts it; sparse projections by one mask, without a fit."""
-    initialization = recipe.compression.initialization
-    mlps, _ = factorize_group(
-        dense,
-        group,
-        calibration=None if initialization == "svd" else calibration,
-        masked=recipe.compression.is_masked,
-        seed=recipe.seed,
-        output_aware=initialization == "output_aware",
-    )
+    mlps, _ = initial_factors(recipe, dense, group, calibration)
     moments = open_moments(dense, group, calibration)
     if recipe.compression.is_masked:
-        compression = recipe.compression
-        once = compression.sparsifier.model_copy(update={"algorithm": "static"})
-        projections = [mlp.projection(name) for mlp in mlps for name in (*mlp.site.first, mlp.site.last)]
-        importances = projection_importances(mlps, moments)
-        pattern = Pattern.parse(compression.pattern)
-        MaskSchedule(projections, once, pattern, compression.target_sparsity, 1, importances).before_step(0)
-    start = moments if needs_moments(recipe) else None
-    segments = choose_segments(recipe, group, mlps, start)
-    prepare_factors(recipe, group, mlps, segments, start)
+        once = recipe.compression.sparsifier.model_copy(update={"algorithm": "static"})
+        compression = recipe.compression.model_copy(update={"sparsifier": once})
+        mask_schedule(mlps, compression, 1, moments).before_step(0)
+    start_quantization(recipe, group, mlps, lambda: moments)
     return mlps
 
 

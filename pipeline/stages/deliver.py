@@ -19,7 +19,6 @@ from pipeline.plumbing.errors import InputError, StageError
 from pipeline.plumbing.files import read_json, write_json
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import versions
-from pipeline.report.render import remove_report
 from pipeline.tasks.base import Task
 
 PARITY_TOLERANCE = 1e-3
@@ -49,8 +48,6 @@ def export(out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifa
         write_artifact(artifact, exported, packed, golden, provenance, task.save_config, recipe.export.max_shard_size)
     except ArtifactError as error:
         raise InputError(str(error)) from None
-    # A report of an earlier run would now speak of another artefact.
-    remove_report(artifact.parent)
     write_json(out / "audit.json", [asdict(row) for row in rows])
     write_json(out / "artifact.json", {"manifest_sha256": sha256(artifact / MANIFEST)})
 
@@ -108,6 +105,12 @@ def validate(
     }
     same = parity.native_vs_portable.same_predictions == 1.0
     write_json(out / "parity.json", {**content, "tolerance": PARITY_TOLERANCE, "same_predictions": same})
+
+
+def evaluated_backends(validated: Path) -> dict[str, Path]:
+    """Folders in which :func:`validate` has saved the artefact's quality, by ``onnx_`` and the backend."""
+    names = (f"onnx_{backend}" for backend in ("native", "portable"))
+    return {name: validated / name for name in names if (validated / name).is_dir()}
 
 
 def bench(out: Path, task: Task, artifact: Path) -> None:

@@ -5,7 +5,6 @@ Groups are independent of one another until quantization, so they can be compute
 for it.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,127 +17,154 @@ import torch
 from pipeline.plumbing.engines import Command, run_on_ray
 from pipeline.plumbing.environment import prepare_process
 from pipeline.plumbing.errors import StageError
-from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.files import digest, read_json, write_json
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.run_folder import RunFolder, stage_key
+from pipeline.plumbing.run_folder import RunFolder, StageResult
 from pipeline.recipe.plan import GroupPlan, Plan, make_plan
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.stages import compress
 from pipeline.stages.allocate import allocate, load_chosen
+from pipeline.stages.results import SavedFactors
 from pipeline.tasks import make_task
 from pipeline.tasks.base import Task
-
-StageArguments = tuple[str, Any, str, Callable[[Path], None]]
-"""Of :meth:`RunFolder.stage`: name, settings, key of the stage before, computation."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A run whose calibration is done, so that its groups can be computed. ``key``: of the stage before them."""
+    """A run whose calibration is done, so that its groups can be computed.
+
+    ``activations``: the stage that recorded them. ``planned``: the stage that ``plan`` follows from.
+    """
 
     recipe: Recipe
     folder: RunFolder
     progress: Progress
     task: Task
     plan: Plan
-    key: str
+    activations: StageResult
+    planned: StageResult
 
-    @property
-    def calibration(self) -> Path:
-        return self.folder.work / "calibrate"
+    def factorize(self) -> SavedFactors:
+        """Factorize every group: ``W ≈ U V``."""
+        results = {group.name: self._factorize(group).run(self.folder) for group in self.plan.groups}
+        return SavedFactors.of_groups(results)
 
-    def factorize(self, group: GroupPlan) -> str:
-        """The stage; returns its key."""
-        return self.folder.stage(*self._factorize(group))
+    def fit(self, factorized: SavedFactors) -> SavedFactors:
+        """Fit every group to what the dense MLPs do: ``min |MLP(X; U, V) - Y|²``, V becoming sparse."""
+        pairs = zip(self.plan.groups, factorized.results, strict=True)
+        results = {group.name: self._fit(group, before).run(self.folder) for group, before in pairs}
+        return SavedFactors.of_groups(results)
 
-    def fit(self, group: GroupPlan, factorized: str) -> str:
-        """The stage, after the one with the key ``factorized``; returns its key."""
-        return self.folder.stage(*self._fit(group, factorized))
+    def compute_group(self, group: GroupPlan) -> None:
+        """Factorize one group, and fit it if the recipe says so."""
+        factorized = self._factorize(group).run(self.folder)
+        if self.recipe.fit is not None:
+            self._fit(group, factorized).run(self.folder)
 
-    def is_fitted(self, group: GroupPlan) -> bool:
-        """Whether both stages of a group, if the recipe has them, are there already."""
-        name, settings, before, _ = self._factorize(group)
-        key = stage_key(name, settings, before)
-        done = self.folder.has(name, key)
-        if done and self.recipe.fit is not None:
-            name, settings, before, _ = self._fit(group, key)
-            done = self.folder.has(name, stage_key(name, settings, before))
-        return done
+    def is_computed(self, group: GroupPlan) -> bool:
+        """Whether what :meth:`compute_group` leaves is there already."""
+        factorize = self._factorize(group)
+        if not factorize.is_done(self.folder):
+            return False
+        return self.recipe.fit is None or self._fit(group, factorize.expected(self.folder)).is_done(self.folder)
 
-    def _factorize(self, group: GroupPlan) -> StageArguments:
+    def _factorize(self, group: GroupPlan) -> "_GroupStage":
         recipe = self.plan.recipes[group.name]
-        settings = [recipe.compression.model_dump(mode="json"), asdict(group)]
-        compute = partial(compress.factorize, recipe=recipe, dense=self.task.model, group=group)
-        return (
+        return _GroupStage(
             f"factorize/{group.name}",
-            settings,
-            self.key,
-            partial(compute, calibration=self.calibration),
+            [recipe.compression.model_dump(mode="json"), asdict(group)],
+            self.planned,
+            partial(
+                compress.factorize,
+                recipe=recipe,
+                dense=self.task.model,
+                group=group,
+                calibration=self.activations.folder,
+            ),
         )
 
-    def _fit(self, group: GroupPlan, factorized: str) -> StageArguments:
+    def _fit(self, group: GroupPlan, factorized: StageResult) -> "_GroupStage":
         recipe = self.plan.recipes[group.name]
         assert recipe.fit is not None
-        before = self.folder.work / "factorize" / group.name
-        compute = partial(compress.fit, recipe=recipe, dense=self.task.model, group=group, before=before)
-        return (
+        return _GroupStage(
             f"fit/{group.name}",
             recipe.fit.model_dump(mode="json"),
             factorized,
-            partial(compute, calibration=self.calibration, progress=self.progress),
+            partial(
+                compress.fit,
+                recipe=recipe,
+                dense=self.task.model,
+                group=group,
+                before=factorized.folder,
+                calibration=self.activations.folder,
+                progress=self.progress,
+            ),
         )
 
 
-def open_dense(recipe: Recipe, folder: RunFolder, progress: Progress) -> tuple[Task, str]:
-    """The task with its dense model, and the key of everything that follows from them."""
+@dataclass(frozen=True)
+class _GroupStage:
+    """A stage of one group, with the arguments of :meth:`RunFolder.stage`; it can be asked for before it is run."""
+
+    name: str
+    settings: Any
+    input: StageResult
+    compute: Callable[[Path], None]
+
+    def run(self, folder: RunFolder) -> StageResult:
+        return folder.stage(self.name, self.settings, [self.input], self.compute)
+
+    def expected(self, folder: RunFolder) -> StageResult:
+        return folder.expected(self.name, self.settings, [self.input])
+
+    def is_done(self, folder: RunFolder) -> bool:
+        return folder.has(self.name, self.settings, [self.input])
+
+
+def open_dense(recipe: Recipe, folder: RunFolder, progress: Progress) -> tuple[Task, StageResult]:
+    """The task with its dense model, and what everything depends on that follows from them."""
     task = make_task(recipe)
-    key = folder.stage(
+    made = folder.stage(
         "model",
         [recipe.model.model_dump(mode="json"), recipe.seed, task.data_hash],
-        "",
+        [],
         partial(task.make_dense, progress=progress),
     )
-    task.open_dense(folder.work / "model")
-    return task, json.dumps([task.source_hash, task.data_hash, key])
+    task.open_dense(made.folder)
+    return task, StageResult(made.folder, digest([task.source_hash, task.data_hash, made.key]))
 
 
-def calibrate(task: Task, dense_key: str, folder: RunFolder, progress: Progress) -> Calibrated:
-    """What the dense model's MLPs read and write, and what follows from it for the groups."""
+def calibrate(task: Task, dense: StageResult, folder: RunFolder, progress: Progress) -> Calibrated:
+    """Record what the dense model's MLPs read and write (X and Y), and plan the groups; where the recipe has an
+    allocation, it chooses rank, sparsity and bits of each."""
     recipe = task.recipe
     plan = make_plan(recipe, task.sites)
-    calibration = recipe.calibration.model_dump(mode="json")
-    key = folder.stage(
+    activations = folder.stage(
         "calibrate",
-        [calibration, [site.path for group in plan.groups for site in group.sites], recipe.seed],
-        dense_key,
-        partial(compress.calibrate, task=task, plan=plan, progress=progress),
+        [
+            recipe.calibration.model_dump(mode="json"),
+            [site.path for group in plan.groups for site in group.sites],
+            recipe.seed,
+        ],
+        [dense],
+        partial(compress.record_calibration, task=task, plan=plan, progress=progress),
     )
-    if recipe.allocate is not None:
-        sections = (recipe.allocate, recipe.compression, recipe.quantization)
-        depends_on = [section.model_dump(mode="json") for section in sections]
-        key = folder.stage(
-            "allocate",
-            [*depends_on, recipe.seed],
-            key,
-            partial(allocate, task=task, plan=plan, calibration=folder.work / "calibrate", progress=progress),
-        )
-        plan = make_plan(recipe, task.sites, load_chosen(recipe, folder.work / "allocate"))
-    return Calibrated(recipe, folder, progress, task, plan, key)
+    if recipe.allocate is None:
+        return Calibrated(recipe, folder, progress, task, plan, activations, activations)
+    sections = (recipe.allocate, recipe.compression, recipe.quantization)
+    allocated = folder.stage(
+        "allocate",
+        [*(section.model_dump(mode="json") for section in sections), recipe.seed],
+        [activations],
+        partial(allocate, task=task, plan=plan, calibration=activations.folder, progress=progress),
+    )
+    chosen = make_plan(recipe, task.sites, load_chosen(recipe, allocated.folder))
+    return Calibrated(recipe, folder, progress, task, chosen, activations, allocated)
 
 
-def run_group(recipe: Recipe, folder: Path, name: str, progress: Progress) -> None:
-    """Factorize and fit the group ``name``, in the folder of a run that is calibrated and waits for it."""
-    run_folder = RunFolder(folder, progress)
-    calibrated = calibrate(*open_dense(recipe, run_folder, progress), run_folder, progress)
-    (group,) = (group for group in calibrated.plan.groups if group.name == name)
-    key = calibrated.factorize(group)
-    if recipe.fit is not None:
-        calibrated.fit(group, key)
-
-
-def fit_on_ray(calibrated: Calibrated) -> None:
-    """Every group that is not fitted yet by :func:`run_group` in a Ray task, with as many threads as this process uses.
+def compute_on_ray(calibrated: Calibrated) -> None:
+    """Compute every group that is not there yet in a Ray task, with as many threads as this process uses.
 
     Raises StageError if one fails; the others are finished first.
     """
@@ -149,7 +175,7 @@ def fit_on_ray(calibrated: Calibrated) -> None:
     commands = [
         Command(group.name, (*arguments, group.name), work / "groups" / f"{group.name}.txt")
         for group in calibrated.plan.groups
-        if not calibrated.is_fitted(group)
+        if not calibrated.is_computed(group)
     ]
     if not commands:
         return
@@ -159,10 +185,14 @@ def fit_on_ray(calibrated: Calibrated) -> None:
 
 
 def main() -> None:
-    """RECIPE is JSON, as :func:`fit_on_ray` wrote it."""
+    """Compute one group. The recipe is JSON, as :func:`compute_on_ray` wrote it."""
     prepare_process()
-    recipe, folder, name = sys.argv[1:]
-    run_group(parse_recipe(read_json(Path(recipe)), recipe), Path(folder), name, Progress())
+    path, folder, name = sys.argv[1:]
+    recipe, progress = parse_recipe(read_json(Path(path)), path), Progress()
+    run_folder = RunFolder(Path(folder), progress)
+    calibrated = calibrate(*open_dense(recipe, run_folder, progress), run_folder, progress)
+    (group,) = (group for group in calibrated.plan.groups if group.name == name)
+    calibrated.compute_group(group)
 
 
 if __name__ == "__main__":

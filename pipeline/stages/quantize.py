@@ -1,22 +1,22 @@
 """The start of quantization: segments, scales and codes of every factor; and how later stages restore them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from pipeline.compression.factorized_mlp import FactorizedMLP
-from pipeline.compression.factors import install, restore_group, save_factors
+from pipeline.compression.factors import install
 from pipeline.compression.moments import open_moments
 from pipeline.plumbing.files import read_json, write_json
 from pipeline.plumbing.progress import Progress
-from pipeline.quantization.prepare import assert_coverage, needs_moments, prepare_factors, restore_prepared
+from pipeline.quantization.freeze import assert_coverage
+from pipeline.quantization.prepare import restore_prepared, start_quantization
 from pipeline.quantization.rest_training import open_trained_rest
-from pipeline.quantization.segments import choose_segments
 from pipeline.recipe.plan import Plan, Segments
 from pipeline.recipe.schema import Recipe
-from pipeline.stages.results import FACTORS, save_errors
+from pipeline.stages.results import FACTORS, SavedFactors, save_groups
 from pipeline.tasks.base import Task
 
 SEGMENTS = "segments.json"
@@ -26,13 +26,16 @@ REST = "rest.safetensors"
 
 @dataclass(frozen=True)
 class QuantizationInputs:
-    """What every step of QAT starts from: ``base`` is the dense model with its other weights as stored,
-    ``unquantized`` the folders of the groups' factors before quantization."""
+    """What every step of QAT starts from.
+
+    ``base``: the dense model with its weights outside the MLPs as they will be stored. ``unquantized``: the factors
+    before quantization. ``calibration``: folder of the recorded activations.
+    """
 
     task: Task
     base: nn.Module
     plan: Plan
-    unquantized: Sequence[Path]
+    unquantized: SavedFactors
     calibration: Path
 
     @property
@@ -45,24 +48,19 @@ class QuantizationInputs:
 
 
 def quantize(folder: Path, inputs: QuantizationInputs, progress: Progress) -> None:
-    """Fake quantization without training: segments chosen, starting scales and codes found, group by group."""
-    mlps = []
+    """Start fake quantization without training: segments are chosen, scales and codes found, group by group."""
+    plan, mlps = inputs.plan, []
     segments: dict[str, tuple[Segments, Segments]] = {}
-    with progress.task("starting codes", len(inputs.plan.groups)) as advance:
-        for group, path in zip(inputs.plan.groups, inputs.unquantized, strict=True):
-            recipe = inputs.plan.recipes[group.name]
-            members = restore_group(inputs.base, group, path / FACTORS, masked=recipe.compression.is_masked)
-            moments = None
-            if needs_moments(recipe):
-                moments = open_moments(inputs.dense, group, inputs.calibration)
-            segments[group.name] = choose_segments(recipe, group, members, moments)
-            prepare_factors(recipe, group, members, segments[group.name], moments)
-            save_factors(members, folder / group.name / FACTORS)
+    with progress.task("starting codes", len(plan.groups)) as advance:
+        for group in plan.groups:
+            members = inputs.unquantized.restore_group(inputs.base, plan, group)
+            moments = partial(open_moments, inputs.dense, group, inputs.calibration)
+            segments[group.name] = start_quantization(plan.recipes[group.name], group, members, moments)
             mlps += members
             advance(1, group.name)
     assert_coverage(install(inputs.base, mlps), mlps)
     write_json(folder / SEGMENTS, segments)
-    save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)
+    save_groups(folder, plan, inputs.dense, mlps, inputs.calibration)
 
 
 def load_segments(folder: Path) -> dict[str, tuple[Segments, Segments]]:
@@ -73,8 +71,8 @@ def load_segments(folder: Path) -> dict[str, tuple[Segments, Segments]]:
 
 
 def restore_quantized(inputs: QuantizationInputs, started: Path, quantized: Path) -> list[FactorizedMLP]:
-    """All MLPs with fake-quantized factors, with segments from ``started`` (the folder of :func:`quantize`) and the
-    state of the step in folder ``quantized``."""
+    """All MLPs with fake-quantized factors: segments from ``started``, the folder of :func:`quantize`, and the state
+    that the step in the folder ``quantized`` left."""
     segments, mlps = load_segments(started), []
     for group in inputs.plan.groups:
         recipe, path = inputs.plan.recipes[group.name], quantized / group.name / FACTORS
@@ -83,7 +81,7 @@ def restore_quantized(inputs: QuantizationInputs, started: Path, quantized: Path
 
 
 def open_base(inputs: QuantizationInputs, quantized: Path) -> nn.Module:
-    """The base with what the step in folder ``quantized`` has trained outside the MLPs, if anything."""
+    """The base with what the step in the folder ``quantized`` has trained outside the MLPs, if anything."""
     path = quantized / REST
     if not path.exists():
         return inputs.base

@@ -1,7 +1,7 @@
-"""What stages leave in their folders, beside what is theirs alone: the factors of groups, and their errors."""
+"""What stages leave: factors and reconstruction errors, in a folder for each group."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -9,41 +9,70 @@ from torch import nn
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import restore_group, save_factors
 from pipeline.compression.fit import local_targets, reconstruction_errors
-from pipeline.plumbing.files import write_json
-from pipeline.recipe.plan import Plan
+from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.run_folder import StageResult
+from pipeline.recipe.plan import GroupPlan, Plan
 from pipeline.recipe.schema import Recipe
 
 FACTORS = "factors.safetensors"
-ERROR_TOKENS = 4096
+_ERRORS = "errors.json"
+_ERROR_TOKENS = 4096
 """Calibration tokens on which reconstruction errors are reported, the same for every stage."""
 
 
-def restore_all(model: nn.Module, plan: Plan, folders: Sequence[Path]) -> list[FactorizedMLP]:
-    """All MLPs with unquantized factors, one folder per group."""
-    mlps = []
-    for group, folder in zip(plan.groups, folders, strict=True):
-        mlps += restore_group(model, group, folder / FACTORS, masked=plan.recipes[group.name].compression.is_masked)
-    return mlps
+@dataclass(frozen=True)
+class SavedFactors:
+    """The factors of all groups as one stage, or a stage for each group, has saved them.
+
+    ``folders``: by name of the group. ``results``: what a stage that reads them depends on.
+    """
+
+    folders: Mapping[str, Path]
+    results: tuple[StageResult, ...]
+
+    @classmethod
+    def of_groups(cls, results: Mapping[str, StageResult]) -> "SavedFactors":
+        """The factors that a stage of its own has saved for each group, by the group's name."""
+        return cls({name: result.folder for name, result in results.items()}, tuple(results.values()))
+
+    @classmethod
+    def of_stage(cls, result: StageResult, plan: Plan) -> "SavedFactors":
+        """The factors of all groups of ``plan`` that one stage has saved."""
+        return cls({group.name: result.folder / group.name for group in plan.groups}, (result,))
+
+    def restore_group(self, model: nn.Module, plan: Plan, group: GroupPlan) -> list[FactorizedMLP]:
+        """The MLPs of a group with these (unquantized) factors; the rest of them is that of ``model``."""
+        masked = plan.recipes[group.name].compression.is_masked
+        return restore_group(model, group, self.folders[group.name] / FACTORS, masked=masked)
+
+    def restore(self, model: nn.Module, plan: Plan) -> list[FactorizedMLP]:
+        """The MLPs of all groups of ``plan``, as :meth:`restore_group` gives them."""
+        return [mlp for group in plan.groups for mlp in self.restore_group(model, plan, group)]
+
+    def errors(self) -> dict[str, float]:
+        """Relative reconstruction errors by block."""
+        errors: dict[str, float] = {}
+        for folder in self.folders.values():
+            errors |= read_json(folder / _ERRORS)
+        return errors
 
 
-def load_errors(folder: Path) -> dict[str, float]:
-    """Relative reconstruction error by block, as a stage saved it."""
-    errors: dict[str, float] = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
-    return errors
-
-
-def merge_errors(folders: Sequence[Path]) -> dict[str, float]:
-    """Errors of several groups in one."""
-    return {block: error for folder in folders for block, error in load_errors(folder).items()}
-
-
-def save_groups(folder: Path, plan: Plan, mlps: Sequence[FactorizedMLP]) -> None:
-    for group in plan.groups:
-        save_factors([mlp for mlp in mlps if mlp.group == group.name], folder / group.name / FACTORS)
-
-
-def save_errors(
+def save_group(
     folder: Path, recipe: Recipe, dense: nn.Module, mlps: Sequence[FactorizedMLP], calibration: Path
 ) -> None:
-    errors = reconstruction_errors(local_targets(dense, mlps, calibration), ERROR_TOKENS, recipe.seed)
-    write_json(folder / "errors.json", errors)
+    """Write the factors of one group, and their reconstruction errors on the calibration data, into ``folder``.
+
+    The factors come last: where they are, the group is complete.
+    """
+    errors = reconstruction_errors(local_targets(dense, mlps, calibration), _ERROR_TOKENS, recipe.seed)
+    write_json(folder / _ERRORS, errors)
+    save_factors(mlps, folder / FACTORS)
+
+
+def save_groups(
+    folder: Path, plan: Plan, dense: nn.Module, mlps: Sequence[FactorizedMLP], calibration: Path
+) -> None:
+    """Write the factors of all groups of ``plan`` into folders of their names, as :func:`save_group` does."""
+    for group in plan.groups:
+        members = [mlp for mlp in mlps if mlp.group == group.name]
+        save_group(folder / group.name, plan.recipes[group.name], dense, members, calibration)

@@ -6,29 +6,114 @@ from pathlib import Path
 
 from torch import nn
 
-from pipeline.compression.factors import install, load_factors, save_factors
+from pipeline.compression.factorized_mlp import FactorizedMLP
+from pipeline.compression.factors import install, load_factors
 from pipeline.compression.fit import GroupModule, local_loss, local_targets
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import train
 from pipeline.quantization.rest_training import make_rest_trainable, save_rest
 from pipeline.recipe.plan import Plan
-from pipeline.recipe.schema import EndToEnd, LocalTraining
+from pipeline.recipe.schema import EndToEnd, LocalTraining, QuantizedEndToEnd
 from pipeline.stages.quantize import REST, QuantizationInputs, open_base, restore_quantized
-from pipeline.stages.results import FACTORS, restore_all, save_errors, save_groups
+from pipeline.stages.results import FACTORS, SavedFactors, save_group, save_groups
 from pipeline.tasks.base import Task
 
+_CHECKPOINT = "checkpoint.pt"
 
-def train_end_to_end(
+
+def finetune(
+    folder: Path, task: Task, plan: Plan, before: SavedFactors, calibration: Path, progress: Progress
+) -> None:
+    """Minimise the global error: all factors are trained together, from ``before``; masks are kept."""
+    recipe, dense = task.recipe, task.model
+    assert recipe.finetune is not None
+    mlps = before.restore(dense, plan)
+    _train_end_to_end(install(dense, mlps), mlps, recipe.finetune, task, recipe.seed, folder, "fine-tune", progress)
+    save_groups(folder, plan, dense, mlps, calibration)
+    (folder / _CHECKPOINT).unlink(missing_ok=True)
+
+
+def train_quantized(
+    folder: Path, inputs: QuantizationInputs, position: int, started: Path, before: Path, progress: Progress
+) -> None:
+    """Train as entry ``position`` of the recipe's QAT says, local per group or end to end.
+
+    ``started``: folder of :func:`pipeline.stages.quantize.quantize`. ``before``: folder of the step before this one.
+    """
+    config = inputs.recipe.quantization.training[position]
+    seed = inputs.recipe.seed + 1 + position
+    mlps = restore_quantized(inputs, started, before)
+    if (before / REST).exists():
+        shutil.copyfile(before / REST, folder / REST)
+    label = f"QAT {position + 1}, {config.objective}"
+    if isinstance(config, LocalTraining):
+        _train_locally(folder, inputs, mlps, config, seed, label, progress)
+    else:
+        _train_together(folder, inputs, mlps, config, seed, before, label, progress)
+
+
+def _train_locally(
+    folder: Path,
+    inputs: QuantizationInputs,
+    mlps: Sequence[FactorizedMLP],
+    config: LocalTraining,
+    seed: int,
+    label: str,
+    progress: Progress,
+) -> None:
+    """Train group after group; those that a killed run has finished are left as they are."""
+    for group in inputs.plan.groups:
+        members = [mlp for mlp in mlps if mlp.group == group.name]
+        finished, checkpoint = folder / group.name, folder / f"{group.name}.pt"
+        if (finished / FACTORS).exists():
+            load_factors(members, finished / FACTORS)
+            continue
+        train(
+            GroupModule(members),
+            local_loss(local_targets(inputs.dense, members, inputs.calibration), config.batch_tokens, seed),
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            progress=progress,
+            label=f"{label}, {group.name}",
+            checkpoint=checkpoint,
+        )
+        save_group(finished, inputs.recipe, inputs.dense, members, inputs.calibration)
+        checkpoint.unlink(missing_ok=True)
+
+
+def _train_together(
+    folder: Path,
+    inputs: QuantizationInputs,
+    mlps: Sequence[FactorizedMLP],
+    config: QuantizedEndToEnd,
+    seed: int,
+    before: Path,
+    label: str,
+    progress: Progress,
+) -> None:
+    """Train all factors, and the weights around them where the recipe says so, in the whole model."""
+    model = install(open_base(inputs, before), mlps)
+    rest = make_rest_trainable(model, mlps) if config.train_rest else None
+    trained = [*mlps] if rest is None else [*mlps, rest]
+    _train_end_to_end(model, trained, config, inputs.task, seed, folder, label, progress)
+    if rest is not None:
+        save_rest(rest, folder / REST)
+    save_groups(folder, inputs.plan, inputs.dense, mlps, inputs.calibration)
+    (folder / _CHECKPOINT).unlink(missing_ok=True)
+
+
+def _train_end_to_end(
     model: nn.Module,
     trained: Sequence[nn.Module],
     config: EndToEnd,
     task: Task,
     seed: int,
-    checkpoint: Path,
+    folder: Path,
     label: str,
     progress: Progress,
 ) -> None:
-    """Train the parameters ``trained`` inside the whole ``model``: task loss, or KL divergence to the dense logits."""
+    """Train the modules ``trained`` inside the whole ``model``, with a checkpoint in ``folder``."""
     train(
         nn.ModuleList(trained),
         task.end_to_end_loss(model, config, seed),
@@ -37,65 +122,5 @@ def train_end_to_end(
         weight_decay=config.weight_decay,
         progress=progress,
         label=label,
-        checkpoint=checkpoint,
+        checkpoint=folder / _CHECKPOINT,
     )
-
-
-def finetune(
-    folder: Path, task: Task, plan: Plan, before: Sequence[Path], calibration: Path, progress: Progress
-) -> None:
-    """Global error minimisation: all factors together, masks kept."""
-    recipe, dense = task.recipe, task.model
-    assert recipe.finetune is not None
-    mlps = restore_all(dense, plan, before)
-    model = install(dense, mlps)
-    checkpoint = folder / "checkpoint.pt"
-    train_end_to_end(model, mlps, recipe.finetune, task, recipe.seed, checkpoint, "fine-tune", progress)
-    for group in plan.groups:
-        save_factors([mlp for mlp in mlps if mlp.group == group.name], folder / group.name / FACTORS)
-    save_errors(folder, recipe, dense, mlps, calibration)
-    checkpoint.unlink(missing_ok=True)
-
-
-def train_quantized(
-    folder: Path, inputs: QuantizationInputs, position: int, started: Path, before: Path, progress: Progress
-) -> None:
-    """Entry ``position`` of the recipe's QAT, local per group or end to end, from the step in folder ``before``."""
-    config = inputs.recipe.quantization.training[position]
-    seed = inputs.recipe.seed + 1 + position
-    mlps = restore_quantized(inputs, started, before)
-    if (before / REST).exists():
-        shutil.copyfile(before / REST, folder / REST)
-    label = f"QAT {position + 1}, {config.objective}"
-    checkpoint = folder / "checkpoint.pt"
-    if isinstance(config, LocalTraining):
-        for group in inputs.plan.groups:
-            members = [mlp for mlp in mlps if mlp.group == group.name]
-            finished = folder / group.name / FACTORS
-            if finished.exists():
-                load_factors(members, finished)
-                continue
-            train(
-                GroupModule(members),
-                local_loss(local_targets(inputs.dense, members, inputs.calibration), config.batch_tokens, seed),
-                steps=config.steps,
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                progress=progress,
-                label=f"{label}, {group.name}",
-                checkpoint=folder / f"{group.name}.pt",
-            )
-            save_factors(members, finished)
-            (folder / f"{group.name}.pt").unlink(missing_ok=True)
-    else:
-        model = install(open_base(inputs, before), mlps)
-        trained: list[nn.Module] = [*mlps]
-        if config.train_rest:
-            rest = make_rest_trainable(model, mlps)
-            trained.append(rest)
-        train_end_to_end(model, trained, config, inputs.task, seed, checkpoint, label, progress)
-        if config.train_rest:
-            save_rest(rest, folder / REST)
-        save_groups(folder, inputs.plan, mlps)
-        checkpoint.unlink(missing_ok=True)
-    save_errors(folder, inputs.recipe, inputs.dense, mlps, inputs.calibration)

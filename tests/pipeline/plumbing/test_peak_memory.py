@@ -56,7 +56,7 @@ def test_peak_of_each_stage(tmp_path: Path) -> None:
     for _ in range(2):  # the second run takes all from the first, with what they needed
         folder = RunFolder(tmp_path, Progress())
         for name, compute in stages.items():
-            folder.stage(name, {}, "", compute)
+            folder.stage(name, {}, [], compute)
         peaks.append(folder.peak_rss_bytes)
     assert peaks[0] == peaks[1]
     assert len(kept) == 1

@@ -9,7 +9,9 @@ from pipeline.plumbing import run_folder
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import read_json, write_aside, write_json
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.run_folder import RunFolder, code_digest, stage_key, versions
+from pipeline.plumbing.run_folder import RunFolder, StageResult, code_digest, stage_key, versions
+
+BEFORE = StageResult(Path("before"), "key of before")
 
 
 class Recorder:
@@ -31,34 +33,42 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_result_is_reused(folder: RunFolder) -> None:
     stage = Recorder()
-    first = folder.stage("fit", {"steps": 3}, "before", stage)
-    second = folder.stage("fit", {"steps": 3}, "before", stage)
+    first = folder.stage("fit", {"steps": 3}, [BEFORE], stage)
+    second = folder.stage("fit", {"steps": 3}, [BEFORE], stage)
     assert first == second
     assert stage.found == [["started.json"]]
     assert folder.reused == ["fit"]
     done = read_json(folder.work / "fit" / "stage.json")
     cost = {"seconds": folder.seconds["fit"], "peak_rss_bytes": folder.peak_rss_bytes["fit"]}
-    assert done == {"key": first, **cost, "files": {"result.txt": 6}}
+    assert done == {"key": first.key, **cost, "files": {"result.txt": 6}}
     assert not (folder.work / "fit" / "started.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "before"), [("fit", {"steps": 4}, "before"), ("fit", {"steps": 3}, "other")]
+    ("settings", "inputs"),
+    [
+        ({"steps": 4}, [BEFORE]),
+        ({"steps": 3}, [StageResult(BEFORE.folder, "other")]),
+        ({"steps": 3}, [BEFORE, BEFORE]),
+        ({"steps": 3}, []),
+    ],
 )
-def test_other_key_starts_from_nothing(folder: RunFolder, name: str, settings: dict[str, int], before: str) -> None:
+def test_other_key_starts_from_nothing(
+    folder: RunFolder, settings: dict[str, int], inputs: list[StageResult]
+) -> None:
     stage = Recorder()
-    first = folder.stage("fit", {"steps": 3}, "before", stage)
-    assert folder.stage(name, settings, before, stage) != first
+    first = folder.stage("fit", {"steps": 3}, [BEFORE], stage)
+    assert folder.stage("fit", settings, inputs, stage).key != first.key
     assert stage.found == [["started.json"]] * 2
 
 
 def test_key_covers_code_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {stage_key("fit", {}, "")}
-    keys.add(stage_key("factorize", {}, ""))
+    keys = {stage_key("fit", {}, [])}
+    keys.add(stage_key("factorize", {}, []))
     monkeypatch.setattr(run_folder, "code_digest", lambda: "0" * 64)
-    keys.add(stage_key("fit", {}, ""))
+    keys.add(stage_key("fit", {}, []))
     monkeypatch.setattr(run_folder, "versions", lambda: {"torch": "1.0"})
-    keys.add(stage_key("fit", {}, ""))
+    keys.add(stage_key("fit", {}, []))
     assert len(keys) == 4
     assert all(len(key) == 64 for key in keys)
 
@@ -74,9 +84,9 @@ def test_interrupted_stage_finds_what_it_left(folder: RunFolder) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        folder.stage("fit", {}, "", interrupted)
+        folder.stage("fit", {}, [], interrupted)
     stage = Recorder()
-    folder.stage("fit", {}, "", stage)
+    folder.stage("fit", {}, [], stage)
     assert stage.found == [["checkpoint.pt", "started.json"]]
 
 
@@ -86,9 +96,9 @@ def test_checkpoint_of_another_key_is_deleted(folder: RunFolder) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        folder.stage("fit", {"steps": 1}, "", interrupted)
+        folder.stage("fit", {"steps": 1}, [], interrupted)
     stage = Recorder()
-    folder.stage("fit", {"steps": 2}, "", stage)
+    folder.stage("fit", {"steps": 2}, [], stage)
     assert stage.found == [["started.json"]]
 
 
@@ -104,18 +114,18 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("name", ["result.txt", "stage.json"])
 def test_damaged_result_is_computed_again(folder: RunFolder, damage: Callable[[Path], None], name: str) -> None:
     stage = Recorder()
-    folder.stage("fit", {}, "", stage)
+    folder.stage("fit", {}, [], stage)
     damage(folder.work / "fit" / name)
-    folder.stage("fit", {}, "", stage)
+    folder.stage("fit", {}, [], stage)
     assert stage.found == [["started.json"]] * 2
     assert (folder.work / "fit" / "result.txt").read_text(encoding="utf-8") == "result"
 
 
 def test_result_that_does_not_hold_any_more_is_computed_again(folder: RunFolder) -> None:
     stage = Recorder()
-    folder.stage("export", {}, "", stage)
-    folder.stage("export", {}, "", stage, is_valid=lambda _: False)
-    folder.stage("export", {}, "", stage, is_valid=lambda path: path == folder.work / "export")
+    folder.stage("export", {}, [], stage)
+    folder.stage("export", {}, [], stage, is_valid=lambda _: False)
+    folder.stage("export", {}, [], stage, is_valid=lambda path: path == folder.work / "export")
     assert len(stage.found) == 2
 
 
@@ -124,14 +134,14 @@ def test_failure_to_write_names_the_stage(folder: RunFolder) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"work/fit: cannot be written: No space left on device"):
-        folder.stage("fit", {}, "", fail)
+        folder.stage("fit", {}, [], fail)
     assert not (folder.work / "fit" / "stage.json").exists()
 
 
 def test_lock_is_exclusive_and_lifted(tmp_path: Path) -> None:
     first, second = RunFolder(tmp_path, Progress()), RunFolder(tmp_path, Progress(), fresh=True)
     with first.lock():
-        first.stage("fit", {}, "", Recorder())
+        first.stage("fit", {}, [], Recorder())
         with pytest.raises(InputError, match="another run"), second.lock():
             pass
         assert (tmp_path / "work" / "fit" / "stage.json").exists()

@@ -22,7 +22,8 @@ from pipeline.compression.moments import MLPMoments, group_moments
 from pipeline.compression.sparsify import MaskSchedule
 from pipeline.models.adapters import find_mlps
 from pipeline.plumbing.errors import InputError
-from pipeline.quantization.prepare import assert_coverage, freeze, prepare_factors, restore_prepared
+from pipeline.quantization.freeze import assert_coverage, freeze
+from pipeline.quantization.prepare import prepare_factors, restore_prepared
 from pipeline.quantization.segments import choose_segments, sort_rank_entries
 from pipeline.recipe.plan import GroupPlan, group_size, make_plan
 from pipeline.recipe.schema import Recipe, Sparsifier

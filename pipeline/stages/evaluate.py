@@ -1,0 +1,42 @@
+"""Quality of the model after each step, measured on the test samples: an evaluation is a stage of its own."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.run_folder import RunFolder, StageResult
+from pipeline.tasks.base import Task
+
+
+class Evaluations:
+    """Evaluates forms of the model in PyTorch, and knows where the results are."""
+
+    def __init__(self, task: Task, folder: RunFolder, progress: Progress) -> None:
+        self.folders: dict[str, Path] = {}
+        """Folder of the saved quality by the report's name of the stage."""
+        self.errors: dict[str, dict[str, float]] = {}
+        """Relative reconstruction errors by the same names, then by block."""
+        self._task, self._folder, self._progress = task, folder, progress
+
+    def evaluate(
+        self,
+        name: str,
+        inputs: Sequence[StageResult],
+        make_model: Callable[[], nn.Module],
+        errors: dict[str, float] | None = None,
+    ) -> None:
+        """Measure the model that ``make_model`` gives, unless the result is there already.
+
+        ``inputs``: what the model depends on. ``errors``: what its MLPs lost on the calibration data.
+        """
+
+        def measure(out: Path) -> None:
+            said = self._task.measure(make_model().eval(), out, name, self._progress)
+            self._progress.say(f"  {name}: {said}")
+
+        settings = self._task.recipe.evaluation.model_dump(mode="json")
+        self.folders[name] = self._folder.stage(f"evaluate/{name}", settings, inputs, measure).folder
+        if errors is not None:
+            self.errors[name] = errors
