@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.hub import check_splits_differ, load_split, reading_split, split_name
 from pipeline.data.preprocessing import Preprocessing
+from pipeline.data.samples import Indices, shuffled_order
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.schema import DigitsData, HubImageData, ImageFolderData
-
-Indices = Sequence[int] | NDArray[np.integer[Any]]
+from pipeline.recipe.schema import DigitsData, HubImageData, ImageDataSection, ImageFolderData
 
 
 class ImageSplit(Protocol):
@@ -37,7 +37,7 @@ class ImageSplit(Protocol):
 
 @dataclass(frozen=True)
 class ImageData:
-    """``labels``: names by class index. ``hash``: SHA-256 of all that the splits can return."""
+    """The images of a recipe. ``labels``: names by class index. ``hash``: SHA-256 of all that the splits can return."""
 
     train: ImageSplit
     test: ImageSplit
@@ -47,7 +47,7 @@ class ImageData:
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """Inputs held in memory: ``inputs`` float32 [n, ...], ``labels`` int64 [n]."""
+    """Samples held in memory: ``inputs`` float32 [n, ...], ``labels`` int64 [n]."""
 
     inputs: Tensor
     labels: Tensor
@@ -86,7 +86,7 @@ class EncodedSplit:
 
 
 def load_data(
-    section: DigitsData | ImageFolderData | HubImageData,
+    section: ImageDataSection,
     preprocessing: Preprocessing,
     seed: int,
     train_samples: int | None = None,
@@ -196,7 +196,7 @@ def _load_image_folder(
     digest = _Digest(preprocessing)
 
     def split(folder: list[tuple[str, Path]], limit: int | None) -> EncodedSplit:
-        chosen = _shuffled(len(folder), seed)[:limit]
+        chosen = shuffled_order(len(folder), seed)[:limit]
         images = _Files([folder[index][1] for index in chosen])
         labels = np.array([indices[folder[index][0]] for index in chosen], dtype=np.int64)
         digest.add_images(images, labels)
@@ -251,14 +251,13 @@ class _Rows:
 def _load_hub(
     section: HubImageData, preprocessing: Preprocessing, seed: int, limits: tuple[int | None, int | None]
 ) -> ImageData:
-    if section.train == section.test:
-        raise InputError(f"data: {section.path}: train and test are the same split, {section.train!r}")
+    check_splits_differ(section)
     tables = [_open_table(section, split) for split in (section.train, section.test)]
     columns = [_label_column(table, section.label_column) for table in tables]
     names = columns[0].names
     if columns[1].names != names:
         raise InputError(f"data: {section.path}: {section.train} and {section.test} have different label names")
-    wheres = [f"data: {section.path}, split {split}" for split in (section.train, section.test)]
+    wheres = [split_name(section, split) for split in (section.train, section.test)]
     if names is None:
         count = len(preprocessing.labels) if preprocessing.labels else 1 + max(int(c.values.max()) for c in columns)
         names = list(preprocessing.labels) if preprocessing.labels else [str(index) for index in range(count)]
@@ -274,7 +273,7 @@ def _load_hub(
             raise InputError(
                 f"{where}: label {values[row]} in row {row} is out of range: there are {len(indices)} labels"
             )
-        chosen = _shuffled(len(values), seed)[:limit]
+        chosen = shuffled_order(len(values), seed)[:limit]
         images = _Rows(table.select(chosen), section.image_column, where)
         labels = indices[values[chosen]]
         digest.add_images(images, labels)
@@ -289,19 +288,11 @@ def _load_hub(
 
 def _open_table(section: HubImageData, split: str) -> Any:
     """The rows of a split, images undecoded."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("data: source hub needs the datasets library: pip install 'fips-onnx[hub]'") from None
-    where = f"data: {section.path}, split {split}"
-    try:
-        if (Path(section.path) / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(section.path)[split]
-        else:
-            table = datasets.load_dataset(section.path, section.config, split=split)
-    except (OSError, ValueError, LookupError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where}: cannot load it (missing or empty?): {type(error).__name__}: {reason}") from None
+    with reading_split(section, split):
+        table = load_split(section, split)
+    import datasets
+
+    where = split_name(section, split)
     for column in (section.image_column, section.label_column):
         if column not in table.column_names:
             raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
@@ -355,10 +346,6 @@ def _decode(content: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(content)).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: not a readable image: {error}") from None
-
-
-def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).permutation(count)
 
 
 def _label_names(preprocessing: Preprocessing, data_names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ tokenized as the wanted windows need.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.packages import package_folder
+from pipeline.data.hub import check_splits_differ, load_split, reading_split, split_name
+from pipeline.data.packages import package_file
+from pipeline.data.samples import Indices, shuffled_order
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.schema import HubTextData, LocalTextData, PackagedTextData
-
-Indices = Sequence[int] | NDArray[np.integer[Any]]
+from pipeline.recipe.schema import HubTextData, LocalTextData, PackagedTextData, TextDataSection
 
 SEPARATOR = "\n\n"
 _DOCUMENTS_AT_ONCE = 128
@@ -73,10 +73,6 @@ class TextSplit:
         counts[:1] = self.context - 1
         return counts
 
-    def token_counts(self, vocabulary: int) -> Tensor:
-        """How often each of ``vocabulary`` token ids occurs in the text, int64 [vocabulary]."""
-        return torch.bincount(self.tokens, minlength=vocabulary)
-
     def strided(self, stride: int | None) -> "TextSplit":
         """The same text in windows that start every ``stride`` tokens; None for windows side by side. Raises
         InputError for a stride that leaves out text."""
@@ -87,15 +83,14 @@ class TextSplit:
             )
         return replace(self, step=stride or self.width)
 
-    def first(self, windows: int) -> "TextSplit":
-        """The first ``windows`` windows, or all if there are fewer."""
-        return replace(self, tokens=self.tokens[: self.width + max(0, windows - 1) * self.step])
-
 
 @dataclass(frozen=True)
 class TextData:
-    """``hash``: SHA-256 of the token ids of both splits, the window length and the tokenizer's vocabulary.
-    ``train_documents``, ``test_documents``: how many documents were tokenized."""
+    """The text of a recipe, as windows of tokens.
+
+    ``hash``: SHA-256 of the token ids of both splits, the window length and the tokenizer's vocabulary.
+    ``train_documents``, ``test_documents``: how many documents were tokenized.
+    """
 
     train: TextSplit
     test: TextSplit
@@ -105,7 +100,7 @@ class TextData:
 
 
 def load_text_data(
-    section: PackagedTextData | LocalTextData | HubTextData,
+    section: TextDataSection,
     tokenizer: Any,
     seed: int,
     train_samples: int | None = None,
@@ -126,6 +121,7 @@ def load_text_data(
         train, test = _local_documents(section, seed)
         where = f"data: {section.train}"
     else:
+        check_splits_differ(section)
         train, test = _hub_documents(section, section.train), _hub_documents(section, section.test)
         where = f"data: {section.path}"
     bos = leading_token(tokenizer)
@@ -154,10 +150,7 @@ def load_text_data(
 
 
 def _packaged_documents(section: PackagedTextData) -> list[str]:
-    root = package_folder(section.package, "data.package")
-    path = (root / section.file).resolve()
-    if not path.is_relative_to(root) or not path.is_file():
-        raise InputError(f"data.file: package {section.package} has no file {section.file}")
+    path = package_file(section.package, section.file, "data")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -232,8 +225,8 @@ def _split(documents: Iterable[str], test_fraction: float, seed: int, where: str
     return ordered[tested:], ordered[:tested]
 
 
-def _shuffled(documents: Sequence[str], seed: int) -> list[str]:
-    return [documents[index] for index in np.random.default_rng(seed).permutation(len(documents))]
+def _shuffled(documents: list[str], seed: int) -> list[str]:
+    return [documents[index] for index in shuffled_order(len(documents), seed)]
 
 
 # --- hub -------------------------------------------------------------------------------------------------------
@@ -241,25 +234,10 @@ def _shuffled(documents: Sequence[str], seed: int) -> list[str]:
 
 def _hub_documents(section: HubTextData, split: str) -> Iterator[str]:
     """The first documents of a split, streamed."""
-    if section.train == section.test:
-        raise InputError(f"data: {section.path}: train and test are the same split, {section.train!r}")
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("data: source hub_text needs the datasets library: pip install 'fips-onnx[hub]'") from None
-    where = f"data: {section.path}, split {split}"
-    try:
-        if (Path(section.path) / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(section.path)[split]
-        else:
-            rows = datasets.load_dataset(section.path, section.config, split=split, streaming=True)
+    with reading_split(section, split):
+        rows = load_split(section, split, streaming=True)
         for number, row in enumerate(islice(rows, section.documents)):
-            yield _field(row, section.field, f"{where}: row {number}")
-    except InputError:
-        raise
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where}: cannot load it (missing or empty?): {type(error).__name__}: {reason}") from None
+            yield _field(row, section.field, f"{split_name(section, split)}: row {number}")
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from pipeline.plumbing.errors import InputError
@@ -120,14 +119,6 @@ def find_mlps(model: nn.Module) -> list[MLPSite]:
     if not sites:
         raise InputError(f"this {config.model_type} model has no blocks at {root}{layout.blocks}")
     return sites
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise InputError naming every parameter and buffer that contains NaN or infinity."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if bad:
-        raise InputError(f"the model's weights contain NaN or infinity: {', '.join(bad)}")
 
 
 def _expand(model: nn.Module, pattern: str) -> Iterator[tuple[tuple[int, ...], str]]:

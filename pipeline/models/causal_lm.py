@@ -1,31 +1,26 @@
 """A recipe's language model: loaded from the hub, a local folder or a GGUF file, with a tokenizer that was checked."""
 
 import importlib.util
-import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from optimum.exporters.tasks import TasksManager
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
-from pipeline.models.adapters import check_finite, check_model_type
+from pipeline.models.adapters import check_model_type
+from pipeline.models.checkpoint import load_weights, loading
 from pipeline.models.gguf_tokenizer import check_saved_tokenizer, check_tokenizer, read_metadata
-from pipeline.models.image_classifier import hash_model
 from pipeline.models.packaged_gguf import locate_gguf
+from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.schema import CausalLanguageModel, LanguageModel, PackagedGGUFModel
+from pipeline.recipe.schema import CausalLanguageModel, LanguageModelSection, PackagedGGUFModel
 
-_CHECKPOINT_ERRORS = (
-    StrictDataclassError, TypeError, ValueError, LookupError, OSError, RuntimeError, SafetensorError, struct.error,
-)  # fmt: skip
 # scaled_dot_product_attention has no soft cap of the scores, which these models need.
 _ATTENTION = {"gemma2": "eager"}
 
@@ -43,7 +38,7 @@ class LoadedLanguageModel:
     source_hash: str
 
 
-def load_tokenizer(section: LanguageModel) -> Any:
+def load_tokenizer(section: LanguageModelSection) -> Any:
     """The tokenizer of a recipe's language model. Raises InputError when it is not found, or is rebuilt from a GGUF
     file and does not do what the file says (:func:`check_tokenizer`)."""
     source = _Source.of(section)
@@ -58,7 +53,7 @@ def load_tokenizer(section: LanguageModel) -> Any:
     return tokenizer
 
 
-def load_language_config(section: LanguageModel) -> Any:
+def load_language_config(section: LanguageModelSection) -> Any:
     """The configuration of a recipe's language model, its weights unread. Raises InputError when it is not found or
     its MLPs are not known."""
     source = _Source.of(section)
@@ -70,7 +65,7 @@ def load_language_config(section: LanguageModel) -> Any:
     return config
 
 
-def load_language_model(section: LanguageModel, tokenizer: Any = None) -> LoadedLanguageModel:
+def load_language_model(section: LanguageModelSection, tokenizer: Any = None) -> LoadedLanguageModel:
     """The dense language model of a recipe and its tokenizer, which is loaded too unless it is given.
 
     Attention is scaled_dot_product_attention where the model can have it. Raises InputError when the model cannot be
@@ -78,20 +73,12 @@ def load_language_model(section: LanguageModel, tokenizer: Any = None) -> Loaded
     """
     source = _Source.of(section)
     config = load_language_config(section)
-    model, loading = source.load(
-        language_model_class().from_pretrained,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation=_ATTENTION.get(config.model_type, "sdpa"),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that we can name them
+    model = load_weights(
+        partial(source.load, language_model_class().from_pretrained, config=config),
+        source.where,
+        "a whole causal language model",
+        attention=_ATTENTION.get(config.model_type, "sdpa"),
     )
-    missing = sorted({*loading["missing_keys"], *(str(entry[0]) for entry in loading["mismatched_keys"])})
-    if missing:
-        raise InputError(
-            f"{source.where}: the checkpoint lacks weights of {type(model).__name__}, or has them in another shape: "
-            f"{', '.join(missing)}; is it a whole causal language model?"
-        )
     if source.gguf_file is not None:
         _forget_quantization(model)
     _forget_source(model.config)
@@ -121,7 +108,7 @@ class _Source:
     where: str
 
     @classmethod
-    def of(cls, section: LanguageModel) -> "_Source":
+    def of(cls, section: LanguageModelSection) -> "_Source":
         gguf_file = section.file if isinstance(section, PackagedGGUFModel) else section.gguf_file
         if gguf_file is not None:
             absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -136,20 +123,12 @@ class _Source:
     def load(self, load: Callable[..., Any], **options: Any) -> Any:
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
-        try:
+        with loading(self.where):
             return load(self.path, revision=self.revision or "main", **options)
-        except _CHECKPOINT_ERRORS as error:
-            raise self._not_loaded(error) from None
 
     def gguf_path(self) -> Path:
-        try:
+        with loading(self.where):
             return Path(cached_file(self.path, self.gguf_file, revision=self.revision or "main"))
-        except _CHECKPOINT_ERRORS as error:
-            raise self._not_loaded(error) from None
-
-    def _not_loaded(self, error: Exception) -> InputError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return InputError(f"{self.where}: cannot load it from a local folder or the Hugging Face hub: {reason}")
 
 
 def _forget_source(config: Any) -> None:

@@ -1,30 +1,30 @@
 """A recipe's dense model: trained in the run, loaded from a checkpoint, or rebuilt from a packaged ONNX file."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from optimum.exporters.tasks import TasksManager
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, BitImageProcessorPil, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from pipeline.data.images import ImageData, TensorSplit
+from pipeline.data.packages import package_file
 from pipeline.data.preprocessing import Preprocessing
-from pipeline.models.adapters import check_finite, check_model_type
+from pipeline.models.adapters import check_model_type
+from pipeline.models.checkpoint import CONFIG_ERRORS, load_weights, loading
 from pipeline.models.classifier_training import Progress, random_affine, train_classifier
-from pipeline.models.packaged_dinov2 import load_classifier, locate
+from pipeline.models.packaged_dinov2 import load_classifier
+from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import (
     DigitsData,
-    HubImageData,
-    ImageFolderData,
+    ImageDataSection,
+    ImageModelSection,
     PackagedOnnxModel,
     PretrainedModel,
     ScratchModel,
@@ -35,8 +35,6 @@ from pipeline.recipe.schema import (
 _ATTENTION = "eager"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
 _FEATURE_BATCH = 64
-_CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError)
-_CHECKPOINT_ERRORS = (*_CONFIG_ERRORS, LookupError, OSError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,7 @@ class LoadedModel:
     source_hash: str
 
 
-def load_preprocessing(
-    model: ScratchModel | PretrainedModel | PackagedOnnxModel, data: DigitsData | ImageFolderData | HubImageData
-) -> Preprocessing:
+def load_preprocessing(model: ImageModelSection, data: ImageDataSection) -> Preprocessing:
     """The image processor, input size and label names of a recipe's model, before its weights are loaded.
 
     Raises InputError for a model that is not found, of an unknown type, or of another image size than the data's.
@@ -75,7 +71,7 @@ def load_preprocessing(
 
 
 def load_model(
-    section: ScratchModel | PretrainedModel | PackagedOnnxModel,
+    section: ImageModelSection,
     preprocessing: Preprocessing,
     data: ImageData,
     seed: int,
@@ -100,16 +96,6 @@ def load_model(
     return LoadedModel(model, preprocessing.image_processor, preprocessing.image_size, data.labels, hash_model(model))
 
 
-def hash_model(model: nn.Module) -> str:
-    """SHA-256 of a transformers model's configuration and of every tensor of its state."""
-    config: Any = model.config
-    digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 # --- scratch ---------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +118,7 @@ def _scratch_config(section: ScratchModel, labels: int) -> Any:
     dropout = {key: value for key, value in _NO_DROPOUT.items() if key in known}
     try:
         config = AutoConfig.for_model(section.model_type, **{**dropout, **section.config}, num_labels=labels)
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise InputError(f"model.config: {' '.join(str(error).split())}") from None
     # DeiT has two image classifiers; without this, transformers cannot choose.
     config.architectures = [f"{config_class.__name__.removesuffix('Config')}ForImageClassification"]
@@ -145,7 +131,7 @@ def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: 
         torch.manual_seed(seed)
         try:
             model = model_class().from_config(config, attn_implementation=_ATTENTION)
-        except _CONFIG_ERRORS as error:
+        except CONFIG_ERRORS as error:
             raise InputError(f"model.config: {' '.join(str(error).split())}") from None
     model.train()
     augment = random_affine if section.augmentation == "affine" else None
@@ -185,39 +171,25 @@ def _pretrained(section: PretrainedModel) -> nn.Module:
     for key, value in _NO_DROPOUT.items():
         if hasattr(config, key):
             setattr(config, key, value)
-    model, loading = _from_hub(
-        section,
-        model_class().from_pretrained,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation=_ATTENTION,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that we can name them
+    model: nn.Module = load_weights(
+        partial(_from_hub, section, model_class().from_pretrained, config=config),
+        f"model.path: {section.path}",
+        "a fine-tuned image classifier",
+        attention=_ATTENTION,
     )
-    missing = sorted({*loading["missing_keys"], *(str(entry[0]) for entry in loading["mismatched_keys"])})
-    if missing:
-        raise InputError(
-            f"model.path: {section.path}: the checkpoint lacks weights of {type(model).__name__}, or has them in "
-            f"another shape: {', '.join(missing)}; is it a fine-tuned image classifier?"
-        )
     return model
 
 
 def _from_hub(section: PretrainedModel, load: Any, **options: Any) -> Any:
-    try:
+    with loading(f"model.path: {section.path}"):
         return load(section.path, revision=section.revision or "main", **options)
-    except _CHECKPOINT_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"model.path: {section.path}: cannot load it from a local folder or the Hugging Face hub: {reason}"
-        ) from None
 
 
 # --- packaged --------------------------------------------------------------------------------------------------
 
 
 def _packaged_preprocessing(section: PackagedOnnxModel) -> Preprocessing:
-    locate(section.package, section.file)
+    package_file(section.package, section.file, "model")
     processor = BitImageProcessorPil(
         size={"height": section.image_size, "width": section.image_size},
         do_center_crop=False,
@@ -230,7 +202,7 @@ def _packaged_preprocessing(section: PackagedOnnxModel) -> Preprocessing:
 def _packaged_with_head(
     section: PackagedOnnxModel, data: ImageData, seed: int, progress: Progress | None
 ) -> nn.Module:
-    path = locate(section.package, section.file)
+    path = package_file(section.package, section.file, "model")
     model = load_classifier(path, section.image_size, len(data.labels))
     model.set_attn_implementation(_ATTENTION)
     model.eval()
@@ -280,12 +252,13 @@ def _features(model: nn.Module, data: ImageData, progress: Progress | None) -> t
 # --- shared ----------------------------------------------------------------------------------------------------
 
 
-def load_config(section: ScratchModel | PretrainedModel | PackagedOnnxModel, labels: int) -> Any:
+def load_config(section: ImageModelSection, labels: int) -> Any:
     """The configuration of a recipe's model; ``labels``: their number, where the model takes them from the data."""
     if isinstance(section, ScratchModel):
         return _scratch_config(section, labels)
     if isinstance(section, PackagedOnnxModel):
-        return load_classifier(locate(section.package, section.file), section.image_size, labels).config
+        path = package_file(section.package, section.file, "model")
+        return load_classifier(path, section.image_size, labels).config
     return _from_hub(section, AutoConfig.from_pretrained)
 
 

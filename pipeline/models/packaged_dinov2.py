@@ -6,7 +6,6 @@ the graph: a weight's product is added to a bias that has kept its name; the pat
 the embeddings, whose result is concatenated with the class position.
 """
 
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -33,23 +32,6 @@ _RENAMED = (
 )
 # Every size of DINOv2 has heads of 64 channels; no weight's shape tells.
 _HEAD_CHANNELS = 64
-
-
-def locate(package: str, file: str) -> Path:
-    """Path of ``file`` inside an installed package, whose code is not imported. Raises InputError."""
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    folders = (spec.submodule_search_locations or []) if spec is not None else []
-    if not folders:
-        raise InputError(
-            f"model.package: {package} is not installed; for the packages of our recipes: "
-            "pip install 'fips-onnx[samples]'"
-        )
-    for folder in folders:
-        root = Path(folder).resolve()
-        path = (root / file).resolve()
-        if path.is_relative_to(root) and path.is_file():
-            return path
-    raise InputError(f"model.file: package {package} has no file {file}")
 
 
 def load_classifier(path: Path, image_size: int, labels: int) -> Dinov2ForImageClassification:

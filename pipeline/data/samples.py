@@ -1,0 +1,15 @@
+"""What every kind of data has in common: samples are asked for by index, and drawn in an order that a seed gives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = Sequence[int] | NDArray[np.integer[Any]]
+"""Numbers of the samples of a batch, from 0."""
+
+
+def shuffled_order(count: int, seed: int) -> NDArray[np.int64]:
+    """The numbers 0 to ``count`` - 1 in an order drawn from ``seed``: int64 [count]."""
+    return np.random.default_rng(seed).permutation(count)
