@@ -6,12 +6,13 @@ The rank of a shared basis follows from the parameter budget: FiPS (arXiv 2411.0
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from fips_ort.layout import BIT_WIDTHS, DENSE, Layout, Pattern
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.schema import FactorScheme, Recipe
+from pipeline.recipe.schema import BlockSize, FactorScheme, OneWidth, Recipe
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def make_plan(recipe: Recipe, sites: list[MLPSite], chosen: Mapping[str, Recipe]
     if recipe.compression.method == "dense" and not isinstance(recipe.quantization.projections.bits, int):
         problems.append(
             "quantization.projections.bits: graded bits follow the rank axis of a factorization, which "
-            "compression.method dense does not have; take 2, 3 or 4"
+            f"compression.method dense does not have; take one of {', '.join(map(str, get_args(OneWidth)))}"
         )
     groups = _group_sites(recipe, sites, problems)
     plans = []
@@ -187,7 +188,7 @@ def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list
 def _dividing_blocks(length: int, pattern: Pattern) -> str:
     """The remedy for a block size that does not divide ``length``."""
     smallest = 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
-    sizes = [str(size) for size in (16, 32, 64, 128, 256) if length % size == 0 and size % smallest == 0]
+    sizes = [str(size) for size in get_args(BlockSize) if length % size == 0 and size % smallest == 0]
     return f"take {' or '.join(sizes)}" if sizes else f"no supported block size does with pattern {pattern}"
 
 

@@ -1,13 +1,12 @@
-"""The recipe: everything a run depends on, as one frozen, validated value read from YAML.
+"""Recipes and their like read from YAML, with ``--set`` overrides and errors that name file, key, value and remedy.
 
-Unknown keys are refused at every level. What a recipe says about a model (group indices, divisibility, rank)
-is checked against the model in :mod:`pipeline.recipe.plan`, before any expensive work.
+What a recipe can say is in :mod:`pipeline.recipe.schema`.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -57,7 +56,7 @@ def parse_section(kind: type[_Section], content: dict[str, Any], where: str) -> 
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise InputError(_describe_all(where, kind.__name__.lower(), error.errors())) from None
+        raise InputError(_describe_all(where, kind, error.errors())) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -124,34 +123,56 @@ def set_key(content: dict[str, Any], key: str, value: Any, where: str) -> None:
             raise InputError(f"{where} holds the value {node!r}, not further keys")
 
 
-def _describe_all(where: str, whole: str, problems: Sequence[Any]) -> str:
+def _describe_all(where: str, kind: type[Section], problems: Sequence[Any]) -> str:
     """One line a key: of several alternatives that a value may follow, the one that it follows furthest."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
     for problem in problems:
-        by_key.setdefault(_location(problem), []).append(problem)
+        by_key.setdefault(_location(kind, problem), []).append(problem)
     lines = []
     for key, group in by_key.items():
         if not any(other[: len(key)] == key for other in by_key if len(other) > len(key)):
             said = "; or ".join(dict.fromkeys(_complaint(problem) for problem in group))
             given = _given(group[0]["input"])
-            lines.append(f"{where}: {'.'.join(key) or f'the {whole}'}: {given}{said}")
+            lines.append(f"{where}: {'.'.join(key) or f'the {kind.__name__.lower()}'}: {given}{said}")
     return "\n".join(lines)
 
 
-def _location(problem: Any) -> tuple[str, ...]:
-    """Where a problem is, in the recipe's own keys: pydantic also names the alternatives that it tried."""
-    path = [str(part) for part in problem["loc"]]
-    kind = problem["type"]
-    if kind.startswith("union_tag"):
-        path.append(problem["ctx"]["discriminator"].strip("'"))
-    if kind == "value_error" and isinstance(problem["ctx"]["error"], AtKeyError):
-        path += problem["ctx"]["error"].key.split(".")
-    named_last = kind in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found")
-    inner, outer = (path[:-1], path[-1:]) if named_last else (path, [])
-    return (*(part for part in inner if part not in _TAGS and "[" not in part and "constrained" not in part), *outer)
+def _location(kind: type[Section], problem: Any) -> tuple[str, ...]:
+    """Where a problem is: keys, and indices of lists, from the outermost section, which is of ``kind``."""
+    location, named = problem["loc"], ()
+    if problem["type"] in ("extra_forbidden", "missing", "invalid_key"):
+        location, named = location[:-1], location[-1:]
+    elif problem["type"].startswith("union_tag"):
+        named = (problem["ctx"]["discriminator"].strip("'"),)
+    elif problem["type"] == "value_error" and isinstance(problem["ctx"]["error"], AtKeyError):
+        named = problem["ctx"]["error"].key.split(".")
+    return (*_keys(kind, location), *map(str, named))
 
 
-_TAGS = {"scratch", "pretrained", "packaged_onnx", "digits", "image_folder", "hub", "local", "task", "distill"}
+def _keys(kind: type[Section], location: Sequence[str | int]) -> list[str]:
+    """The parts of pydantic's ``location`` that are keys or indices; it also names the alternatives that it tried."""
+    keys = []
+    here: list[Any] = [kind]
+    for part in location:
+        inside = [annotation for outer in here for annotation in _inside(outer, part)]
+        if inside:
+            keys.append(str(part))
+            here = inside
+    return keys
+
+
+def _inside(annotation: Any, part: str | int) -> list[Any]:
+    """What the schema allows at the key or index ``part`` of a value that has this ``annotation``; empty if nothing."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation.model_fields[str(part)].annotation] if part in annotation.model_fields else []
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is list:
+        return [*arguments] if isinstance(part, int) else []
+    if origin is dict:
+        return [arguments[1]] if part != "[key]" else []
+    if origin is Annotated:
+        return _inside(arguments[0], part)
+    return [found for argument in arguments for found in _inside(argument, part)]
 
 
 def _given(value: Any) -> str:

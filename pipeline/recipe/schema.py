@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
 
 PatternName = Literal["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]
+BlockSize = Literal[16, 32, 64, 128, 256]
+OneWidth = Literal[2, 3, 4]
+"""Bits that all values of a factor can have; segments of the rank axis can have 8, too."""
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -313,8 +316,8 @@ class FactorScheme(Section):
     ``midrise`` uses all levels symmetrically.
     """
 
-    bits: Literal[2, 3, 4] | list[Grade] | Literal["allocate"]
-    block_size: Literal[16, 32, 64, 128, 256]
+    bits: OneWidth | list[Grade] | Literal["allocate"]
+    block_size: BlockSize
     levels: Literal["midtread", "midrise"] = "midtread"
 
     @model_validator(mode="after")
@@ -349,7 +352,7 @@ class RestOfModel(Section):
     weights: Literal["float32", "float16"] = "float16"
     linear_bits: Literal[4, 8] | None = None
     embedding_bits: Literal[4, 8] | None = None
-    block_size: Literal[16, 32, 64, 128, 256] = 64
+    block_size: BlockSize = 64
 
 
 class Quantization(Section):
@@ -384,7 +387,7 @@ class Allocate(Section):
     target: PositiveFloat
     budgets: Annotated[list[Annotated[float, Field(gt=0.0, le=2.0)]], Field(min_length=1)] | None = None
     sparsities: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    bits: Annotated[list[Literal[2, 3, 4] | list[Grade]], Field(min_length=1)] | None = None
+    bits: Annotated[list[OneWidth | list[Grade]], Field(min_length=1)] | None = None
     samples: Positive = 8
 
     @model_validator(mode="after")

@@ -177,7 +177,7 @@ def test_the_dense_baseline_needs_dividing_blocks_and_one_bit_width() -> None:
     grades = [{"bits": 4, "fraction": 0.5}, {"bits": 2, "fraction": 0.5}]
     expected = (
         "quantization.projections.bits: graded bits follow the rank axis of a factorization, which "
-        "compression.method dense does not have; take 2, 3 or 4"
+        "compression.method dense does not have; take one of 2, 3, 4"
     )
     assert problems(dense_recipe(quantization__projections__bits=grades), sites(2)) == [expected]
     allocated = dense_recipe(quantization__projections__bits="allocate", quantization__target_stored_bits=3.0)

@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import RECIPES
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.reading import load_recipe, parse_recipe
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.reading import load_recipe, parse_recipe, parse_section
+from pipeline.recipe.schema import Recipe, Section
+from pipeline.sweep.definition import SweepFile
 
 SHIPPED = sorted({*RECIPES.rglob("*.yaml")} - {*(RECIPES / "sweeps").iterdir()})
 
@@ -122,6 +124,63 @@ def test_patterns_imply_their_sparsity(pattern: str, sparsity: float | None, exp
 @pytest.mark.parametrize("key", ["mistake", "hub", "task"])
 def test_unknown_keys_at_every_level(section: str, key: str) -> None:
     assert setting(section + key, 7) == [f"{section}{key}: got 7; unknown key; remove or correct it"]
+
+
+# --- unions of sections ----------------------------------------------------------------------------------------
+
+
+Found = Iterator[tuple[tuple[str, ...], str, list[type[Section]]]]
+
+
+def unions(annotation: Any, path: tuple[str, ...] = ()) -> Found:
+    """(keys, discriminator, members) of every discriminated union in a schema; ``0`` stands for an index."""
+    arguments = list(get_args(annotation))
+    for field in [part for part in arguments if isinstance(part, FieldInfo) and part.discriminator]:
+        yield path, str(field.discriminator), list(get_args(arguments[0]))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        for key, field in annotation.model_fields.items():
+            if field.discriminator:
+                yield (*path, key), str(field.discriminator), list(get_args(field.annotation))
+            yield from unions(field.annotation, (*path, key))
+    for argument in arguments:
+        yield from unions(argument, (*path, "0") if get_origin(annotation) is list else path)
+
+
+def members() -> Iterator[Any]:
+    """(keys of the union, discriminator, one value of it, section) for every section of every union of a recipe."""
+    for path, discriminator, sections in unions(Recipe):
+        for section in sections:
+            for value in get_args(section.model_fields[discriminator].annotation):
+                yield pytest.param(path, discriminator, value, section, id=f"{'.'.join(path)}-{value}")
+
+
+def test_every_union_is_found() -> None:
+    assert {(path, key): len(sections) for path, key, sections in unions(Recipe)} == {
+        (("model",), "source"): 5,
+        (("data",), "source"): 6,
+        (("quantization", "training", "0"), "objective"): 2,
+    }
+    assert len(list(members())) == 5 + 6 + 3
+
+
+@pytest.mark.parametrize(("path", "discriminator", "value", "section"), [*members()])
+def test_errors_inside_a_union_name_keys_of_the_recipe(
+    path: tuple[str, ...], discriminator: str, value: str, section: type[Section]
+) -> None:
+    """A value that no key can have, at every key of the member in turn and at one that does not exist; the keys that
+    are then missing are named too."""
+    place = ".".join(path)
+    required = {key for key, field in section.model_fields.items() if field.is_required() and key != discriminator}
+    for key in {*section.model_fields, "no_such_key"} - {discriminator}:
+        lines = setting(place, {discriminator: value, key: object()})
+        assert {line.partition(": ")[0] for line in lines} == {f"{place}.{name}" for name in {key} | required}
+
+
+def test_keys_that_are_called_like_an_alternative() -> None:
+    """Axes of a sweep have any name; those of sections of a recipe are names like others."""
+    file = {"name": "s", "recipe": "r.yaml", "axes": {"local": {"text": {"fit.steps": 1}, "hub": 3}}}
+    with pytest.raises(InputError, match=r"^s\.yaml: axes\.local\.hub: got 3; input should be a valid dictionary$"):
+        parse_section(SweepFile, file, "s.yaml")
 
 
 def test_there_are_sections_at_every_level() -> None:
