@@ -1,16 +1,15 @@
 """Calibration: inputs and outputs of every compressed MLP of the dense model, on disk, memory-mapped."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.files import create_array
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.plan import MLPSite
 
@@ -75,7 +74,7 @@ def record_activations(
                         per_image = arrays[0].shape[0] // len(indices)
                         files = activation_files(folder, site)
                         shape = (per_image * len(samples), site.width)
-                        maps[site.block] = _create(files[0], shape), _create(files[1], shape)
+                        maps[site.block] = create_array(files[0], shape), create_array(files[1], shape)
                     at = start.get(site.block, 0)
                     for target, array in zip(maps[site.block], arrays, strict=True):
                         if not np.isfinite(array).all():
@@ -93,14 +92,6 @@ def record_activations(
     for pair in maps.values():
         for target in pair:
             target.flush()
-
-
-def _create(file: Path, shape: tuple[int, int]) -> np.memmap:
-    """A new file of float32 to be written through memory. Raises OSError if the disk has no room for it."""
-    array = open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    with file.open("r+b") as opened:  # otherwise a full disk kills the process when the memory is written
-        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    return array
 
 
 def second_moment(activations: Sequence[Activations], chunk: int = 65536) -> Tensor:

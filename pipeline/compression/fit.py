@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.calibrate import Activations, open_activations
 from pipeline.compression.factorized_mlp import FactorizedMLP
+from pipeline.plumbing.training_loop import step_generator
 from pipeline.recipe.plan import MLPSite
 
 
@@ -43,7 +44,7 @@ def local_loss(targets: Sequence[LocalTarget], tokens: int, seed: int) -> Callab
     """The group's loss as a function of the step: mean relative error over its MLPs, on tokens drawn anew."""
 
     def loss(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = step_generator(seed, step)
         errors = [relative_error(target, *target.activations.sample(tokens, generator)) for target in targets]
         return torch.stack(errors).mean()
 

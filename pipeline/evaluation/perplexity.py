@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.data.text import TextSplit
+from pipeline.models.causal_lm_parts import final_softcap, hidden_states
 from pipeline.plumbing.errors import InputError
-from pipeline.plumbing.files import read_json, write_aside, write_json, writing
+from pipeline.plumbing.files import create_array, read_json, write_aside, write_json, writing
 
 Report = Callable[[int, int, str], None]
 
@@ -218,7 +218,7 @@ class OutputLayer:
 
     def __init__(self, model: Any) -> None:
         self._layer: nn.Module = model.get_output_embeddings()
-        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self._softcap = final_softcap(model)
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -243,13 +243,7 @@ class LazyLogits:
 def lazy_logits(model: Any) -> Callable[[Tensor], LazyLogits]:
     """A PyTorch causal language model as ``logits_of`` of :func:`evaluate_perplexity`, its logits made in chunks."""
     output_layer = OutputLayer(model)
-    return lambda input_ids: LazyLogits(_hidden_states(model, input_ids), output_layer)
-
-
-def _hidden_states(model: Any, input_ids: Tensor) -> Tensor:
-    """Final hidden states, [B, T, d]."""
-    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden
+    return lambda input_ids: LazyLogits(hidden_states(model, input_ids), output_layer)
 
 
 # --- dense reference -------------------------------------------------------------------------------------------
@@ -272,12 +266,12 @@ def evaluate_dense(
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        states = _create(temporary, (int(counts.sum()), model.config.hidden_size))
+        states = create_array(temporary, (int(counts.sum()), model.config.hidden_size))
     written = window = 0
 
     def logits_of(input_ids: Tensor) -> LazyLogits:
         nonlocal written, window
-        hidden = _hidden_states(model, input_ids)
+        hidden = hidden_states(model, input_ids)
         for row in hidden:
             count = int(counts[window])
             states[written : written + count] = row[-1 - count : -1].float().numpy()
@@ -343,14 +337,6 @@ class _Comparison:
         median, p90, p99, p999 = (float(value) for value in np.quantile(self._kl.numpy(), [0.5, 0.9, 0.99, 0.999]))
         same = float(self._same.double().mean())
         return Divergence(float(self._kl.mean()), median, p90, p99, p999, float(self._kl.max()), same)
-
-
-def _create(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A new float32 array to be written through memory. Raises OSError if the disk has no room for it."""
-    array = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    with path.open("r+b") as opened:  # otherwise a full disk kills the process when the memory is written
-        os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
-    return array
 
 
 # --- files -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files written aside and moved into place, and digests."""
+"""Files written aside and moved into place, arrays written through memory, and digests."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.lib.format import open_memmap
 from safetensors import SafetensorError
 
 from pipeline.plumbing.errors import InputError
@@ -45,6 +47,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
+
+
+def create_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Create a file (.npy) of float32 zeros that is written through memory.
+
+    Raises OSError if the disk has no room for it.
+    """
+    array = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with path.open("r+b") as opened:  # otherwise a full disk kills the process when the memory is written
+        os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def read_json(path: Path) -> Any:

@@ -29,8 +29,8 @@ def train(
 ) -> list[float]:
     """Train all parameters of ``module`` that require a gradient on ``loss(step)``; returns the losses.
 
-    ``loss`` must depend on nothing but the module and the step (draw batches from a generator seeded with the
-    step): then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. The learning rate
+    ``loss`` must depend on nothing but the module and the step (draw batches from :func:`step_generator`):
+    then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. The learning rate
     warms up over the first 5 % of the steps and decays to zero by a cosine. Raises FloatingPointError if the
     loss is not finite.
     """
@@ -69,6 +69,11 @@ def train(
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "losses": losses}
     write_aside(path, lambda temporary: torch.save(state, temporary))
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Random numbers of one step of training: the same for the same ``seed`` and ``step``, whatever came before."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

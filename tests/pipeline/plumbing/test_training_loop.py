@@ -15,7 +15,7 @@ from pipeline.compression.fit import GroupModule, local_loss
 from pipeline.compression.sparsify import MaskSchedule
 from pipeline.plumbing import training_loop
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.training_loop import learning_rate_factor, train
+from pipeline.plumbing.training_loop import learning_rate_factor, step_generator, train
 from pipeline.recipe.schema import Recipe
 
 
@@ -118,6 +118,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(bad: float, tmp_path: Path, monk
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["step"] == 2
     assert all(torch.isfinite(value).all() for value in saved["module"].values())
+
+
+def test_random_numbers_of_a_step_depend_on_seed_and_step_alone() -> None:
+    def drawn(seed: int, step: int) -> tuple[int, ...]:
+        return tuple(torch.randint(1 << 30, (4,), generator=step_generator(seed, step)).tolist())
+
+    assert len({drawn(seed, step) for seed in range(5) for step in range(20)}) == 100
+    torch.rand(7)
+    assert drawn(3, 2) == drawn(3, 2)
 
 
 # --- resuming --------------------------------------------------------------------------------------------------
