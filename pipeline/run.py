@@ -77,7 +77,7 @@ def run(
 def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) -> Report:
     task, dense = open_dense(recipe, folder, progress)
     evaluations = Evaluations(task, folder, progress)
-    evaluations.evaluate("dense", [dense], lambda: task.model)
+    evaluations.evaluate_dense(dense)
 
     calibrated = calibrate(task, dense, folder, progress)
     if engine == "ray":

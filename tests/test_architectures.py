@@ -17,6 +17,7 @@ from pipeline.plumbing.progress import Progress
 from pipeline.recipe.reading import parse_recipe
 from pipeline.run import run
 from pipeline.tasks import image_classification
+from pipeline.tasks.base import Dense
 from pipeline.tasks.image_classification import ImageClassificationTask
 
 LABELS = ["left", "right"]
@@ -107,7 +108,8 @@ def test_stored_rest_is_a_copy_with_fixed_positions(weights: str, tmp_path: Path
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     task = ImageClassificationTask.__new__(ImageClassificationTask)  # without data, which this does not need
     task.recipe = tiny_recipe(quantization=TINY["quantization"] | {"rest": {"weights": weights}})
-    task.model, task.sites, task.image_size = dense, find_mlps(dense), 16
+    task.image_size = 16
+    task._dense = Dense(dense, find_mlps(dense), source_hash="")
     base = task.open_rest(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     positions = base.get_parameter("dinov2.embeddings.position_embeddings")

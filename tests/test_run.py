@@ -221,11 +221,14 @@ def test_what_is_trained_outside_the_mlps_stays(copied_run: Path) -> None:
         **TINY["quantization"],
         "rest": {"linear_bits": 4, "block_size": 16},
         "training": [
-            {"objective": "distill", "steps": 5, "batch_size": 32, "learning_rate": 3e-2, "train_rest": True},
+            {
+                "objective": "distill", "steps": 5, "batch_size": 32, "learning_rate": 3e-2, "train_rest": True,
+                "precision": "bfloat16",
+            },
             {"objective": "local", "steps": 3, "batch_tokens": 128},
             {"objective": "distill", "steps": 2, "batch_size": 32},
         ],
-    }
+    }  # fmt: skip
     run(tiny_recipe(quantization=quantization), copied_run, Progress())
     steps = [load_file(copied_run / "work" / "qat" / name / REST) for name in ("1-distill", "2-local", "3-distill")]
     assert any(name.endswith("/scales") for name in steps[0])

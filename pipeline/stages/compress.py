@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from pipeline.compression.factors import initial_factors, restore_group
@@ -12,18 +11,9 @@ from pipeline.compression.sparsify import mask_schedule
 from pipeline.plumbing.files import write_json
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import train
-from pipeline.recipe.plan import GroupPlan, Plan
+from pipeline.recipe.plan import GroupPlan
 from pipeline.recipe.schema import Recipe
 from pipeline.stages.results import FACTORS, save_group
-from pipeline.tasks.base import Task
-
-
-def record_calibration(folder: Path, task: Task, plan: Plan, progress: Progress) -> None:
-    """Record activations of the dense model on training samples (never test samples) drawn at random."""
-    wanted = task.recipe.calibration.samples or task.train_samples
-    generator = np.random.default_rng(task.recipe.seed)
-    samples = sorted(generator.permutation(task.train_samples)[:wanted].tolist())
-    task.calibrate(folder, plan, samples, progress)
 
 
 def factorize(folder: Path, recipe: Recipe, dense: nn.Module, group: GroupPlan, calibration: Path) -> None:

@@ -20,23 +20,27 @@ class Evaluations:
         """Relative reconstruction errors by the same names, then by block."""
         self._task, self._folder, self._progress = task, folder, progress
 
+    def evaluate_dense(self, dense: StageResult) -> None:
+        """Measure the dense model, which all others are compared with."""
+        self._stage("dense", [dense], lambda out: self._task.measure_dense(out, self._progress))
+
     def evaluate(
         self,
         name: str,
         inputs: Sequence[StageResult],
         make_model: Callable[[], nn.Module],
-        errors: dict[str, float] | None = None,
+        errors: dict[str, float],
     ) -> None:
         """Measure the model that ``make_model`` gives, unless the result is there already.
 
-        ``inputs``: what the model depends on. ``errors``: what its MLPs lost on the calibration data.
+        ``inputs``: what the model depends on. ``errors``: what its MLPs lost on the calibration data, by block.
         """
+        self._stage(name, inputs, lambda out: self._task.measure(make_model().eval(), out, name, self._progress))
+        self.errors[name] = errors
 
-        def measure(out: Path) -> None:
-            said = self._task.measure(make_model().eval(), out, name, self._progress)
-            self._progress.say(f"  {name}: {said}")
-
+    def _stage(self, name: str, inputs: Sequence[StageResult], measure: Callable[[Path], str]) -> None:
         settings = self._task.recipe.evaluation.model_dump(mode="json")
-        self.folders[name] = self._folder.stage(f"evaluate/{name}", settings, inputs, measure).folder
-        if errors is not None:
-            self.errors[name] = errors
+        result = self._folder.stage(
+            f"evaluate/{name}", settings, inputs, lambda out: self._progress.say(f"  {name}: {measure(out)}")
+        )
+        self.folders[name] = result.folder

@@ -148,7 +148,7 @@ def calibrate(task: Task, dense: StageResult, folder: RunFolder, progress: Progr
             recipe.seed,
         ],
         [dense],
-        partial(compress.record_calibration, task=task, plan=plan, progress=progress),
+        partial(task.calibrate, plan=plan, progress=progress),
     )
     if recipe.allocate is None:
         return Calibrated(recipe, folder, progress, task, plan, activations, activations)

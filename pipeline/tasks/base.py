@@ -2,15 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Union
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import torch
 from torch import Tensor, nn
 
 from exporters.artifact import Golden
 from exporters.packed_model import PackedModel
+from pipeline.compression.calibrate import record_activations
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.plan import MLPSite, Plan
 from pipeline.recipe.schema import EndToEnd, Recipe
@@ -21,21 +25,31 @@ Form = Union[nn.Module, "onnxruntime.InferenceSession"]
 """A form of the model: in PyTorch, or an artefact's session."""
 
 
-class Task(ABC):
-    """A recipe's model and data. Samples are images (pixel values) or windows of text (token ids).
+@dataclass(frozen=True)
+class Dense:
+    """A dense model, float32, in evaluation mode. ``sites``: its MLPs. ``source_hash``: SHA-256 of configuration and
+    weights, wherever they came from."""
 
-    ``model`` (dense, float32, evaluation mode), ``sites`` (its MLPs) and ``source_hash`` are there after
-    :meth:`open_dense`. ``data_hash``: of everything the samples can contain. ``evaluated_backends``:
-    those of the artefact whose quality is measured; parity is checked on all.
-    """
-
-    recipe: Recipe
-    data_hash: str
-    train_samples: int
-    evaluated_backends: tuple[str, ...] = ("native", "portable")
     model: nn.Module
     sites: list[MLPSite]
     source_hash: str
+
+
+class Task(ABC):
+    """A recipe's model and data. Samples are images (pixel values) or windows of text (token ids).
+
+    A task has its data from the start; what needs the dense model works after :meth:`open_dense`. ``data_hash``:
+    SHA-256 of everything the samples can contain. ``evaluated_backends``: those of the artefact whose quality is
+    measured; parity is checked on all.
+    """
+
+    evaluated_backends: tuple[str, ...] = ("native", "portable")
+
+    def __init__(self, recipe: Recipe, data_hash: str, train_samples: int) -> None:
+        self.recipe = recipe
+        self.data_hash = data_hash
+        self.train_samples = train_samples
+        self._dense: Dense | None = None
 
     # --- dense model ---
 
@@ -44,8 +58,33 @@ class Task(ABC):
         """Train or rebuild the dense model in ``folder``, if the recipe does not simply load it."""
 
     @abstractmethod
-    def open_dense(self, folder: Path) -> None:
+    def load_dense(self, folder: Path) -> Dense:
         """Load the dense model, from ``folder`` if :meth:`make_dense` saved it there."""
+
+    def open_dense(self, folder: Path) -> None:
+        """Load the dense model (:meth:`load_dense`) and keep it for all that follows."""
+        self._dense = self.load_dense(folder)
+
+    @property
+    def dense(self) -> Dense:
+        """The dense model, once it is open."""
+        assert self._dense is not None, "a task's dense model is there after open_dense"
+        return self._dense
+
+    @property
+    def model(self) -> nn.Module:
+        """The dense model as a PyTorch module, float32, in evaluation mode."""
+        return self.dense.model
+
+    @property
+    def sites(self) -> list[MLPSite]:
+        """The MLPs of the dense model, in execution order."""
+        return self.dense.sites
+
+    @property
+    def source_hash(self) -> str:
+        """SHA-256 of the dense model's configuration and weights."""
+        return self.dense.source_hash
 
     # --- samples ---
 
@@ -53,18 +92,38 @@ class Task(ABC):
     def training_batch(self, indices: Sequence[int]) -> Tensor:
         """Training samples, as the model takes them."""
 
-    @abstractmethod
-    def predictor(self, model: nn.Module) -> Predict:
-        """A PyTorch model as a function of samples."""
+    def calibration_samples(self) -> list[int]:
+        """The training samples of calibration, drawn at random by the recipe's seed, in ascending order."""
+        wanted = self.recipe.calibration.samples or self.train_samples
+        generator = np.random.default_rng(self.recipe.seed)
+        return sorted(generator.permutation(self.train_samples)[:wanted].tolist())
 
     @abstractmethod
-    def calibrate(self, folder: Path, plan: Plan, samples: Sequence[int], progress: Progress) -> None:
-        """Record what the MLPs of the plan read and wrote on training samples
+    def run_dense(self, batch: Tensor) -> Tensor:
+        """Run the dense model on a batch through all of its MLPs; what follows the last is left out if it is dear."""
+
+    def calibrate(self, folder: Path, plan: Plan, progress: Progress) -> None:
+        """Record what the MLPs of the plan read and wrote on training samples, never test samples
         (:mod:`pipeline.compression.calibrate`)."""
+        record_activations(
+            self.run_dense,
+            self.model,
+            [site for group in plan.groups for site in group.sites],
+            self.training_batch,
+            self.calibration_samples(),
+            self.recipe.calibration.batch_size,
+            folder,
+            progress,
+        )
+
+    @abstractmethod
+    def predictor(self, model: nn.Module) -> Predict:
+        """Turn a PyTorch model into a function of samples."""
 
     @abstractmethod
     def end_to_end_loss(self, model: nn.Module, config: EndToEnd, seed: int) -> Callable[[int], Tensor]:
-        """Loss of the whole ``model`` as a function of the step, against the dense model or the task."""
+        """The loss of the whole ``model``, a float32 scalar, as a function of the step: of the task itself, or the
+        divergence from the dense model, as ``config.objective`` says, with products in ``config.precision``."""
 
     # --- quality ---
 
@@ -74,8 +133,13 @@ class Task(ABC):
     ) -> str:
         """Evaluate a form of the model on the test samples, save the result in ``folder`` and describe it in a line.
 
-        ``against_dense``: folder of the dense model's result, to compare whole distributions with it.
+        ``against_dense``: folder of :meth:`measure_dense`, if whole distributions are to be compared with the dense
+        model's. The dense model need not be open without it.
         """
+
+    @abstractmethod
+    def measure_dense(self, folder: Path, progress: Progress) -> str:
+        """Evaluate the dense model as :meth:`measure` does, and leave in ``folder`` what others are compared with."""
 
     @abstractmethod
     def describe_quality(self, folders: dict[str, Path]) -> dict[str, Any]:
@@ -115,3 +179,9 @@ class Task(ABC):
     @abstractmethod
     def bench(self, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The report's sections ``speed``, of the artefact beside the dense model, and ``memory``."""
+
+
+def products_in(precision: Literal["float32", "bfloat16"]) -> torch.autocast:
+    """Make a context in which a model's matrix products are computed in ``precision``; its weights and their gradients
+    stay float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 from exporters.artifact import Golden
 from exporters.causal_lm import MAX_LENGTH, export_causal_lm
 from exporters.genai_config import save_causal_lm_config
-from exporters.nbits import NBitsLinear
 from exporters.packed_model import PackedModel
 from exporters.rest import quantize_embedding, quantize_linears, round_to_float16
 from fips_ort.causal_lm import prefill_inputs
 from fips_ort.memory import measure_memory
-from pipeline.compression.calibrate import record_activations
 from pipeline.data.text import load_text_data
 from pipeline.evaluation.perplexity import (
     DenseReference,
+    Perplexity,
     evaluate_dense,
     evaluate_perplexity,
     lazy_logits,
@@ -35,16 +33,18 @@ from pipeline.evaluation.perplexity import (
 from pipeline.evaluation.text_speed import PROMPT_TOKENS, bench_causal_lm
 from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import load_language_model, load_tokenizer
+from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
 from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.training_loop import step_generator
 from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
-from pipeline.recipe.plan import MLPSite, Plan, make_plan
+from pipeline.recipe.plan import MLPSite, make_plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelSection, Recipe, TextDataSection
-from pipeline.tasks.base import Form, Predict, Task
-from qat.distill import Vocabulary, distillation_loss
+from pipeline.tasks.base import Dense, Form, Predict, Task, products_in
+from qat.losses import Vocabulary, distillation_loss, next_token_loss
 
 REST_TABLES = "tables.safetensors"
 GOLDEN_TOKENS = 8
-"""Of the golden text. The artefact carries the logits of the last one, a megabyte at a vocabulary of 262,144."""
+"""Tokens of the golden text. The artefact carries the logits of the last one, a megabyte at a vocabulary of 262,144."""
 PARITY_TOKENS = 32
 """Tokens of the short text on which all forms must agree; the long one has as many more than the sliding window."""
 
@@ -56,7 +56,6 @@ class CausalLMTask(Task):
     evaluated_backends = ("native",)
 
     def __init__(self, recipe: Recipe, artifact: Path | None = None) -> None:
-        self.recipe = recipe
         section, data = recipe.model, recipe.data
         assert isinstance(section, LanguageModelSection)
         assert isinstance(data, TextDataSection)
@@ -64,19 +63,16 @@ class CausalLMTask(Task):
         self.tokenizer = load_tokenizer(self.section)
         train = 1 if artifact is not None else None
         self.data = load_text_data(data, self.tokenizer, recipe.seed, train, recipe.evaluation.samples)
-        self.data_hash = self.data.hash
-        self.train_samples = len(self.data.train)
+        super().__init__(recipe, self.data.hash, len(self.data.train))
 
     # --- dense model ---
 
     def make_dense(self, folder: Path, progress: Progress) -> None:
         """Nothing to make: a language model is loaded from where it is."""
 
-    def open_dense(self, folder: Path) -> None:
+    def load_dense(self, folder: Path) -> Dense:
         loaded = load_language_model(self.section, self.tokenizer)
-        self.model = loaded.model
-        self.source_hash = loaded.source_hash
-        self.sites = find_mlps(loaded.model)
+        return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash)
 
     # --- samples ---
 
@@ -86,48 +82,44 @@ class CausalLMTask(Task):
     def predictor(self, model: nn.Module) -> Predict:
         return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
 
-    def calibrate(self, folder: Path, plan: Plan, samples: Sequence[int], progress: Progress) -> None:
-        sites = [site for group in plan.groups for site in group.sites]
-        batch_size = self.recipe.calibration.batch_size
-        body = _body(self.model)
-        record_activations(
-            lambda input_ids: body(input_ids=input_ids, use_cache=False),
-            self.model,
-            sites,
-            self.training_batch,
-            samples,
-            batch_size,
-            folder,
-            progress,
-        )
+    def run_dense(self, batch: Tensor) -> Tensor:
+        return hidden_states(self.model, batch)
 
     def end_to_end_loss(self, model: nn.Module, config: EndToEnd, seed: int) -> Callable[[int], Tensor]:
-        """Windows are drawn without replacement until all were; ``objective: task`` is next-token cross-entropy."""
+        """The loss on windows that are drawn without replacement until all were. Objective ``task`` is the
+        cross-entropy of the next token, over the whole vocabulary."""
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        bodies = _body(model), _body(self.model)
-        tables = _output_table(model).to(dtype), _output_table(self.model).to(dtype)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        counts = torch.bincount(self.data.train.tokens, minlength=tables[1].shape[0])
-        vocabulary = Vocabulary.of(counts)
+        table, softcap = output_table(model).to(dtype), final_softcap(model)
         order = torch.randperm(self.train_samples, generator=torch.Generator().manual_seed(seed))
 
-        def hidden(body: nn.Module, input_ids: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                states = body(input_ids=input_ids, use_cache=False).last_hidden_state
-            return states.reshape(-1, states.shape[-1])
-
-        def loss(step: int) -> Tensor:
+        def windows(step: int) -> Tensor:
             first = step * config.batch_size
-            windows = [int(order[(first + i) % len(order)]) for i in range(config.batch_size)]
-            input_ids = self.training_batch(windows)
-            with torch.no_grad():
-                target = hidden(bodies[1], input_ids)
-            ids, offsets = vocabulary.sample(torch.Generator().manual_seed(seed * 1_000_003 + step))
-            return distillation_loss(
-                hidden(bodies[0], input_ids), target, tables[0][ids], tables[1][ids], offsets, softcap
-            )
+            return self.training_batch([int(order[(first + i) % len(order)]) for i in range(config.batch_size)])
 
-        return loss
+        def states(of: nn.Module, input_ids: Tensor) -> Tensor:
+            with products_in(config.precision):
+                return hidden_states(of, input_ids)
+
+        def task_loss(step: int) -> Tensor:
+            input_ids = windows(step)
+            hidden = states(model, input_ids)[:, :-1]  # nothing follows a window's last token
+            return next_token_loss(hidden.flatten(0, 1), input_ids[:, 1:].flatten(), table, softcap)
+
+        if config.objective == "task":
+            return task_loss
+        dense = self.model
+        dense_table = output_table(dense).to(dtype)
+        vocabulary = Vocabulary.of(torch.bincount(self.data.train.tokens, minlength=len(dense_table)))
+
+        def distillation(step: int) -> Tensor:
+            input_ids = windows(step)
+            with torch.no_grad():
+                target = states(dense, input_ids).flatten(0, 1)
+            ids, offsets = vocabulary.sample(step_generator(seed, step))
+            student = states(model, input_ids).flatten(0, 1)
+            return distillation_loss(student, target, table[ids], dense_table[ids], offsets, softcap)
+
+        return distillation
 
     # --- quality ---
 
@@ -135,19 +127,25 @@ class CausalLMTask(Task):
         self, form: Form, folder: Path, label: str, progress: Progress, *, against_dense: Path | None = None
     ) -> str:
         config = self.recipe.evaluation
-        settings = (self.data.test, config.batch_size, config.stride)
-        with progress.counter(f"evaluate {label}", len(self.data.test.strided(config.stride))) as report:
-            if form is getattr(self, "model", None):
-                quality = evaluate_dense(form, *settings, folder, report)
-            else:
-                logits_of = lazy_logits(form) if isinstance(form, nn.Module) else _session_logits(form)
-                reference = None if against_dense is None else DenseReference(against_dense, self.model)
-                quality = evaluate_perplexity(logits_of, *settings, report, reference)
+        logits_of = lazy_logits(form) if isinstance(form, nn.Module) else _session_logits(form)
+        reference = None if against_dense is None else DenseReference(against_dense, self.model)
+        with progress.counter(f"evaluate {label}", self._evaluated_windows) as report:
+            quality = evaluate_perplexity(
+                logits_of, self.data.test, config.batch_size, config.stride, report, reference
+            )
         save_perplexity(quality, folder)
-        return (
-            f"perplexity {quality.perplexity:.3f} ± {quality.perplexity_error:.3f} ({quality.tokens} tokens, context "
-            f"{quality.context}, stride {quality.stride})"
-        )
+        return _describe(quality)
+
+    def measure_dense(self, folder: Path, progress: Progress) -> str:
+        config = self.recipe.evaluation
+        with progress.counter("evaluate dense", self._evaluated_windows) as report:
+            quality = evaluate_dense(self.model, self.data.test, config.batch_size, config.stride, folder, report)
+        save_perplexity(quality, folder)
+        return _describe(quality)
+
+    @property
+    def _evaluated_windows(self) -> int:
+        return len(self.data.test.strided(self.recipe.evaluation.stride))
 
     def describe_quality(self, folders: dict[str, Path]) -> dict[str, Any]:
         results = {stage: load_perplexity(folder) for stage, folder in folders.items()}
@@ -190,25 +188,23 @@ class CausalLMTask(Task):
 
     # --- delivery ---
 
+    @property
+    def _has_rest_tables(self) -> bool:
+        """Whether codes outside the MLPs are found once, by GPTQ, and kept; rounding to nearest is quick."""
+        rest = self.recipe.quantization.rest
+        has_codes = rest.linear_bits is not None or rest.embedding_bits is not None
+        return has_codes and self.recipe.quantization.start == "gptq"
+
     def store_rest(self, folder: Path, progress: Progress) -> None:
-        if self.recipe.quantization.start == "nearest":
+        if not self._has_rest_tables:
             return
         rest = self.recipe.quantization.rest
-        generator = np.random.default_rng(self.recipe.seed)
-        count = min(self.recipe.calibration.samples or self.train_samples, self.train_samples)
-        samples = sorted(generator.permutation(self.train_samples)[:count].tolist())
-        size = self.recipe.calibration.batch_size
-        body = _body(self.model)
-
-        def run(input_ids: Tensor) -> Tensor:
-            states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
-            return states.reshape(-1, states.shape[-1])
-
+        samples, size = self.calibration_samples(), self.recipe.calibration.batch_size
         tables = rest_tables(
             self.model,
             _linears(self.sites),
-            run,
-            (self.training_batch(samples[first : first + size]) for first in range(0, count, size)),
+            lambda input_ids: self.run_dense(input_ids).flatten(0, 1),
+            (self.training_batch(samples[first : first + size]) for first in range(0, len(samples), size)),
             rest.linear_bits,
             rest.embedding_bits,
             rest.block_size,
@@ -226,8 +222,7 @@ class CausalLMTask(Task):
         memo |= {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         base = copy.deepcopy(self.model, memo)
         skip = _linears([site for site in self.sites if site.path not in compressed])
-        path = folder / REST_TABLES
-        tables = load_tables(path) if path.exists() else {}
+        tables = load_tables(folder / REST_TABLES) if self._has_rest_tables else {}
         if rest.linear_bits is not None:
             base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, level, tables)
         if rest.embedding_bits is not None:
@@ -239,7 +234,7 @@ class CausalLMTask(Task):
         return base
 
     def parity_batches(self) -> list[Tensor]:
-        """A short text and one past the sliding window, if the model has one."""
+        """Make two batches of one text each: a short one, and one past the sliding window, if the model has one."""
         context = self.data.test.context
         window = getattr(self.model.config, "sliding_window", None) or context
         stream = self.data.test.batch(range(min(len(self.data.test), 1 + window // context + 1))).flatten()
@@ -271,20 +266,15 @@ class CausalLMTask(Task):
 
 
 def _linears(sites: Sequence[MLPSite]) -> list[str]:
-    """Paths of the linear layers of MLPs."""
+    """List the paths of the linear layers of MLPs."""
     return [f"{site.path}.{name}" for site in sites for name in (*site.first, site.last)]
 
 
-def _body(model: nn.Module) -> nn.Module:
-    """The model without its output layer: token ids to final hidden states."""
-    return model.get_submodule(str(model.base_model_prefix))
-
-
-def _output_table(model: Any) -> Tensor:
-    """Rows of the output layer as the model computes with them: float32 [vocabulary, d]."""
-    layer = model.get_output_embeddings()
-    table: Tensor = layer.values if isinstance(layer, NBitsLinear) else layer.weight
-    return table.detach()
+def _describe(quality: Perplexity) -> str:
+    return (
+        f"perplexity {quality.perplexity:.3f} ± {quality.perplexity_error:.3f} ({quality.tokens} tokens, context "
+        f"{quality.context}, stride {quality.stride})"
+    )
 
 
 def _session_logits(session: "onnxruntime.InferenceSession") -> Callable[[Tensor], Tensor]:

@@ -12,24 +12,31 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
 
 from exporters.artifact import Golden
 from exporters.packed_model import PackedModel
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from exporters.vision import export_vision
 from fips_ort.memory import measure_memory
-from pipeline.compression.calibrate import record_activations
 from pipeline.data.images import load_data
 from pipeline.evaluation.accuracy import check_samples, divergence, evaluate, load_quality, save_quality
 from pipeline.evaluation.image_speed import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
 from pipeline.models.adapters import find_mlps
-from pipeline.models.image_classifier import LoadedModel, load_model, load_preprocessing, model_class
+from pipeline.models.image_classifier import load_model, load_preprocessing, model_class
 from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.progress import Progress
-from pipeline.recipe.plan import Plan
-from pipeline.recipe.schema import EndToEnd, PackagedOnnxModel, PretrainedModel, Recipe, ScratchModel
-from pipeline.tasks.base import Form, Predict, Task
+from pipeline.plumbing.training_loop import step_generator
+from pipeline.recipe.schema import (
+    DigitsData,
+    EndToEnd,
+    HubImageData,
+    ImageFolderData,
+    PackagedOnnxModel,
+    PretrainedModel,
+    Recipe,
+    ScratchModel,
+)
+from pipeline.tasks.base import Dense, Form, Predict, Task, products_in
 
 GOLDEN_IMAGES = 4
 PARITY_IMAGES = 64
@@ -41,20 +48,20 @@ class ImageClassificationTask(Task):
     """``recipe.model`` is an image classifier, ``recipe.data`` labelled images."""
 
     def __init__(self, recipe: Recipe, artifact: Path | None = None) -> None:
-        self.recipe = recipe
-        section = recipe.model
+        section, data = recipe.model, recipe.data
         assert isinstance(section, ScratchModel | PretrainedModel | PackagedOnnxModel)
+        assert isinstance(data, DigitsData | ImageFolderData | HubImageData)
         # An artefact's own processor and labels; a classifier saved like any other.
         self.section = section if artifact is None else PretrainedModel(source="pretrained", path=str(artifact))
-        self.preprocessing = load_preprocessing(self.section, recipe.data)  # type: ignore[arg-type]
+        self.preprocessing = load_preprocessing(self.section, data)
+        self.image_size = self.preprocessing.image_size
         # A pretrained model may come with a large data set: only what the run draws is read and hashed.
         limited = isinstance(self.section, PretrainedModel)
         calibration = 1 if artifact is not None else recipe.calibration.samples
         limits = (calibration, recipe.evaluation.samples) if limited else (None, None)
-        self.data = load_data(recipe.data, self.preprocessing, recipe.seed, *limits)  # type: ignore[arg-type]
+        self.data = load_data(data, self.preprocessing, recipe.seed, *limits)
         check_samples(self.data.test, recipe.evaluation.samples)
-        self.data_hash = self.data.hash
-        self.train_samples = len(self.data.train)
+        super().__init__(recipe, self.data.hash, len(self.data.train))
 
     # --- dense model ---
 
@@ -65,22 +72,14 @@ class ImageClassificationTask(Task):
         with progress.counter("train the dense model", training.steps) as report:
             loaded = load_model(self.section, self.preprocessing, self.data, self.recipe.seed, report)
         loaded.model.save_pretrained(folder / "model")  # type: ignore[operator]
-        loaded.image_processor.save_pretrained(folder / "model")
 
-    def open_dense(self, folder: Path) -> None:
+    def load_dense(self, folder: Path) -> Dense:
         if isinstance(self.section, PretrainedModel):
             loaded = load_model(self.section, self.preprocessing, self.data, self.recipe.seed)
-        else:
-            model = model_class().from_pretrained(folder / "model", attn_implementation="eager").eval()
-            check_finite(model)
-            processor = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
-            size = self.preprocessing.image_size
-            loaded = LoadedModel(model, processor, size, self.data.labels, hash_model(model))
-        self.model = loaded.model
-        self.processor = loaded.image_processor
-        self.image_size = loaded.image_size
-        self.source_hash = loaded.source_hash
-        self.sites = find_mlps(loaded.model)
+            return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash)
+        model = model_class().from_pretrained(folder / "model", attn_implementation="eager").eval()
+        check_finite(model)
+        return Dense(model, find_mlps(model), hash_model(model))
 
     # --- samples ---
 
@@ -90,27 +89,26 @@ class ImageClassificationTask(Task):
     def predictor(self, model: nn.Module) -> Predict:
         return lambda pixel_values: model(pixel_values=pixel_values).logits
 
-    def calibrate(self, folder: Path, plan: Plan, samples: Sequence[int], progress: Progress) -> None:
-        sites = [site for group in plan.groups for site in group.sites]
-        batch_size = self.recipe.calibration.batch_size
-        record_activations(
-            self.predictor(self.model), self.model, sites, self.training_batch, samples, batch_size, folder, progress
-        )
+    def run_dense(self, batch: Tensor) -> Tensor:
+        return self.predictor(self.model)(batch)
 
     def end_to_end_loss(self, model: nn.Module, config: EndToEnd, seed: int) -> Callable[[int], Tensor]:
-        predict, dense = self.predictor(model), self.predictor(self.model)
+        """The loss on images that are drawn anew at each step. Objective ``task`` is cross-entropy with the labels."""
+
+        def logits(of: nn.Module, pixel_values: Tensor) -> Tensor:
+            with products_in(config.precision):
+                return self.predictor(of)(pixel_values).float()
 
         def loss(step: int) -> Tensor:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             count = min(config.batch_size, self.train_samples)
-            indices = torch.randperm(self.train_samples, generator=generator)[:count]
+            indices = torch.randperm(self.train_samples, generator=step_generator(seed, step))[:count]
             pixel_values, labels = self.data.train.batch(indices.numpy())
-            logits = predict(pixel_values)
+            student = logits(model, pixel_values)
             if config.objective == "task":
-                return F.cross_entropy(logits, labels)
+                return F.cross_entropy(student, labels)
             with torch.no_grad():
-                target = torch.log_softmax(dense(pixel_values), dim=-1)
-            return F.kl_div(torch.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
+                target = torch.log_softmax(logits(self.model, pixel_values), dim=-1)
+            return F.kl_div(torch.log_softmax(student, dim=-1), target, log_target=True, reduction="batchmean")
 
         return loss
 
@@ -128,6 +126,9 @@ class ImageClassificationTask(Task):
         return (
             f"accuracy {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} % of {quality.samples} samples"
         )
+
+    def measure_dense(self, folder: Path, progress: Progress) -> str:
+        return self.measure(self.model, folder, "dense", progress)
 
     def describe_quality(self, folders: dict[str, Path]) -> dict[str, Any]:
         results = {stage: load_quality(folder) for stage, folder in folders.items()}
@@ -166,7 +167,7 @@ class ImageClassificationTask(Task):
         return round_to_float16(base) if rest.weights == "float16" else base
 
     def parity_batches(self) -> list[Tensor]:
-        """Batches of 1, 2, 4, … images, 64 in all if there are as many."""
+        """Make batches of 1, 2, 4, … images, 64 in all if there are as many."""
         count = min(PARITY_IMAGES, len(self.data.test))
         images = self.data.test.batch(range(count))[0]
         sizes: list[int] = []
@@ -187,7 +188,7 @@ class ImageClassificationTask(Task):
 
     def save_config(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-        self.processor.save_pretrained(folder)
+        self.preprocessing.image_processor.save_pretrained(folder)
 
     def bench(self, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         threads = os.cpu_count() or 1

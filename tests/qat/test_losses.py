@@ -1,4 +1,5 @@
-"""Distillation: the divergence on a part of the vocabulary against that of whole logits."""
+"""Losses without whole logits against those of whole logits: cross-entropy, and the divergence on a part of the
+vocabulary."""
 
 import math
 
@@ -7,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat import distill
-from qat.distill import Vocabulary, distillation_loss
+from qat import losses
+from qat.losses import Vocabulary, distillation_loss, next_token_loss
 
 TOKENS, WIDTH, ENTRIES = 40, 16, 300
 
@@ -23,6 +24,10 @@ def table(seed: int) -> Tensor:
     return torch.randn(ENTRIES, WIDTH, generator=generator) * torch.linspace(0.6, 0.15, ENTRIES)[:, None]
 
 
+def targets() -> Tensor:
+    return torch.randint(0, ENTRIES, (TOKENS,), generator=torch.Generator().manual_seed(6))
+
+
 def exact(student: Tensor, teacher: Tensor, tables: tuple[Tensor, Tensor], softcap: float | None = None) -> Tensor:
     """KL(teacher ‖ student), mean over tokens, from whole logits."""
     logits = [hidden @ rows.T for hidden, rows in zip((student, teacher), tables, strict=True)]
@@ -30,6 +35,69 @@ def exact(student: Tensor, teacher: Tensor, tables: tuple[Tensor, Tensor], softc
         logits = [softcap * torch.tanh(part / softcap) for part in logits]
     q, p = (torch.log_softmax(part, dim=1) for part in logits)
     return (p.exp() * (p - q)).sum(dim=1).mean()
+
+
+# --- cross-entropy ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+# In logits: less than one token's, one token's, seven tokens', all but one, all, more than all.
+@pytest.mark.parametrize("chunk", [1, ENTRIES, 7 * ENTRIES + 5, (TOKENS - 1) * ENTRIES, TOKENS * ENTRIES, 1 << 24])
+def test_cross_entropy_is_that_of_whole_logits(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, softcap: float | None
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    hidden, expected_hidden = states(4).requires_grad_(), states(4).requires_grad_()
+    loss = next_token_loss(hidden, targets(), table(1), softcap)
+    logits = expected_hidden @ table(1).T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, targets())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, expected_hidden)[0], rtol=1e-5, atol=1e-8)
+
+
+def test_cross_entropy_by_hand() -> None:
+    """Logits log 1, log 2, log 5 of the three ids: their probabilities are 1/8, 1/4 and 5/8."""
+    rows = torch.tensor([[1.0], [2.0], [5.0]]).log()
+    loss = next_token_loss(torch.ones(4, 1), torch.tensor([0, 1, 2, 2]), rows)
+    assert float(loss) == pytest.approx((math.log(8) + math.log(4) + 2 * math.log(8 / 5)) / 4, rel=1e-6)
+
+
+def test_cross_entropy_with_a_table_in_bfloat16_is_close() -> None:
+    loss = next_token_loss(states(4), targets(), table(1).bfloat16())
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(next_token_loss(states(4), targets(), table(1))), rel=0.01)
+    assert float(loss) != float(next_token_loss(states(4), targets(), table(1)))
+
+
+def test_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward pass and again in the backward pass, for which none are kept."""
+    made: list[int] = []
+    kept: list[torch.Size] = []
+    make = losses._logits
+
+    def record(hidden: Tensor, rows: Tensor, softcap: float | None) -> Tensor:
+        made.append(len(hidden) * len(rows))
+        return make(hidden, rows, softcap)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(losses, "_logits", record)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 9 * ENTRIES)
+    hidden = states(4).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = next_token_loss(hidden, targets(), table(1))
+    assert made == [9 * ENTRIES] * 4 + [4 * ENTRIES]
+    assert all(ENTRIES not in shape for shape in kept)
+    loss.backward()
+    assert sorted(made) == sorted(2 * ([9 * ENTRIES] * 4 + [4 * ENTRIES]))
+
+
+# --- divergence ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -63,7 +131,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, chunk: int) -> No
         return loss.detach(), torch.autograd.grad(loss, student)[0]
 
     expected = loss_and_gradient()
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     for actual, value in zip(loss_and_gradient(), expected, strict=True):
         torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-8)
 
@@ -83,8 +151,8 @@ def test_tables_in_bfloat16_are_close() -> None:
 @pytest.fixture
 def small_part(monkeypatch: pytest.MonkeyPatch) -> Vocabulary:
     """40 frequent tokens, the first; 60 of the 260 others are drawn at each step."""
-    monkeypatch.setattr(distill, "FREQUENT", 40)
-    monkeypatch.setattr(distill, "SAMPLED", 60)
+    monkeypatch.setattr(losses, "FREQUENT", 40)
+    monkeypatch.setattr(losses, "SAMPLED", 60)
     return Vocabulary.of(torch.arange(ENTRIES, 0, -1))
 
 
@@ -100,8 +168,8 @@ def test_part_is_the_frequent_tokens_and_a_sample_of_the_others(small_part: Voca
 
 
 def test_ties_of_frequency_fall_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "FREQUENT", 3)
-    monkeypatch.setattr(distill, "SAMPLED", 2)
+    monkeypatch.setattr(losses, "FREQUENT", 3)
+    monkeypatch.setattr(losses, "SAMPLED", 2)
     assert Vocabulary.of(torch.tensor([0, 5, 0, 5, 1, 0])).frequent.tolist() == [1, 3, 4]
 
 
