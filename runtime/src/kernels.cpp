@@ -5,16 +5,16 @@
 
 #include "kernels.h"
 
-#include "float_kernels.h"
-#include "integer_bitmap.h"
-#include "integer_dense.h"
-#include "integer_fields.h"
-#include "integer_outer.h"
-#include "integer_rows.h"
-#include "integer_tiles.h"
-#include "integer_turned.h"
-#include "outputs.h"
-#include "quantize.h"
+#include "float/many_rows.h"
+#include "integer/any_decoded_rows.h"
+#include "integer/any_many_rows.h"
+#include "integer/bitmap_one_row.h"
+#include "integer/dense_few_rows.h"
+#include "integer/dense_one_row.h"
+#include "integer/dense_outer.h"
+#include "integer/n_of_4.h"
+#include "integer/quantize.h"
+#include "task/outputs.h"
 
 namespace fips {
 namespace FIPS_ISA {

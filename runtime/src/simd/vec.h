@@ -2,12 +2,12 @@
 #pragma once
 
 #if defined(__AVX512VBMI__)
-#include "vec32.h"
-#include "vec64.h"
+#include "simd/vec32.h"
+#include "simd/vec64.h"
 #elif defined(__AVX2__)
-#include "vec32.h"
+#include "simd/vec32.h"
 #else
-#include "vec16.h"
+#include "simd/vec16.h"
 #endif
 
 namespace fips {

@@ -10,7 +10,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "common.h"
+#include "simd/common.h"
 
 namespace fips {
 namespace FIPS_ISA {

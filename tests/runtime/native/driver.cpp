@@ -20,7 +20,7 @@
 
 #include "kernels.h"
 #include "matmul.h"
-#include "weight.h"
+#include "weight/weight.h"
 
 namespace {
 

@@ -12,8 +12,8 @@
 
 #include "kernels.h"
 #include "matmul.h"
-#include "ort_abi.h"
-#include "weight.h"
+#include "ort/ort_abi.h"
+#include "weight/weight.h"
 
 #if defined(_WIN32)
 #define FIPS_EXPORT __declspec(dllexport)

@@ -1,10 +1,10 @@
 // Few rows of rounded activations times a dense weight, B = S.T, of which the packed chunks are read directly.
 #pragma once
 
-#include "decode.h"
-#include "kernels.h"
-#include "row_scales.h"
+#include "decode/decode.h"
+#include "integer/row_scales.h"
 #include "simd/vec.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -1,4 +1,4 @@
-#include "weight.h"
+#include "weight/weight.h"
 
 #include <algorithm>
 #include <cstring>

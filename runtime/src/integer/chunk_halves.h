@@ -4,7 +4,7 @@
 #pragma once
 
 #include "simd/vec.h"
-#include "weight.h"
+#include "weight/weight.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 

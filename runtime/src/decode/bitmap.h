@@ -1,8 +1,8 @@
 // Bitmap weights → one byte per entry: a stream of codes becomes bytes, and those go where the pattern has its bits.
 #pragma once
 
-#include "common.h"
-#include "weight.h"
+#include "simd/common.h"
+#include "weight/weight.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

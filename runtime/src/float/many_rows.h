@@ -2,12 +2,12 @@
 // where many rows of activations share it, else to bytes.
 #pragma once
 
-#include "decode.h"
-#include "decoded_rows.h"
-#include "kernels.h"
-#include "outer_tile.h"
-#include "turn.h"
-#include "vector.h"
+#include "decode/decode.h"
+#include "decode/decoded_rows.h"
+#include "simd/turn.h"
+#include "simd/vector.h"
+#include "task/outer_tile.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -2,10 +2,10 @@
 // by the bias of its bytes (Encoding).
 #pragma once
 
-#include "decode.h"
-#include "kernels.h"
+#include "decode/decode.h"
 #include "simd/vec.h"
-#include "vector.h"
+#include "simd/vector.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

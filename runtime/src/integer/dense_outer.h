@@ -5,11 +5,11 @@
 
 #include <cmath>
 
-#include "decode.h"
-#include "kernels.h"
-#include "outer_tile.h"
+#include "decode/decode.h"
 #include "simd/vec.h"
-#include "vector.h"
+#include "simd/vector.h"
+#include "task/outer_tile.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

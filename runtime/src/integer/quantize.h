@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "vector.h"
+#include "simd/vector.h"
 
 namespace fips {
 namespace FIPS_ISA {

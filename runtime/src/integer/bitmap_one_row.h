@@ -1,13 +1,13 @@
 // One row of rounded activations times a bitmap weight, B = S.T: codes go to their places in a register and are multiplied
-// there. For CPUs with an instruction that does that; on others whole rows are decoded (integer_rows.h).
+// there. For CPUs with an instruction that does that; on others whole rows are decoded (any_decoded_rows.h).
 #pragma once
 
 #if defined(__AVX512VBMI2__)
 
-#include "decode.h"
-#include "kernels.h"
-#include "row_scales.h"
+#include "decode/decode.h"
+#include "integer/row_scales.h"
 #include "simd/vec.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -2,12 +2,12 @@
 // and turned so that lanes are outputs.
 #pragma once
 
-#include "decode.h"
-#include "integer_dense.h"
-#include "kernels.h"
-#include "outputs.h"
+#include "decode/decode.h"
+#include "integer/dense_few_rows.h"
+#include "simd/turn.h"
 #include "simd/vec.h"
-#include "turn.h"
+#include "task/outputs.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -1,8 +1,8 @@
 // Which outputs, and which part of the sum, a tile of a product with B = S computes.
 #pragma once
 
-#include "decode.h"
-#include "kernels.h"
+#include "decode/decode.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -1,8 +1,8 @@
 // What kernels leave in their working memory → Y.
 #pragma once
 
-#include "kernels.h"
-#include "vector.h"
+#include "simd/vector.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -1,7 +1,7 @@
 // Stored rows → columns, so that the lanes of a vector are outputs.
 #pragma once
 
-#include "common.h"
+#include "simd/common.h"
 #include "simd/vec.h"
 
 namespace fips {

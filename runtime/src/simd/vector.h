@@ -1,7 +1,7 @@
 // Floats as vectors of the compiler, which turns their arithmetic into that of any CPU.
 #pragma once
 
-#include "common.h"
+#include "simd/common.h"
 
 namespace fips {
 namespace FIPS_ISA {

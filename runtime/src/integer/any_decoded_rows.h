@@ -2,7 +2,7 @@
 // kernels leave.
 #pragma once
 
-#include "decoded_rows.h"
+#include "decode/decoded_rows.h"
 #include "simd/vec.h"
 
 namespace fips {

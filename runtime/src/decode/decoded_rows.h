@@ -2,9 +2,9 @@
 // own, and for few rows of float32 activations.
 #pragma once
 
-#include "decode.h"
-#include "kernels.h"
-#include "vector.h"
+#include "decode/decode.h"
+#include "simd/vector.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -2,12 +2,12 @@
 // time in vectors of 32 bytes, fields of bytes multiplied where they are. For CPUs with AVX-512 and VNNI.
 #pragma once
 
-#include "chunk_halves.h"
+#include "integer/chunk_halves.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 
-#include "integer_dense.h"
-#include "row_scales.h"
+#include "integer/dense_few_rows.h"
+#include "integer/row_scales.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -3,11 +3,11 @@
 // read the packed chunks directly; many share a block of weights that has been unpacked.
 #pragma once
 
-#include "decode.h"
-#include "integer_tiles_few.h"
-#include "kernels.h"
-#include "outputs.h"
+#include "decode/decode.h"
+#include "integer/n_of_4_few_rows.h"
 #include "simd/vec.h"
+#include "task/outputs.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {

@@ -1,10 +1,10 @@
 // Stored codes → one byte per entry, row by row: for the kernels that do not read packed weights directly.
 #pragma once
 
-#include "bitmap.h"
-#include "common.h"
+#include "decode/bitmap.h"
+#include "simd/common.h"
 #include "simd/vec.h"
-#include "weight.h"
+#include "weight/weight.h"
 
 namespace fips {
 namespace FIPS_ISA {

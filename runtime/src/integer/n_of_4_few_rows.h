@@ -2,10 +2,10 @@
 // chunks.
 #pragma once
 
-#include "chunk_halves.h"
-#include "decode.h"
-#include "kernels.h"
+#include "decode/decode.h"
+#include "integer/chunk_halves.h"
 #include "simd/vec.h"
+#include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {
