@@ -5,14 +5,16 @@
 
 #include "kernels.h"
 
-#include "float/many_rows.h"
+#include "float/decoded_bytes.h"
+#include "float/decoded_floats.h"
 #include "integer/any_decoded_rows.h"
 #include "integer/any_many_rows.h"
 #include "integer/bitmap_one_row.h"
 #include "integer/dense_few_rows.h"
 #include "integer/dense_one_row.h"
 #include "integer/dense_outer.h"
-#include "integer/n_of_4.h"
+#include "integer/n_of_4_few_rows.h"
+#include "integer/n_of_4_many_rows.h"
 #include "integer/quantize.h"
 #include "task/outputs.h"
 
@@ -20,58 +22,94 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-struct Choice {
+struct Kernel {
+  const char* name;  // of its file
   bool (*supported)(const Layout& layout, size_t m);
   size_t (*scratch_bytes)(const Task& task);
   void (*tile)(const Task& task, size_t tile, void* scratch);
+  bool wants_offset;
 };
 
-size_t rows_scratch_bytes(const Task& task) { return decoded_bytes(*task.weight->layout); }
+#define FIPS_KERNEL(file, name) file, name##_supported, name##_scratch_bytes, name##_tile
 
-// In order of preference; with accuracy_level 4.
-const Choice kIntegers[] = {
-#if defined(__AVX512VBMI2__)
-    {bitmap_supported, bitmap_scratch_bytes, bitmap_tile},
-#endif
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    {fields_supported, fields_scratch_bytes, fields_tile},
-#endif
-    {dense_supported, dense_scratch_bytes, dense_tile},
-    {tiles_supported, tiles_scratch_bytes, tiles_tile},
-    {turned_supported, turned_scratch_bytes, turned_tile},
-    {rows_supported, rows_scratch_bytes, integer_rows},
-    {outer_supported, outer_scratch_bytes, outer_integer_tile},
+// In order of preference; the first that supports a layout and a number of rows of A computes it.
+
+// With activations rounded to integers: accuracy_level 4.
+constexpr Kernel kIntegerKernels[] = {
+    {FIPS_KERNEL("integer/bitmap_one_row", bitmap_one_row)<Vec>, false},
+    {FIPS_KERNEL("integer/dense_one_row", dense_one_row)<Vec>, false},
+    {FIPS_KERNEL("integer/dense_few_rows", dense_few_rows), false},
+    {FIPS_KERNEL("integer/n_of_4_few_rows", n_of_4_few_rows), false},
+    {FIPS_KERNEL("integer/n_of_4_many_rows", n_of_4_many_rows), kWantsOffset},
+    {FIPS_KERNEL("integer/any_many_rows", any_many_rows), false},
+    {FIPS_KERNEL("integer/any_decoded_rows", any_decoded_rows), false},
+    {FIPS_KERNEL("integer/dense_outer", dense_outer), false},
 };
 
-const Choice* integer_choice(const Layout& layout, size_t m) {
-  // Sums of a block must stay within 32 bits: 255 · 127 · 65536 < 2^31.
-  if (layout.block_size > 65536) return nullptr;
-  for (const Choice& choice : kIntegers) {
-    if (choice.supported(layout, m)) return &choice;
+// With activations of float32: accuracy_level 0, and what the others leave.
+constexpr Kernel kFloatKernels[] = {
+    {FIPS_KERNEL("float/decoded_bytes", bytes_dot), false},
+    {FIPS_KERNEL("float/decoded_bytes", bytes_outer), false},
+    {FIPS_KERNEL("float/decoded_floats", floats_dot), false},
+    {FIPS_KERNEL("float/decoded_floats", floats_outer), false},
+};
+
+// Null if none does.
+template <size_t count>
+const Kernel* first_supporting(const Kernel (&kernels)[count], const Layout& layout, size_t m) {
+  for (const Kernel& kernel : kernels) {
+    if (kernel.supported(layout, m)) return &kernel;
   }
   return nullptr;
 }
 
-bool supports_integers(const Layout& layout, size_t m) { return integer_choice(layout, m) != nullptr; }
-
-bool wants_offset(const Layout& layout, size_t m) { return tiles_supported(layout, m) && tiles_want_offset(m); }
-
-size_t scratch_bytes(const Task& task) {
-  return task.integers ? integer_choice(*task.weight->layout, task.m)->scratch_bytes(task) : float_scratch_bytes(task);
+const Kernel* integer_kernel(const Layout& layout, size_t m) {
+  // Sums of a block must stay within 32 bits: 255 · 127 · 65536 < 2^31.
+  return layout.block_size > 65536 ? nullptr : first_supporting(kIntegerKernels, layout, m);
 }
 
-void run_tile(const Task& task, size_t tile, void* scratch) {
-  (task.integers ? integer_choice(*task.weight->layout, task.m)->tile : float_tile)(task, tile, scratch);
+const Kernel& kernel_of(const Task& task) {
+  const Layout& layout = *task.weight->layout;
+  return *(task.integers ? integer_kernel(layout, task.m) : first_supporting(kFloatKernels, layout, task.m));
 }
+
+const char* kernel_name(const Layout& layout, size_t m) {
+  const Kernel* kernel = layout.accuracy_level == 4 ? integer_kernel(layout, m) : nullptr;
+  return (kernel ? kernel : first_supporting(kFloatKernels, layout, m))->name;
+}
+
+bool supports_integers(const Layout& layout, size_t m) { return integer_kernel(layout, m) != nullptr; }
+
+bool wants_offset(const Layout& layout, size_t m) {
+  const Kernel* kernel = integer_kernel(layout, m);
+  return kernel && kernel->wants_offset;
+}
+
+size_t scratch_bytes(const Task& task) { return kernel_of(task).scratch_bytes(task); }
+
+void run_tile(const Task& task, size_t tile, void* scratch) { kernel_of(task).tile(task, tile, scratch); }
 
 #define FIPS_TEXT(name) #name
 #define FIPS_NAME(name) FIPS_TEXT(name)
 
+constexpr Kernels all_kernels() {
+  Kernels all{};
+  all.name = FIPS_NAME(FIPS_ISA);
+  all.vector_floats = Vec::kLanes;
+  all.kernel_name = kernel_name;
+  all.supports_integers = supports_integers;
+  all.wants_offset = wants_offset;
+  all.scratch_bytes = scratch_bytes;
+  all.tile = run_tile;
+  all.quantize_block = quantize_block;
+  all.add_parts = add_parts;
+  return all;
+}
+
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {FIPS_NAME(FIPS_ISA), kLanes,   supports_integers, wants_offset,
-                          scratch_bytes,       run_tile, quantize_block,    add_parts};
+constexpr Kernels kKernels = all_kernels();
 
 }  // namespace FIPS_ISA
 }  // namespace fips

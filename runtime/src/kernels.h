@@ -11,6 +11,8 @@ namespace fips {
 struct Kernels {
   const char* name;
   size_t vector_floats;
+  // Which kernel computes `m` rows of A: the name of its file, as in "integer/dense_few_rows". See docs/ops.md.
+  const char* (*kernel_name)(const Layout& layout, size_t m);
   // Whether `tile` computes this layout in integers.
   bool (*supports_integers)(const Layout& layout, size_t m);
   // Whether it wants codes plus 128 then.

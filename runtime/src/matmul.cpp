@@ -6,6 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "simd/integers.h"
+
 namespace fips {
 namespace {
 
@@ -14,8 +16,6 @@ constexpr size_t kAlignment = 64;
 constexpr size_t kSmallestParallelWork = 1 << 16;
 // Of a sum that is cut.
 constexpr size_t kParts = 8;
-
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }

@@ -2,65 +2,22 @@
 #pragma once
 
 #include "decode/bitmap.h"
-#include "simd/common.h"
 #include "simd/vec.h"
-#include "weight/weight.h"
+#include "weight/parts.h"
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// Part of the stored matrix: whole blocks of columns, all within one segment.
-struct Part {
-  size_t segment, row_begin, row_end, begin, end;
-};
-
-// Calls visit(part) for the parts of rows [row_begin, row_end), columns [begin, end), whole blocks.
-template <typename Visit>
-inline void for_each_part(const Layout& layout, size_t row_begin, size_t row_end, size_t begin, size_t end,
-                          Visit visit) {
-  for (size_t i = 0; i < layout.segments.size(); ++i) {
-    const Segment& s = layout.segments[i];
-    const Part part{i, larger(row_begin, s.row_begin), smaller(row_end, s.row_end), larger(begin, s.column_begin),
-                    smaller(end, s.column_end)};
-    if (part.row_begin < part.row_end && part.begin < part.end) visit(part);
-  }
-}
-
-// Calls visit(begin, end) for the rows [begin, end) below `last` that one segment of rows holds, or for all at once if
-// the columns are cut.
-template <typename Visit>
-inline void for_each_row_range(const Layout& layout, size_t first, size_t last, Visit visit) {
-  if (layout.columns_cut) return visit(first, last);
-  for (const Segment& s : layout.segments) {
-    const size_t begin = larger(first, s.row_begin), end = smaller(last, s.row_end);
-    if (begin < end) visit(begin, end);
-  }
-}
-
-// A bit-width as a compile-time constant, which with_bits hands to visit(Bits<…>).
-template <int value>
-struct Bits {
-  static constexpr int kValue = value;
-};
-
-template <typename Visit>
-inline void with_bits(int bits, Visit visit) {
-  switch (bits) {
-    case 8: return visit(Bits<8>{});
-    case 4: return visit(Bits<4>{});
-    case 3: return visit(Bits<3>{});
-    default: return visit(Bits<2>{});
-  }
-}
-
 // --- dense ---------------------------------------------------------------------------------------------------------
+
+constexpr size_t kChunkVectors = kChunk / Vec::kBytes;
 
 // The 64 integers of a chunk as bytes.
 template <int bits>
 inline void unpack_chunk(const uint8_t* chunk, uint8_t* out) {
 #pragma GCC unroll 4
-  for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) Vec::store(out + v * Vec::kBytes, Vec::chunk<bits>(chunk, v));
+  for (size_t v = 0; v < kChunkVectors; ++v) Vec::StoreU(Vec::UnpackChunk<bits>(chunk, v), out + v * Vec::kBytes);
 }
 
 // One plane of a chunk of `width` integers, number n of them, as in fips_ort/bits.py.
@@ -201,17 +158,6 @@ void decode(const Weight& w, const Part& part, uint8_t* out, size_t stride, uint
     }
   });
 }
-
-// Where the scale of a row's block is; the following blocks are `scale_step` further each.
-inline const uint16_t* first_scale(const Weight& w, size_t segment, size_t row) {
-  const Layout& layout = *w.layout;
-  if (!layout.n_of_m()) return w.scales + row * layout.blocks;
-  const size_t in_segment = row - layout.segments[segment].row_begin;
-  const size_t tile = w.index->starts[segment].tile + in_segment / kTileRows;
-  return w.scales + tile * layout.blocks * kTileRows + in_segment % kTileRows;
-}
-
-inline size_t scale_step(const Layout& layout) { return layout.n_of_m() ? kTileRows : 1; }
 
 }  // namespace
 }  // namespace FIPS_ISA

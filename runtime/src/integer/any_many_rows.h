@@ -3,7 +3,6 @@
 #pragma once
 
 #include "decode/decode.h"
-#include "integer/dense_few_rows.h"
 #include "simd/turn.h"
 #include "simd/vec.h"
 #include "task/outputs.h"
@@ -15,7 +14,7 @@ namespace {
 
 constexpr size_t kTurnedRows = Vec::kRegisters == 32 ? 8 : 4;  // of activations at a time
 
-bool turned_supported(const Layout& layout, size_t m) {
+bool any_many_rows_supported(const Layout& layout, size_t m) {
   return m > kFewRows && layout.trans_b && bytes_fit(layout) && !layout.needs_mask() && layout.block_size % Vec::kBytes == 0;
 }
 
@@ -51,24 +50,24 @@ inline __attribute__((always_inline)) void turned_kernel(const Task& task, size_
   const Layout& layout = *task.weight->layout;
   const int8_t* a = task.block_codes(i, block);
   Vec::Ints totals[rows * 2];
-  sum_in_runs<Vec, 1>(layout.block_size / 4, Vec::adds(largest, 127), totals, [&](size_t quad, auto& sums) {
-    const Vec::Bytes left = Vec::load(turned + quad * (2 * Vec::kBytes));
-    const Vec::Bytes right = Vec::load(turned + quad * (2 * Vec::kBytes) + Vec::kBytes);
+  sum_in_runs<Vec, 1>(layout.block_size / 4, Vec::Capacity(largest, 127), totals, [&](size_t quad, auto& sums) {
+    const Vec::Bytes left = Vec::LoadU(u8, turned + quad * (2 * Vec::kBytes));
+    const Vec::Bytes right = Vec::LoadU(u8, turned + quad * (2 * Vec::kBytes) + Vec::kBytes);
 #pragma GCC unroll 8
     for (size_t r = 0; r < rows; ++r) {
-      const Vec::Bytes x = Vec::repeat4(a + r * layout.block_size + 4 * quad);
-      Vec::add(sums[2 * r], left, x);
-      Vec::add(sums[2 * r + 1], right, x);
+      const Vec::Bytes x = Vec::LoadDup32(u8, a + r * layout.block_size + 4 * quad);
+      Vec::Accumulate(sums[2 * r], left, x);
+      Vec::Accumulate(sums[2 * r + 1], right, x);
     }
   });
   for (size_t r = 0; r < rows; ++r) {
     const size_t place = (i + r) * task.block_stride + block;
-    const Vec::Floats a_scale = Vec::set(task.scales[place]), offset = Vec::set(-bias * task.sums[place]);
+    const Vec::Floats a_scale = Vec::Set(f32, task.scales[place]), offset = Vec::Set(f32, -bias * task.sums[place]);
     for (size_t h = 0; h < 2; ++h) {
       float* out = y + r * kTurnedOutputs + h * Vec::kLanes;
       // (total · scale of A - bias · sum of A) · scale of B
-      const Vec::Floats product = Vec::multiply_add(Vec::floats(totals[2 * r + h]), a_scale, offset);
-      Vec::store_floats(out, Vec::multiply_add(product, scales[h], Vec::load_floats(out)));
+      const Vec::Floats product = Vec::MulAdd(Vec::ConvertTo(f32, totals[2 * r + h]), a_scale, offset);
+      Vec::StoreU(Vec::MulAdd(product, scales[h], Vec::LoadU(f32, out)), out);
     }
   }
 }
@@ -84,11 +83,11 @@ void turned_rows(const Task& task, size_t block, const uint8_t* turned, const Ve
 }
 
 // Room for a decoded block, the same turned, and the outputs [m][kTurnedOutputs].
-size_t turned_scratch_bytes(const Task& task) {
+size_t any_many_rows_scratch_bytes(const Task& task) {
   return 2 * task.weight->layout->block_size * kTurnedOutputs + task.m * kTurnedOutputs * sizeof(float);
 }
 
-void turned_tile(const Task& task, size_t tile, void* scratch) {
+void any_many_rows_tile(const Task& task, size_t tile, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
   const size_t size = layout.block_size;
@@ -110,7 +109,7 @@ void turned_tile(const Task& task, size_t tile, void* scratch) {
           for (size_t o = 0; o < outputs; ++o) {
             scales[o] = e.unit * float_from_half(first_scale(w, part.segment, j + o)[scale]);
           }
-          const Vec::Floats vectors[2] = {Vec::load_floats(scales), Vec::load_floats(scales + Vec::kLanes)};
+          const Vec::Floats vectors[2] = {Vec::LoadU(f32, scales), Vec::LoadU(f32, scales + Vec::kLanes)};
           with_bits(segment.bits, [&](auto width) {
             constexpr int bits = decltype(width)::kValue;
             if constexpr (bits < 8 || Vec::kEightBits) {

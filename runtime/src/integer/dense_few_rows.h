@@ -16,7 +16,7 @@ constexpr size_t kDenseOutputs = 4;  // at a time, at most
 // themselves, one after the other, which is worth it for one row of A.
 constexpr size_t kShortRow = 1536;
 
-bool dense_supported(const Layout& layout, size_t m) {
+bool dense_few_rows_supported(const Layout& layout, size_t m) {
   return m <= kFewRows && layout.trans_b && !layout.sparse() && bytes_fit(layout) && layout.block_size % kChunk == 0;
 }
 
@@ -59,7 +59,6 @@ class Ahead {
 template <int bits, size_t rows, size_t outputs, size_t kChunks>
 void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* b, size_t b_stride,
                const float* products, Vec::Floats (&sums)[rows][outputs]) {
-  constexpr size_t kParts = kChunk / Vec::kBytes;
   const Layout& layout = *task.weight->layout;
   const size_t chunks = kChunks ? kChunks : layout.block_size / kChunk;
   const size_t stride = task.block_stride, block_bytes = chunks * (8 * bits), a_step = task.m * layout.block_size;
@@ -73,15 +72,15 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
   for (size_t block = segment.block_begin; block < segment.block_end; ++block) {
     Vec::Ints totals[rows * outputs];
     ahead.ask<outputs>();
-    sum_in_runs<Vec, 1>(chunks, Vec::adds((1 << bits) - 1, 127) / kParts, totals, [&](size_t chunk, auto& run) {
+    sum_in_runs<Vec, 1>(chunks, Vec::Capacity((1 << bits) - 1, 127) / kChunkVectors, totals, [&](size_t chunk, auto& run) {
 #pragma GCC unroll 4
-      for (size_t v = 0; v < kParts; ++v) {
+      for (size_t v = 0; v < kChunkVectors; ++v) {
         Vec::Bytes codes[rows];
-        for (size_t r = 0; r < rows; ++r) codes[r] = Vec::load(a + (r * chunks + chunk) * kChunk + v * Vec::kBytes);
+        for (size_t r = 0; r < rows; ++r) codes[r] = Vec::LoadU(u8, a + (r * chunks + chunk) * kChunk + v * Vec::kBytes);
 #pragma GCC unroll 4
         for (size_t j = 0; j < outputs; ++j) {
-          const Vec::Bytes weights = Vec::chunk<bits>(b + j * b_stride + chunk * (8 * bits), v);
-          for (size_t r = 0; r < rows; ++r) Vec::add(run[r * outputs + j], weights, codes[r]);
+          const Vec::Bytes weights = Vec::UnpackChunk<bits>(b + j * b_stride + chunk * (8 * bits), v);
+          for (size_t r = 0; r < rows; ++r) Vec::Accumulate(run[r * outputs + j], weights, codes[r]);
         }
       }
     });
@@ -89,7 +88,7 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
 #pragma GCC unroll 4
       for (size_t j = 0; j < outputs; ++j) {
         const size_t n = r * outputs + j;
-        acc[r][j] = Vec::multiply_add(Vec::floats(totals[n]), Vec::set(products[n * stride]), acc[r][j]);
+        acc[r][j] = Vec::MulAdd(Vec::ConvertTo(f32, totals[n]), Vec::Set(f32, products[n * stride]), acc[r][j]);
       }
     }
     a += a_step;
@@ -112,7 +111,7 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
   for (size_t j = 0; j < outputs; ++j) {
     Vec::Floats sums[rows];
     const size_t row = first + (count == outputs ? j : 0);
-    begin_row(task, i, row, offsets, products + j * stride, outputs * stride, sums);
+    begin_rows<Vec, rows, 1>(task, i, row, 0, offsets, products + j * stride, outputs * stride, sums);
     for (size_t r = 0; r < rows; ++r) acc[r][j] = sums[r];
   }
   for (size_t s = 0; s < segment_count; ++s) {
@@ -132,12 +131,12 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < count; ++j) {
       const float bias = task.bias ? task.bias[first + j] : 0.0f;
-      task.y[(i + r) * layout.rows + first + j] = Vec::sum(acc[r][j]) + bias;
+      task.y[(i + r) * layout.rows + first + j] = Vec::ReduceSum(f32, acc[r][j]) + bias;
     }
   }
 }
 
-void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets) {
+void dense_few_rows_outputs(const Task& task, size_t first, size_t last, float* offsets) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
   float* products = offsets + task.m * task.block_stride;
@@ -172,13 +171,13 @@ void dense_few_rows(const Task& task, size_t first, size_t last, float* offsets)
   });
 }
 
-size_t dense_scratch_bytes(const Task& task) {
+size_t dense_few_rows_scratch_bytes(const Task& task) {
   return task.m * (1 + kDenseOutputs) * task.block_stride * sizeof(float);
 }
 
-void dense_tile(const Task& task, size_t tile, void* scratch) {
+void dense_few_rows_tile(const Task& task, size_t tile, void* scratch) {
   const size_t first = tile * task.tile_outputs;
-  dense_few_rows(task, first, smaller(first + task.tile_outputs, task.weight->layout->rows),
+  dense_few_rows_outputs(task, first, smaller(first + task.tile_outputs, task.weight->layout->rows),
                  static_cast<float*>(scratch));
 }
 

@@ -6,8 +6,9 @@
 #include <cmath>
 
 #include "decode/decode.h"
+#include "decode/fields.h"
+#include "integer/rounding.h"
 #include "simd/vec.h"
-#include "simd/vector.h"
 #include "task/outer_tile.h"
 #include "task/task.h"
 
@@ -19,7 +20,7 @@ constexpr float kLargest = 16256.0f; // 127 · 128: an activation is 128 · high
 constexpr size_t kQuads = kRun / 4;
 constexpr size_t kGroup = 2 * Vec::kLanes;  // blocks of columns for which activations are rounded at a time
 
-bool outer_supported(const Layout& layout, size_t m) {
+bool dense_outer_supported(const Layout& layout, size_t m) {
   // Many rows of A: two sums of bytes are no faster than one of floats without instructions for dot products.
   const bool pays = Vec::kUnlimited || m <= 4;
   return pays && !layout.trans_b && !layout.sparse() && bytes_fit(layout) && layout.block_size % kChunk == 0;
@@ -32,37 +33,20 @@ struct Rounded {
   float sum;                     // scale times the sum of all
 };
 
-typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-
-// The largest magnitude of values [kRun], as bits. Without their sign, floats are ordered as their bits are as
-// integers; infinities and NaNs come last.
-inline int32_t largest_of(const float* values) {
-  Integers largest = {};
-  for (size_t k = 0; k < kRun; k += kLanes) {
-    const Integers magnitude = reinterpret_cast<Integers>(load(values + k)) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return max_lanes(largest);
-}
-
 // values [kRun] → rounded. maximum: of their magnitudes.
 inline void round_run(const float* values, float maximum, Rounded& out) {
-  typedef int8_t Narrow __attribute__((vector_size(kLanes)));
-  const Vector factor = broadcast(maximum > 0.0f ? kLargest / maximum : 0.0f);
-  Vector sum = {};
-  for (size_t k = 0; k < kRun; k += kLanes) {
-    // Adding 1.5 · 2^23 leaves the integer nearest to the value in the lowest bits.
-    const Vector shifted = load(values + k) * factor + 12582912.0f;
-    const Integers code = reinterpret_cast<Integers>(shifted) - 0x4b400000;
-    const Integers high = (code + 64) >> 7;
-    const Narrow high8 = __builtin_convertvector(high, Narrow);
-    const Narrow low8 = __builtin_convertvector(code - 128 * high, Narrow);
-    std::memcpy(out.high + k, &high8, kLanes);
-    std::memcpy(out.low + k, &low8, kLanes);
-    sum += shifted - 12582912.0f;  // exact: below 2^24
+  const Vec::Floats factor = Vec::Set(f32, maximum > 0.0f ? kLargest / maximum : 0.0f), shift = Vec::Set(f32, kShift);
+  Vec::Floats sum = Vec::Zero(f32);
+  for (size_t k = 0; k < kRun; k += Vec::kLanes) {
+    const Vec::Floats shifted = Vec::MulAdd(Vec::LoadU(f32, values + k), factor, shift);
+    const Vec::Ints code = Vec::Sub(Vec::BitCast(i32, shifted), Vec::Set(i32, kShiftBits));
+    const Vec::Ints high = Vec::ShiftRight<7>(Vec::Add(code, Vec::Set(i32, 64)));
+    Vec::StoreU(Vec::DemoteTo(i8_lane, high), out.high + k);
+    Vec::StoreU(Vec::DemoteTo(i8_lane, Vec::Sub(code, Vec::ShiftLeft<7>(high))), out.low + k);
+    sum = Vec::Add(sum, Vec::Sub(shifted, shift));  // exact: below 2^24
   }
   out.scale = maximum / kLargest;
-  out.sum = out.scale * sum_lanes(sum);
+  out.sum = out.scale * Vec::ReduceSum(f32, sum);
 }
 
 // Scales of `count` rows, the first `blocks` of each from `stored` on, a row every `stride` → by block, then zeros. end: of
@@ -73,8 +57,7 @@ inline void turn_scales(const uint16_t* stored, size_t stride, size_t count, siz
   if (count == kRun && read <= static_cast<size_t>(end - stored)) {
     uint32_t pairs[kGroup / 2][kRun];  // two scales that are neighbours are turned as one
     for (size_t k = 0; k < kRun; k += Vec::kLanes) {
-      Vec::transpose(reinterpret_cast<const uint8_t*>(stored + k * stride), stride * sizeof(uint16_t),
-                     reinterpret_cast<uint8_t*>(pairs[0] + k), sizeof pairs[0]);
+      Vec::Transpose(reinterpret_cast<const uint8_t*>(stored + k * stride), stride * sizeof(uint16_t), reinterpret_cast<uint8_t*>(pairs[0] + k), sizeof pairs[0]);
     }
     for (size_t block = 0; block < blocks; ++block) {
       for (size_t k = 0; k < kRun; ++k) {
@@ -97,14 +80,14 @@ inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[
   std::memcpy(activations, a, count * sizeof(float));
   for (size_t block = 0; block < blocks; ++block) {
     for (size_t k = 0; k < kRun; k += Vec::kLanes) {
-      const Vec::Floats scale = Vec::halves(scales[block] + k);
-      Vec::store_floats(scaled[block] + k, Vec::multiply(Vec::load_floats(activations + k), scale));
+      const Vec::Floats scale = Vec::PromoteTo(f32, Vec::LoadU(f16, scales[block] + k));
+      Vec::StoreU(Vec::Mul(Vec::LoadU(f32, activations + k), scale), scaled[block] + k);
     }
-    maxima[block] = largest_of(scaled[block]);
+    maxima[block] = largest_magnitude(scaled[block], kRun);
   }
   for (size_t block = 0; block < blocks; ++block) {
     Rounded& rounded = out[block * step];
-    if (maxima[block] >= 0x7f800000) {
+    if (maxima[block] >= kInfinity) {
       std::memset(&rounded, 0, sizeof rounded);
       rounded.scale = rounded.sum = NAN;
       continue;
@@ -115,62 +98,62 @@ inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[
   }
 }
 
-// y += totals · scale + offset. totals: of the vectors of Vec::interleave4; place(i): where in y the columns of byte
+// y += totals · scale + offset. totals: of the vectors of Vec::Interleave4; place(i): where in y the columns of byte
 // number i · kLanes and the next ones belong.
 template <typename Place>
 inline void add_run(const Vec::Ints (&totals)[4], Vec::Floats scale, Vec::Floats offset, float* y, Place place) {
   Vec::Floats products[4];
 #pragma GCC unroll 4
-  for (size_t q = 0; q < 4; ++q) products[q] = Vec::multiply_add(Vec::floats(totals[q]), scale, offset);
-  Vec::turn_lanes(products);
+  for (size_t q = 0; q < 4; ++q) products[q] = Vec::MulAdd(Vec::ConvertTo(f32, totals[q]), scale, offset);
+  Vec::OrderLanes(products);
 #pragma GCC unroll 4
   for (size_t i = 0; i < 4; ++i) {
     float* out = y + place(i);
-    Vec::store_floats(out, Vec::multiply_add(products[i], Vec::set(1.0f), Vec::load_floats(out)));
+    Vec::StoreU(Vec::Add(products[i], Vec::LoadU(f32, out)), out);
   }
 }
 
 // --- fields --------------------------------------------------------------------------------------------------------
 
-// Codes of 2 and 4 bits fill their bytes, so that rows can be interleaved as they are stored and the bytes taken apart
-// after that: several columns at the price of one.
+// Codes that fill their bytes: rows are interleaved as they are stored, and the bytes taken apart after that (decode/fields.h).
+
+// Whether a vector holds equal parts of blocks, or of one; of how many then.
 template <int bits>
-struct Fields {
-  static constexpr bool kUsed = !Vec::kPlain && (bits == 2 || bits == 4);  // plain C++ is no faster so
-  static constexpr size_t kCount = 8 / bits;                // of a byte
-  static constexpr size_t kColumns = Vec::kBytes * kCount;  // of a vector
-  static constexpr size_t kPlane = 8 * bits;                // bytes of a chunk
+constexpr bool fields_fit(size_t block_size) {
+  constexpr size_t kColumns = Fields<Vec, bits>::kColumns;
+  return block_size % kColumns == 0 || kColumns % block_size == 0;
+}
 
-  // Column of field `field` of byte `byte` of a row.
-  static constexpr size_t column(size_t byte, size_t field) {
-    return byte / kPlane * kChunk + byte % kPlane + field * kPlane;
-  }
+template <int bits>
+constexpr size_t vector_blocks(size_t block_size) {
+  constexpr size_t kColumns = Fields<Vec, bits>::kColumns;
+  return block_size < kColumns ? kColumns / block_size : 1;
+}
 
-  // Whether a vector holds equal parts of blocks, or of one; of how many then.
-  static constexpr bool fit(size_t block_size) { return block_size % kColumns == 0 || kColumns % block_size == 0; }
-  static constexpr size_t blocks(size_t block_size) { return block_size < kColumns ? kColumns / block_size : 1; }
-  // As a template argument: no more than there can be of whole chunks.
-  static constexpr size_t usual_blocks(size_t count) { return smaller(count, larger(kColumns / kChunk, 1)); }
-};
+// A number of blocks as a template argument: no more than there can be of whole chunks.
+template <int bits>
+constexpr size_t usual_blocks(size_t count) {
+  return smaller(count, larger(Fields<Vec, bits>::kColumns / kChunk, 1));
+}
 
 // kRun rows of one vector of stored bytes each, for one row of A. rounded: of the first of `blocks` blocks of columns
 // that the vector holds in equal parts. ahead: as many bytes that are read soon. y: at the first column.
 template <int bits, size_t blocks>
 void outer_fields(const uint8_t* bytes, size_t row_bytes, const uint8_t* ahead, const Rounded* rounded, float bias,
                   float* y) {
-  using F = Fields<bits>;
+  using F = Fields<Vec, bits>;
   // Vectors of interleaved bytes at a time: sums of their products with high and low are in registers.
   constexpr size_t kVectors = smaller(4, Vec::kRegisters / (4 * F::kCount)), kSums = kVectors * F::kCount;
-  const auto of_blocks = [](const void* first) { return Vec::repeat4<blocks>(first, sizeof(Rounded)); };
+  const auto of_blocks = [](const void* first) { return Vec::LoadDup32<blocks>(u8, first, sizeof(Rounded)); };
   Vec::Ints all[4 / kVectors][2 * kSums];
 #pragma GCC unroll 4
   for (size_t pass = 0; pass < 4 / kVectors; ++pass) {
     const uint8_t* row = bytes;
-    sum_in_runs<Vec, 1>(kQuads, Vec::adds((1 << bits) - 1, 127), all[pass], [&](size_t quad, auto& sums) {
+    sum_in_runs<Vec, 1>(kQuads, Vec::Capacity((1 << bits) - 1, 127), all[pass], [&](size_t quad, auto& sums) {
       Vec::Bytes in[4], interleaved[4];
 #pragma GCC unroll 4
-      for (size_t k = 0; k < 4; ++k) in[k] = Vec::load(row + k * row_bytes);
-      Vec::interleave4(in, interleaved);
+      for (size_t k = 0; k < 4; ++k) in[k] = Vec::LoadU(u8, row + k * row_bytes);
+      Vec::Interleave4(in, interleaved);
       if (pass == 0) prefetch_to_second_cache(ahead + quad * (4 * Vec::kBytes), 4 * Vec::kBytes);
       row += 4 * row_bytes;
       const Vec::Bytes high = of_blocks(rounded->high + 4 * quad), low = of_blocks(rounded->low + 4 * quad);
@@ -178,9 +161,9 @@ void outer_fields(const uint8_t* bytes, size_t row_bytes, const uint8_t* ahead, 
       for (size_t q = 0; q < kVectors; ++q) {
 #pragma GCC unroll 4
         for (size_t f = 0; f < F::kCount; ++f) {
-          const Vec::Bytes weights = Vec::field<bits>(interleaved[pass * kVectors + q], f);
-          Vec::add(sums[q * F::kCount + f], weights, high);
-          Vec::add(sums[kSums + q * F::kCount + f], weights, low);
+          const Vec::Bytes weights = Vec::UnpackField<bits>(interleaved[pass * kVectors + q], f);
+          Vec::Accumulate(sums[q * F::kCount + f], weights, high);
+          Vec::Accumulate(sums[kSums + q * F::kCount + f], weights, low);
         }
       }
     });
@@ -190,8 +173,8 @@ void outer_fields(const uint8_t* bytes, size_t row_bytes, const uint8_t* ahead, 
     scales[block] = rounded[block].scale;
     offsets[block] = -bias * rounded[block].sum;
   }
-  const Vec::Floats scale = Vec::as_floats(Vec::repeat4<blocks>(scales, sizeof(float)));
-  const Vec::Floats offset = Vec::as_floats(Vec::repeat4<blocks>(offsets, sizeof(float)));
+  const Vec::Floats scale = Vec::BitCast(f32, Vec::LoadDup32<blocks>(u8, scales, sizeof(float)));
+  const Vec::Floats offset = Vec::BitCast(f32, Vec::LoadDup32<blocks>(u8, offsets, sizeof(float)));
 #pragma GCC unroll 4
   for (size_t f = 0; f < F::kCount; ++f) {
     Vec::Ints totals[4];
@@ -199,8 +182,7 @@ void outer_fields(const uint8_t* bytes, size_t row_bytes, const uint8_t* ahead, 
     for (size_t q = 0; q < 4; ++q) {
       const Vec::Ints(&sums)[2 * kSums] = all[q / kVectors];
       const size_t n = q % kVectors * F::kCount + f;
-      totals[q] = Vec::add_ints(Vec::shift7(Vec::field_total<bits>(sums[n], f)),
-                                Vec::field_total<bits>(sums[kSums + n], f));
+      totals[q] = Vec::Add(Vec::ShiftLeft<7>(Vec::FieldTotal<bits>(sums[n], f)), Vec::FieldTotal<bits>(sums[kSums + n], f));
     }
     add_run(totals, scale, offset, y, [f](size_t i) { return F::column(i * Vec::kLanes, f); });
   }
@@ -208,22 +190,22 @@ void outer_fields(const uint8_t* bytes, size_t row_bytes, const uint8_t* ahead, 
 
 // --- chunks --------------------------------------------------------------------------------------------------------
 
-// Four consecutive rows of a chunk, the four bytes of each column together, in the order of Vec::interleave4: vector
+// Four consecutive rows of a chunk, the four bytes of each column together, in the order of Vec::Interleave4: vector
 // number q of part v.
 template <int bits>
 inline void interleave_rows(const uint8_t* row, size_t row_bytes, size_t v, Vec::Bytes (&out)[4]) {
   Vec::Bytes in[4];
 #pragma GCC unroll 4
-  for (size_t k = 0; k < 4; ++k) in[k] = Vec::chunk<bits>(row + k * row_bytes, v);
-  Vec::interleave4(in, out);
+  for (size_t k = 0; k < 4; ++k) in[k] = Vec::UnpackChunk<bits>(row + k * row_bytes, v);
+  Vec::Interleave4(in, out);
 }
 
 // y [Vec::kBytes] of part v of a chunk += a run's products. totals: of high, of low.
 inline void add_chunk_run(const Vec::Ints (&totals)[8], const Rounded& a, float bias, float* y) {
   Vec::Ints both[4];
 #pragma GCC unroll 4
-  for (size_t q = 0; q < 4; ++q) both[q] = Vec::add_ints(Vec::shift7(totals[q]), totals[4 + q]);
-  add_run(both, Vec::set(a.scale), Vec::set(-bias * a.sum), y, [](size_t i) { return i * Vec::kLanes; });
+  for (size_t q = 0; q < 4; ++q) both[q] = Vec::Add(Vec::ShiftLeft<7>(totals[q]), totals[4 + q]);
+  add_run(both, Vec::Set(f32, a.scale), Vec::Set(f32, -bias * a.sum), y, [](size_t i) { return i * Vec::kLanes; });
 }
 
 // A chunk of kRun rows, read from the packed bytes: for one row of A. ahead: as many bytes that are read soon.
@@ -231,19 +213,19 @@ template <int bits>
 void outer_direct(const uint8_t* chunk, size_t row_bytes, const uint8_t* ahead, const Rounded& a, float bias,
                   float* y) {
 #pragma GCC unroll 4
-  for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) {
+  for (size_t v = 0; v < kChunkVectors; ++v) {
     Vec::Ints totals[8];
     const uint8_t* row = chunk;
-    sum_in_runs<Vec, 1>(kQuads, Vec::adds((1 << bits) - 1, 127), totals, [&](size_t quad, auto& sums) {
+    sum_in_runs<Vec, 1>(kQuads, Vec::Capacity((1 << bits) - 1, 127), totals, [&](size_t quad, auto& sums) {
       Vec::Bytes weights[4];
       interleave_rows<bits>(row, row_bytes, v, weights);
       if (v == 0 && quad % 2 == 0) prefetch_to_second_cache(ahead + quad * (32 * bits), 64 * bits);
       row += 4 * row_bytes;
-      const Vec::Bytes high = Vec::repeat4(a.high + 4 * quad), low = Vec::repeat4(a.low + 4 * quad);
+      const Vec::Bytes high = Vec::LoadDup32(u8, a.high + 4 * quad), low = Vec::LoadDup32(u8, a.low + 4 * quad);
 #pragma GCC unroll 4
       for (size_t q = 0; q < 4; ++q) {
-        Vec::add(sums[q], weights[q], high);
-        Vec::add(sums[4 + q], weights[q], low);
+        Vec::Accumulate(sums[q], weights[q], high);
+        Vec::Accumulate(sums[4 + q], weights[q], low);
       }
     });
     add_chunk_run(totals, a, bias, y + v * Vec::kBytes);
@@ -254,26 +236,26 @@ void outer_direct(const uint8_t* chunk, size_t row_bytes, const uint8_t* ahead, 
 template <int bits>
 void interleave_chunk(const uint8_t* chunk, size_t row_bytes, uint8_t* out) {
 #pragma GCC unroll 4
-  for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) {
+  for (size_t v = 0; v < kChunkVectors; ++v) {
     for (size_t quad = 0; quad < kQuads; ++quad) {
       Vec::Bytes weights[4];
       interleave_rows<bits>(chunk + 4 * quad * row_bytes, row_bytes, v, weights);
-      for (size_t q = 0; q < 4; ++q) Vec::store(out + ((v * kQuads + quad) * 4 + q) * Vec::kBytes, weights[q]);
+      for (size_t q = 0; q < 4; ++q) Vec::StoreU(weights[q], out + ((v * kQuads + quad) * 4 + q) * Vec::kBytes);
     }
   }
 }
 
 template <int bits>
 void outer_interleaved(const uint8_t* interleaved, const Rounded& a, float bias, float* y) {
-  for (size_t v = 0; v < kChunk / Vec::kBytes; ++v) {
+  for (size_t v = 0; v < kChunkVectors; ++v) {
     Vec::Ints totals[8];
-    sum_in_runs<Vec, 1>(kQuads, Vec::adds((1 << bits) - 1, 127), totals, [&](size_t quad, auto& sums) {
-      const Vec::Bytes high = Vec::repeat4(a.high + 4 * quad), low = Vec::repeat4(a.low + 4 * quad);
+    sum_in_runs<Vec, 1>(kQuads, Vec::Capacity((1 << bits) - 1, 127), totals, [&](size_t quad, auto& sums) {
+      const Vec::Bytes high = Vec::LoadDup32(u8, a.high + 4 * quad), low = Vec::LoadDup32(u8, a.low + 4 * quad);
 #pragma GCC unroll 4
       for (size_t q = 0; q < 4; ++q) {
-        const Vec::Bytes weights = Vec::load(interleaved + ((v * kQuads + quad) * 4 + q) * Vec::kBytes);
-        Vec::add(sums[q], weights, high);
-        Vec::add(sums[4 + q], weights, low);
+        const Vec::Bytes weights = Vec::LoadU(u8, interleaved + ((v * kQuads + quad) * 4 + q) * Vec::kBytes);
+        Vec::Accumulate(sums[q], weights, high);
+        Vec::Accumulate(sums[4 + q], weights, low);
       }
     });
     add_chunk_run(totals, a, bias, y + v * Vec::kBytes);
@@ -294,13 +276,14 @@ struct RunOfRows {
 // One row of A. y: at the first column. Returns how many columns are done: the others do not fill a vector.
 template <int bits>
 size_t outer_fields_of_run(const RunOfRows& run, float* y) {
-  using F = Fields<bits>;
+  using F = Fields<Vec, bits>;
   constexpr size_t kWidth = F::kColumns;
   const size_t block_size = run.block_size;
-  if (run.count < kRun || !F::fit(block_size)) return 0;
-  const auto fields = F::blocks(block_size) == 1   ? outer_fields<bits, 1>
-                      : F::blocks(block_size) == 2 ? outer_fields<bits, F::usual_blocks(2)>
-                                                   : outer_fields<bits, F::usual_blocks(4)>;
+  if (run.count < kRun || !fields_fit<bits>(block_size)) return 0;
+  const size_t blocks = vector_blocks<bits>(block_size);
+  const auto fields = blocks == 1   ? outer_fields<bits, 1>
+                      : blocks == 2 ? outer_fields<bits, usual_blocks<bits>(2)>
+                                    : outer_fields<bits, usual_blocks<bits>(4)>;
   const size_t vectors = run.columns / kWidth;
   for (size_t byte = 0; byte < vectors * Vec::kBytes; byte += Vec::kBytes) {
     const size_t column = F::column(byte, 0);
@@ -314,7 +297,7 @@ size_t outer_fields_of_run(const RunOfRows& run, float* y) {
 template <int bits>
 void outer_run(const RunOfRows& run, size_t m, size_t width, uint8_t* interleaved, float* y) {
   size_t column = 0;
-  if constexpr (Fields<bits>::kUsed) {
+  if constexpr (Fields<Vec, bits>::kFill && !Vec::kPlain) {  // plain C++ is no faster so
     if (m == 1) column = outer_fields_of_run<bits>(run, y);
   }
   for (; column < run.columns; column += kChunk) {
@@ -340,12 +323,12 @@ void outer_run(const RunOfRows& run, size_t m, size_t width, uint8_t* interleave
   }
 }
 
-size_t outer_scratch_bytes(const Task& task) {
+size_t dense_outer_scratch_bytes(const Task& task) {
   return kRun * kChunk + task.m * (task.tile_outputs * sizeof(float) + kGroup * sizeof(Rounded));
 }
 
 // tile_outputs: whole blocks of columns.
-void outer_integer_tile(const Task& task, size_t tile, void* scratch) {
+void dense_outer_tile(const Task& task, size_t tile, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
   const OuterTile range = outer_tile_of(task, tile);

@@ -3,30 +3,22 @@
 
 #include <cmath>
 
-#include "simd/vector.h"
+#include "integer/rounding.h"
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
 
 void quantize_block(const float* a, size_t size, int8_t* codes, float* scale, float* sum) {
-  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-  typedef int8_t Narrow __attribute__((vector_size(kLanes)));
-  const size_t whole = size / kLanes * kLanes;
-  // Without their sign, floats are ordered as their bits are as integers; infinities and NaNs come last.
-  Integers largest = {};
-  for (size_t k = 0; k < whole; k += kLanes) {
-    const Integers magnitude = reinterpret_cast<Integers>(load(a + k)) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  int32_t bits = max_lanes(largest);
+  const size_t whole = size / Vec::kLanes * Vec::kLanes;
+  int32_t bits = largest_magnitude(a, whole);
   for (size_t k = whole; k < size; ++k) {
     int32_t magnitude;
     std::memcpy(&magnitude, a + k, 4);
-    magnitude &= 0x7fffffff;
+    magnitude &= kSignless;
     bits = bits < magnitude ? magnitude : bits;
   }
-  if (bits >= 0x7f800000) {
+  if (bits >= kInfinity) {
     std::memset(codes, 0, size);
     *scale = *sum = NAN;
     return;
@@ -35,17 +27,17 @@ void quantize_block(const float* a, size_t size, int8_t* codes, float* scale, fl
   std::memcpy(&maximum, &bits, 4);
   *scale = maximum / 127.0f;
   const float divisor = *scale > 0.0f ? *scale : 1.0f;
-  // Adding and taking away 1.5 · 2^23 rounds to an integer, half to even.
-  Vector sums = {};
-  for (size_t k = 0; k < whole; k += kLanes) {
-    const Vector shifted = load(a + k) / divisor + 12582912.0f;
-    const Narrow code = __builtin_convertvector(reinterpret_cast<Integers>(shifted) - 0x4b400000, Narrow);
-    std::memcpy(codes + k, &code, kLanes);
-    sums += shifted - 12582912.0f;
+  const Vec::Floats shift = Vec::Set(f32, kShift);
+  Vec::Floats sums = Vec::Zero(f32);
+  for (size_t k = 0; k < whole; k += Vec::kLanes) {
+    const Vec::Floats shifted = Vec::Add(Vec::Div(Vec::LoadU(f32, a + k), Vec::Set(f32, divisor)), shift);
+    const Vec::Ints code = Vec::Sub(Vec::BitCast(i32, shifted), Vec::Set(i32, kShiftBits));
+    Vec::StoreU(Vec::DemoteTo(i8_lane, code), codes + k);
+    sums = Vec::Add(sums, Vec::Sub(shifted, shift));
   }
-  float all = sum_lanes(sums);  // of integers: exact
+  float all = Vec::ReduceSum(f32, sums);  // of integers: exact
   for (size_t k = whole; k < size; ++k) {
-    const float code = (a[k] / divisor + 12582912.0f) - 12582912.0f;
+    const float code = (a[k] / divisor + kShift) - kShift;
     codes[k] = static_cast<int8_t>(code);
     all += code;
   }

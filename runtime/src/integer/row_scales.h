@@ -2,21 +2,19 @@
 // by the bias of its bytes (Encoding).
 #pragma once
 
-#include "decode/decode.h"
 #include "simd/vec.h"
-#include "simd/vector.h"
 #include "task/task.h"
+#include "weight/parts.h"
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// A row's scales as floats, kLanes from block `block`, then zeros.
-inline Vec::Floats row_scales(const Weight& w, size_t row, size_t block) {
+// A row's scales as floats, V::kLanes from block `block`, then zeros: what is stored behind the row need not be finite.
+template <typename V>
+inline typename V::Floats row_scales(const Weight& w, size_t row, size_t block) {
   const size_t blocks = w.layout->blocks;
-  const uint16_t* scales = w.scales + row * blocks + block;
-  if (block + Vec::kLanes <= blocks) return Vec::halves(scales);
-  return reinterpret_cast<Vec::Floats>(floats_from_halves(scales, blocks - block, 1));
+  return V::PromoteTo(f32, V::LoadN(f16, w.scales + row * blocks + block, blocks - block));
 }
 
 // offsets [m][block_stride]: sums of the activations times minus the bias, for all rows of the segments that hold `row`.
@@ -34,21 +32,24 @@ inline void write_offsets(const Task& task, size_t row, float* offsets) {
   });
 }
 
-// Begins the products of stored row `row` with `rows` rows of A from row i on. offsets: see above. products
-// [block_stride], `step` further for each row of A. sums: what the offsets add, in lanes; the caller's own, so that they
-// stay in registers.
-template <size_t rows>
-inline void begin_row(const Task& task, size_t i, size_t row, const float* offsets, float* products, size_t step,
-                      Vec::Floats (&sums)[rows]) {
+// Begins the products of `outputs` stored rows, the first of them `row`, the next one row_step further, with `rows` rows
+// of A from row i on. offsets: see above. products [outputs][block_stride], `step` further for each row of A. sums
+// [rows][outputs]: what the offsets add, in lanes; the caller's own, so that they stay in registers.
+template <typename V, size_t rows, size_t outputs>
+inline void begin_rows(const Task& task, size_t i, size_t row, size_t row_step, const float* offsets, float* products,
+                       size_t step, typename V::Floats (&sums)[rows * outputs]) {
   const Weight& w = *task.weight;
   const size_t blocks = w.layout->blocks, stride = task.block_stride;
-  for (size_t r = 0; r < rows; ++r) sums[r] = Vec::zero();
-  for (size_t block = 0; block < blocks; block += Vec::kLanes) {
-    const Vec::Floats scales = row_scales(w, row, block);
-    for (size_t r = 0; r < rows; ++r) {
-      const size_t place = (i + r) * stride + block;
-      sums[r] = Vec::multiply_add(Vec::load_floats(offsets + place), scales, sums[r]);
-      Vec::store_floats(products + r * step + block, Vec::multiply(Vec::load_floats(task.scales + place), scales));
+  for (auto& sum : sums) sum = V::Zero(f32);
+  for (size_t block = 0; block < blocks; block += V::kLanes) {
+    for (size_t j = 0; j < outputs; ++j) {
+      const typename V::Floats scales = row_scales<V>(w, row + j * row_step, block);
+      for (size_t r = 0; r < rows; ++r) {
+        const size_t place = (i + r) * stride + block;
+        typename V::Floats& sum = sums[r * outputs + j];
+        sum = V::MulAdd(V::LoadU(f32, offsets + place), scales, sum);
+        V::StoreU(V::Mul(V::LoadU(f32, task.scales + place), scales), products + r * step + j * stride + block);
+      }
     }
   }
 }

@@ -1,5 +1,5 @@
-// Small things that all kernels use. Like every header of theirs it is compiled once per instruction set, in a
-// namespace of its own.
+// Prefetching and float16. Like every header of the kernels it is compiled once per instruction set, in a namespace of its
+// own.
 #pragma once
 
 #include <cstddef>
@@ -10,15 +10,13 @@
 #include <immintrin.h>
 #endif
 
+#include "simd/integers.h"
+
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed bytes are read as little-endian words");
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
-
-constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-constexpr size_t larger(size_t a, size_t b) { return a < b ? b : a; }
-inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Asks for memory that is read soon; it may lie past the end of the stream.
 inline void prefetch(const uint8_t* p, uintptr_t ahead = 2048) {

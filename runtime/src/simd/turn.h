@@ -1,7 +1,6 @@
 // Stored rows → columns, so that the lanes of a vector are outputs.
 #pragma once
 
-#include "simd/common.h"
 #include "simd/vec.h"
 
 namespace fips {
@@ -15,7 +14,7 @@ constexpr size_t kTurnedOutputs = 2 * Vec::kLanes;
 inline void turn(const uint8_t* bytes, size_t size, uint8_t* turned) {
   for (size_t column = 0; column < size; column += Vec::kBytes) {
     for (size_t half = 0; half < 2; ++half) {
-      Vec::transpose(bytes + half * Vec::kLanes * size + column, size,
+      Vec::Transpose(bytes + half * Vec::kLanes * size + column, size,
                      turned + column / 4 * (2 * Vec::kBytes) + half * Vec::kBytes, 2 * Vec::kBytes);
     }
   }

@@ -1,118 +1,104 @@
-// 64 bytes at a time: AVX-512 with BW, VL, VNNI and VBMI. The members of every Vec… mean the same; vec16.h has them in
-// plain C++.
+// 64 bytes at a time: AVX-512 with BW, VL, VNNI, VBMI and VBMI2.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstddef>
-#include <cstdint>
+#include "simd/vec32.h"
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-struct Vec64 {
-  static constexpr size_t kBytes = 64, kLanes = 16;
+struct Vec64 : VecBase<64> {
+  using Half = Vec32;
+  static constexpr bool kPlain = false;
   static constexpr size_t kRegisters = 32;
   static constexpr bool kBothSigned = false, kEightBits = true;
-  static constexpr bool kPlain = false;
-  using Bytes = __m512i;
-  using Ints = __m512i;
-  using Floats = __m512;
+  static constexpr bool kExpands = true, kExpands8 = false;
 
-  static Bytes load(const void* p) { return _mm512_loadu_si512(p); }
-  static void store(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
-  static Bytes fill(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-  static Bytes repeat16(const void* p) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  static Halves LoadN(F16, const uint16_t* p, size_t count) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << smaller(count, kLanes)) - 1);
+    return reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(mask, p));
   }
-  static Bytes repeat4(const void* p) { return _mm512_set1_epi32(*static_cast<const int32_t*>(p)); }
+  static Bytes LoadDup128(U8, const void* p) {
+    return wrap(_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  using VecBase::LoadDup32;
   template <size_t sources>
-  static Bytes repeat4(const void* p, size_t stride) {
+  static Bytes LoadDup32(U8, const void* p, size_t stride) {
     const auto word = [&](size_t source) { return _mm_loadu_si32(static_cast<const char*>(p) + source * stride); };
-    Bytes all = _mm512_broadcastd_epi32(word(0));
+    __m512i all = _mm512_broadcastd_epi32(word(0));
     if constexpr (sources == 2) all = _mm512_mask_broadcastd_epi32(all, 0xff00, word(1));
     if constexpr (sources == 4) {
       all = _mm512_mask_broadcastd_epi32(all, 0x00f0, word(1));
       all = _mm512_mask_broadcastd_epi32(all, 0x0f00, word(2));
       all = _mm512_mask_broadcastd_epi32(all, 0xf000, word(3));
     }
-    return all;
+    return wrap(all);
   }
-  static Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
-  static Bytes bit_or(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-  // (a & b) | c
-  static Bytes and_or(Bytes a, Bytes b, Bytes c) { return _mm512_ternarylogic_epi64(a, b, c, 0xea); }
-  static Bytes select(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+  static Bytes AndOr(Bytes a, Bytes b, Bytes o) { return wrap(_mm512_ternarylogic_epi64(raw(a), raw(b), raw(o), 0xea)); }
+  static Bytes TableLookupBytes(Bytes table, Bytes index) { return wrap(_mm512_shuffle_epi8(raw(table), raw(index))); }
 
-  static Bytes pairs(const uint8_t* p, size_t) {
-    return _mm512_srlv_epi64(repeat16(p), _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6));
+  static Bytes UnpackPairs(const uint8_t* p, size_t) {
+    return wrap(_mm512_srlv_epi64(raw(LoadDup128(u8, p)), _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6)));
   }
 
   template <int bits>
-  static Bytes chunk(const uint8_t* p, size_t) {
+  static Bytes UnpackChunk(const uint8_t* p, size_t) {
     if constexpr (bits == 8) {
-      return load(p);
+      return LoadU(u8, p);
     } else if constexpr (bits == 4) {
-      const Bytes twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-      return _mm512_and_si512(_mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4)), fill(15));
+      const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      return And(wrap(_mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4))), Set(u8, 15));
     } else {
-      const Bytes low = pairs(p, 0);
-      if constexpr (bits == 2) return _mm512_and_si512(low, fill(3));
+      const Bytes low = UnpackPairs(p, 0);
+      if constexpr (bits == 2) return And(low, Set(u8, 3));
       int64_t plane;
-      __builtin_memcpy(&plane, p + 16, 8);
+      std::memcpy(&plane, p + 16, 8);
       // Lane q holds bit q of every byte; it belongs into bit 2.
-      const Bytes high = _mm512_rolv_epi64(_mm512_set1_epi64(plane), _mm512_setr_epi64(2, 1, 0, 63, 62, 61, 60, 59));
-      return and_or(high, fill(4), _mm512_and_si512(low, fill(3)));
+      const __m512i high = _mm512_rolv_epi64(_mm512_set1_epi64(plane), _mm512_setr_epi64(2, 1, 0, 63, 62, 61, 60, 59));
+      return AndOr(wrap(high), Set(u8, 4), And(low, Set(u8, 3)));
     }
   }
 
   // Where they are: products of field n are 2 ** (bits * n) times as large.
   template <int bits>
-  static Bytes field(Bytes bytes, size_t n) {
-    return _mm512_and_si512(bytes, fill(static_cast<uint8_t>(((1 << bits) - 1) << (bits * n))));
+  static Bytes UnpackField(Bytes bytes, size_t n) {
+    return And(bytes, Set(u8, static_cast<uint8_t>(((1 << bits) - 1) << (bits * n))));
   }
   template <int bits>
-  static Ints field_total(Ints total, size_t n) {
-    return _mm512_srai_epi32(total, static_cast<unsigned>(bits * n));
+  static Ints FieldTotal(Ints total, size_t n) {
+    return total >> static_cast<int>(bits * n);
   }
 
   struct Sum {
-    __m512i value;
+    Ints value;
   };
-  static constexpr size_t adds(int, int) { return ~size_t{0}; }
-  static Sum zero_sum() { return {_mm512_setzero_si512()}; }
   static constexpr bool kUnlimited = true;
-  static void add(Sum& sum, Bytes u, Bytes s) { sum.value = _mm512_dpbusd_epi32(sum.value, u, s); }
-  static Ints total(Sum sum) { return sum.value; }
-  static Ints dot(Ints sum, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(sum, u, s); }
-  static Ints zero_ints() { return _mm512_setzero_si512(); }
-  static Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-  static Ints shift7(Ints a) { return _mm512_slli_epi32(a, 7); }
-
-  static Floats zero() { return _mm512_setzero_ps(); }
-  static Floats set(float value) { return _mm512_set1_ps(value); }
-  static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
-  static void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-  static Floats as_floats(Bytes v) { return _mm512_castsi512_ps(v); }
-  static Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-  static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-  static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-  static Floats halves(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
-
-  static void interleave4(const Bytes (&in)[4], Bytes (&out)[4]) {
-    const Bytes ab = _mm512_unpacklo_epi8(in[0], in[1]), ab2 = _mm512_unpackhi_epi8(in[0], in[1]);
-    const Bytes cd = _mm512_unpacklo_epi8(in[2], in[3]), cd2 = _mm512_unpackhi_epi8(in[2], in[3]);
-    out[0] = _mm512_unpacklo_epi16(ab, cd);
-    out[1] = _mm512_unpackhi_epi16(ab, cd);
-    out[2] = _mm512_unpacklo_epi16(ab2, cd2);
-    out[3] = _mm512_unpackhi_epi16(ab2, cd2);
+  static constexpr size_t Capacity(int, int) { return ~size_t{0}; }
+  static Sum ZeroSum() { return {Zero(i32)}; }
+  static void Accumulate(Sum& sum, Bytes u, Bytes s) { sum.value = SumOfMulQuadAccumulate(i32, u, s, sum.value); }
+  static Ints Total(Sum sum) { return sum.value; }
+  static Ints SumOfMulQuadAccumulate(I32, Bytes u, Bytes s, Ints sum) {
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), raw(u), raw(s)));
   }
 
-  static void turn_lanes(Floats (&v)[4]) {
+  static Floats MulAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats PromoteTo(F32, Halves v) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(v)); }
+  static Floats LoadConvert(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static float ReduceSum(F32, Floats v) { return _mm512_reduce_add_ps(v); }
+  static int32_t ReduceMax(I32, Ints v) { return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v)); }
+
+  static void Interleave4(const Bytes (&in)[4], Bytes (&out)[4]) {
+    const __m512i ab = _mm512_unpacklo_epi8(raw(in[0]), raw(in[1])), ab2 = _mm512_unpackhi_epi8(raw(in[0]), raw(in[1]));
+    const __m512i cd = _mm512_unpacklo_epi8(raw(in[2]), raw(in[3])), cd2 = _mm512_unpackhi_epi8(raw(in[2]), raw(in[3]));
+    out[0] = wrap(_mm512_unpacklo_epi16(ab, cd));
+    out[1] = wrap(_mm512_unpackhi_epi16(ab, cd));
+    out[2] = wrap(_mm512_unpacklo_epi16(ab2, cd2));
+    out[3] = wrap(_mm512_unpackhi_epi16(ab2, cd2));
+  }
+
+  static void OrderLanes(Floats (&v)[4]) {
     const Floats low = _mm512_shuffle_f32x4(v[0], v[1], 0x44), high = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
     const Floats low2 = _mm512_shuffle_f32x4(v[2], v[3], 0x44), high2 = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
     v[0] = _mm512_shuffle_f32x4(low, low2, 0x88);
@@ -121,9 +107,9 @@ struct Vec64 {
     v[3] = _mm512_shuffle_f32x4(high, high2, 0xdd);
   }
 
-  static void transpose(const uint8_t* rows, size_t stride, uint8_t* out, size_t out_stride) {
-    Bytes a[16], b[16];
-    for (size_t i = 0; i < 16; ++i) a[i] = load(rows + i * stride);
+  static void Transpose(const uint8_t* rows, size_t stride, uint8_t* out, size_t out_stride) {
+    __m512i a[16], b[16];
+    for (size_t i = 0; i < 16; ++i) a[i] = raw(LoadU(u8, rows + i * stride));
     for (size_t i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -136,16 +122,46 @@ struct Vec64 {
     }
     // a[4 g + c], lane L: rows 4 g … 4 g + 3 of column 4 L + c.
     for (size_t c = 0; c < 4; ++c) {
-      const Bytes low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
-      const Bytes low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-      const Bytes high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
-      const Bytes high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-      store(out + c * out_stride, _mm512_shuffle_i32x4(low, low2, 0x88));
-      store(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(low, low2, 0xdd));
-      store(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(high, high2, 0x88));
-      store(out + (12 + c) * out_stride, _mm512_shuffle_i32x4(high, high2, 0xdd));
+      const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+      const __m512i low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+      const __m512i high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+      const __m512i high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+      StoreU(wrap(_mm512_shuffle_i32x4(low, low2, 0x88)), out + c * out_stride);
+      StoreU(wrap(_mm512_shuffle_i32x4(low, low2, 0xdd)), out + (8 + c) * out_stride);
+      StoreU(wrap(_mm512_shuffle_i32x4(high, high2, 0x88)), out + (4 + c) * out_stride);
+      StoreU(wrap(_mm512_shuffle_i32x4(high, high2, 0xdd)), out + (12 + c) * out_stride);
     }
   }
+
+  // Groups of 4 lanes, those with an even number in one half and the others in another: float16 values, and back.
+  static void LoadAlternate(F16, const uint16_t* p, Half::Halves& even, Half::Halves& odd) {
+    const __m256i groups = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0xd8);
+    even = reinterpret_cast<Half::Halves>(_mm256_castsi256_si128(groups));
+    odd = reinterpret_cast<Half::Halves>(_mm256_extracti128_si256(groups, 1));
+  }
+  static Floats CombineAlternate(Half::Floats even, Half::Floats odd) {
+    const Floats both = _mm512_insertf32x8(_mm512_castps256_ps512(even), odd, 1);
+    return _mm512_shuffle_f32x4(both, both, 0xd8);
+  }
+
+  // For bitmaps (kExpands).
+  static Bytes Set64(U8, uint64_t word) { return wrap(_mm512_set1_epi64(static_cast<long long>(word))); }
+  static Bytes LoadN(U8, const void* p, size_t count) {
+    return count >= kBytes ? LoadU(u8, p) : wrap(_mm512_maskz_loadu_epi8(low_bits(count), p));
+  }
+  static void StoreN(Bytes v, void* p, size_t count) { _mm512_mask_storeu_epi8(p, low_bits(count), raw(v)); }
+  // Each byte of a table of kBytes by its index.
+  static Bytes TableLookupLanes(Bytes table, Bytes index) { return wrap(_mm512_permutexvar_epi8(raw(index), raw(table))); }
+  // From each word of 64 bits, for each of its bytes, 8 bits from bit number shift[byte] on.
+  static Bytes MultiShift(Bytes words, Bytes shift) { return wrap(_mm512_multishift_epi64_epi8(raw(shift), raw(words))); }
+  // Where the mask has a bit the next byte of v, else that of `others`.
+  static Bytes ExpandOr(Bytes v, uint64_t mask, Bytes others) {
+    return wrap(_mm512_mask_expand_epi8(raw(others), mask, raw(v)));
+  }
+
+ private:
+  static __m512i raw(Bytes v) { return reinterpret_cast<__m512i>(v); }
+  static Bytes wrap(__m512i v) { return reinterpret_cast<Bytes>(v); }
 };
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Which outputs, and which part of the sum, a tile of a product with B = S computes.
 #pragma once
 
-#include "decode/decode.h"
 #include "task/task.h"
+#include "weight/parts.h"
 
 namespace fips {
 namespace FIPS_ISA {
@@ -14,6 +14,8 @@ struct OuterTile {
   const float* bias;
   float* y;
 };
+
+constexpr size_t kOuterDepth = 64;  // stored rows between additions to Y, of float32
 
 constexpr size_t runs_of(size_t rows) { return (rows + kRun - 1) / kRun; }
 
@@ -40,6 +42,14 @@ inline OuterTile outer_tile_of(const Task& task, size_t tile) {
   const size_t row_begin = run_begin(layout, tile * runs / task.parts);
   const size_t row_end = run_begin(layout, (tile + 1) * runs / task.parts);
   return {0, n, row_begin, row_end, tile ? nullptr : task.bias, task.y + tile * task.m * n};
+}
+
+// The task with the outputs of a tile.
+inline Task task_of(const Task& task, const OuterTile& tile) {
+  Task own = task;
+  own.y = tile.y;
+  own.bias = tile.bias;
+  return own;
 }
 
 }  // namespace

@@ -1,12 +1,19 @@
-// What kernels leave in their working memory → Y.
+// From what kernels leave in their working memory to Y.
 #pragma once
 
-#include "simd/vector.h"
+#include "simd/vec.h"
 #include "task/task.h"
 
 namespace fips {
 namespace FIPS_ISA {
 namespace {
+
+// The bias, or 0, to outputs [first, first + count) of every row of A.
+inline void start_outputs(const Task& task, size_t first, size_t count) {
+  for (size_t i = 0; i < task.m; ++i) {
+    for (size_t j = first; j < first + count; ++j) task.y[i * task.n() + j] = task.bias ? task.bias[j] : 0.0f;
+  }
+}
 
 // Outputs [first, first + count) for every row of A from values [m][stride], with the bias.
 inline void write_outputs(const Task& task, size_t first, size_t count, const float* values, size_t stride) {
@@ -22,10 +29,10 @@ inline void write_outputs(const Task& task, size_t first, size_t count, const fl
 // y [size] = the sum of parts [count, size].
 void add_parts(const float* parts, size_t count, size_t size, float* y) {
   size_t j = 0;
-  for (; j + kLanes <= size; j += kLanes) {
-    Vector sum = load(parts + j);
-    for (size_t part = 1; part < count; ++part) sum += load(parts + part * size + j);
-    store(y + j, sum);
+  for (; j + Vec::kLanes <= size; j += Vec::kLanes) {
+    Vec::Floats sum = Vec::LoadU(f32, parts + j);
+    for (size_t part = 1; part < count; ++part) sum = Vec::Add(sum, Vec::LoadU(f32, parts + part * size + j));
+    Vec::StoreU(sum, y + j);
   }
   for (; j < size; ++j) {
     y[j] = parts[j];

@@ -5,11 +5,12 @@
 #include <limits>
 #include <string>
 
+#include "simd/integers.h"
+
 namespace fips {
 namespace {
 
 constexpr std::array<int, 4> kBitWidths = {8, 4, 3, 2};
-constexpr uint64_t kEveryByte = 0x0101010101010101u;
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw InvalidWeight(message);
@@ -34,18 +35,6 @@ Encoding encoding_of(int bits, bool midrise, bool sparse) {
 }
 
 size_t packed_size(size_t count, int bits) { return (count * static_cast<size_t>(bits) + 7) / 8; }
-
-uint64_t popcount(const uint8_t* bytes, size_t size) {
-  uint64_t count = 0;
-  size_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    count += static_cast<uint64_t>(__builtin_popcountll(word));
-  }
-  for (; i < size; ++i) count += static_cast<uint64_t>(__builtin_popcount(bytes[i]));
-  return count;
-}
 
 // The integers 8 q … 8 q + 7 of a chunk of 2 or 3 bits (fips_ort/bits.py), a byte each.
 uint64_t chunk_word(const uint8_t* chunk, int bits, size_t q) {
@@ -169,7 +158,7 @@ StreamIndex::StreamIndex(const Layout& layout, const uint8_t* pattern, size_t pa
       size_t stored = 0;
       for (size_t row = 0; row < segment.rows(); ++row) {
         start.codes_before.push_back(stored);
-        stored += popcount(pattern + pattern_start, row_bytes);
+        stored += count_bits(pattern + pattern_start, row_bytes);
         pattern_start += row_bytes;
       }
       codes_start += packed_size(stored, segment.bits);

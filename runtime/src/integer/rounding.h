@@ -1,0 +1,30 @@
+// Steps of rounding floats to integers, for quantize.h and dense_outer.h.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace fips {
+namespace FIPS_ISA {
+namespace {
+
+// Adding 1.5 · 2^23 leaves the nearest integer, half to even, in the lowest bits; these are the float and its bits.
+constexpr float kShift = 12582912.0f;
+constexpr int32_t kShiftBits = 0x4b400000;
+
+// Without their sign, floats are ordered as their bits are as integers; infinities and NaNs come last.
+constexpr int32_t kSignless = 0x7fffffff;
+constexpr int32_t kInfinity = 0x7f800000;
+
+// The largest magnitude of `count` values, whole vectors, as bits.
+inline int32_t largest_magnitude(const float* values, size_t count) {
+  Vec::Ints largest = Vec::Zero(i32);
+  for (size_t k = 0; k < count; k += Vec::kLanes) {
+    const Vec::Ints magnitude = Vec::And(Vec::BitCast(i32, Vec::LoadU(f32, values + k)), Vec::Set(i32, kSignless));
+    largest = Vec::Max(magnitude, largest);
+  }
+  return Vec::ReduceMax(i32, largest);
+}
+
+}  // namespace
+}  // namespace FIPS_ISA
+}  // namespace fips
