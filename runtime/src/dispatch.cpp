@@ -1,3 +1,5 @@
+// Which instruction sets this CPU has, and the choice among their kernels.
+
 #if defined(FIPS_X86)
 #include <cpuid.h>
 #elif defined(FIPS_ARM64) && defined(__linux__)
@@ -53,13 +55,13 @@ bool has_dot_product() {
 }
 #endif
 
-struct Choice {
+struct InstructionSet {
   const Kernels* kernels;
   bool (*supported)();
 };
 
 // Best first.
-const Choice kChoices[] = {
+const InstructionSet kInstructionSets[] = {
 #if defined(FIPS_X86)
     {&avx512::kKernels,
      [] {
@@ -84,8 +86,8 @@ const Choice kChoices[] = {
 }  // namespace
 
 const Kernels* find_kernels(const char* name) {
-  for (const Choice& choice : kChoices) {
-    if (std::strcmp(choice.kernels->name, name) == 0) return choice.supported() ? choice.kernels : nullptr;
+  for (const InstructionSet& set : kInstructionSets) {
+    if (std::strcmp(set.kernels->name, name) == 0) return set.supported() ? set.kernels : nullptr;
   }
   return nullptr;
 }
@@ -95,8 +97,8 @@ const Kernels& select_kernels() {
     if (const Kernels* kernels = find_kernels(name)) return *kernels;
     throw std::invalid_argument(std::string("FIPS_ORT_ISA=") + name + ": unknown, or this CPU lacks it");
   }
-  for (const Choice& choice : kChoices) {
-    if (choice.supported()) return *choice.kernels;
+  for (const InstructionSet& set : kInstructionSets) {
+    if (set.supported()) return *set.kernels;
   }
   return generic::kKernels;
 }

@@ -14,8 +14,8 @@ namespace {
 constexpr size_t kAlignment = 64;
 // Below this many multiplications waking other threads costs more than it gains.
 constexpr size_t kSmallestParallelWork = 1 << 16;
-// Of a sum that is cut.
-constexpr size_t kParts = 8;
+// How many parts a sum is cut into.
+constexpr size_t kSumParts = 8;
 
 struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
@@ -67,7 +67,7 @@ bool is_small(const Task& task) {
 }
 
 void run_tiles(const Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
-  const size_t tiles = task.parts > 1 ? task.parts : (task.n() + task.tile_outputs - 1) / task.tile_outputs;
+  const size_t tiles = task.sum_parts > 1 ? task.sum_parts : (task.n() + task.tile_outputs - 1) / task.tile_outputs;
   Job job{&task, &kernels, kernels.scratch_bytes(task)};
   if (tiles == 1 || is_small(task)) {
     for (size_t tile = 0; tile < tiles; ++tile) run_tile(&job, tile);
@@ -78,33 +78,33 @@ void run_tiles(const Task& task, const Kernels& kernels, const ParallelFor& para
 }
 
 void run(Task task, const Kernels& kernels, const ParallelFor& parallel_for) {
-  if (task.parts == 1) return run_tiles(task, kernels, parallel_for);
+  if (task.sum_parts == 1) return run_tiles(task, kernels, parallel_for);
   const size_t size = task.m * task.n();
-  const AlignedArray<float> parts(task.parts * size);
+  const AlignedArray<float> parts(task.sum_parts * size);
   float* const y = task.y;
   task.y = parts.get();
   run_tiles(task, kernels, parallel_for);
-  kernels.add_parts(parts.get(), task.parts, size, y);
+  kernels.add_parts(parts.get(), task.sum_parts, size, y);
 }
 
 // Parts of the sum. Few rows of A and B = S: the bytes of neighbouring rows of the stored matrix follow each other, so a
 // part is read from one end to the other, as memory is fastest, where a range of outputs has pieces of every row. They do
 // not depend on the number of threads, and so neither does the result.
-size_t sum_parts(const Task& task) {
+size_t sum_parts_of(const Task& task) {
   const Layout& layout = *task.weight->layout;
-  return layout.trans_b || task.m > kFewRows || layout.rows < kParts * kRun || is_small(task) ? 1 : kParts;
+  return layout.trans_b || task.m > kFewRows || layout.rows < kSumParts * kRun || is_small(task) ? 1 : kSumParts;
 }
 
 // Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored
 // matrix are outputs with trans_b; else whole blocks of columns are.
-size_t tile_outputs(const Task& task, const Kernels& kernels) {
+size_t tile_outputs_of(const Task& task, const Kernels& kernels) {
   const Layout& layout = *task.weight->layout;
   const size_t m = task.m;
   if (layout.trans_b) {
     if (m > kFewRows && !task.integers) return std::max<size_t>(16, 2 * kernels.vector_floats);
     return std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
   }
-  if (task.parts > 1) return layout.columns;
+  if (task.sum_parts > 1) return layout.columns;
   const size_t wanted = std::min<size_t>(256, std::max<size_t>(64, layout.columns / 8));
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
@@ -160,10 +160,15 @@ void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias,
               const ParallelFor& parallel_for) {
   if (m == 0) return;
   const Layout& layout = *weight.layout;
-  const bool integers = layout.accuracy_level == 4 && kernels.supports_integers(layout, m);
-  Task task{&weight, m, a, bias, y, integers, nullptr, nullptr, nullptr, 0, 0, 1};
-  task.parts = sum_parts(task);
-  task.tile_outputs = tile_outputs(task, kernels);
+  Task task;
+  task.weight = &weight;
+  task.m = m;
+  task.a = a;
+  task.bias = bias;
+  task.y = y;
+  task.integers = layout.accuracy_level == 4 && kernels.supports_integers(layout, m);
+  task.sum_parts = sum_parts_of(task);
+  task.tile_outputs = tile_outputs_of(task, kernels);
   if (layout.accuracy_level == 4 && layout.trans_b) {
     rounded_matmul(task, kernels, parallel_for);
   } else {

@@ -83,10 +83,12 @@ template <int index_bits>
 struct Groups;
 template <>
 struct Groups<2> {
+  using Word = uint32_t;
   typedef uint32_t Words __attribute__((vector_size(4 * kStepGroups)));
 };
 template <>
 struct Groups<3> {
+  using Word = uint64_t;
   typedef uint64_t Words __attribute__((vector_size(8 * kStepGroups)));
 };
 
@@ -100,6 +102,7 @@ void decode_n_of_m(const Layout& layout, const Segment& segment, const uint8_t* 
   const Encoding& e = segment.encoding;
   const size_t steps = segment.columns() / (kStepGroups << index_bits), first = begin / (kStepGroups << index_bits);
   const size_t last = end / (kStepGroups << index_bits);
+  const auto one = static_cast<typename Groups<index_bits>::Word>(e.ones & 1);
   Words absent;
   std::memset(&absent, static_cast<uint8_t>(e.absent), sizeof absent);
   for (size_t step = first; step < last; ++step, out += sizeof(Words)) {
@@ -109,7 +112,7 @@ void decode_n_of_m(const Layout& layout, const Segment& segment, const uint8_t* 
       Words level, place;
       spread(row_fields<bits>(codes + chunk * (8 * bits), row % kTileRows), level);
       spread(row_fields<index_bits>(pattern + chunk * (8 * index_bits), row % kTileRows), place);
-      words ^= ((level << e.shift | (e.ones & 1)) ^ (absent & 0xff)) << 8 * place;
+      words ^= ((level << e.shift | one) ^ (absent & 0xff)) << 8 * place;
       marks |= (Words{} + 1) << 8 * place;
     }
     std::memcpy(out, &words, sizeof words);

@@ -51,8 +51,7 @@ void bytes_dot_kernel(const Task& task, const DecodedRows& decoded, size_t i, si
   }
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < outputs; ++j) {
-      const float bias = task.bias ? task.bias[first + j] : 0.0f;
-      task.y[(i + r) * layout.rows + first + j] = Vec::ReduceSum(f32, acc[r][j]) + bias;
+      task.y[(i + r) * layout.rows + first + j] = Vec::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #include "decode/decoded_rows.h"
 #include "simd/vec.h"
+#include "task/outputs.h"
 
 namespace fips {
 namespace FIPS_ISA {
@@ -54,8 +55,7 @@ void decoded_rows_kernel(const Task& task, const DecodedRows& decoded, size_t i,
   }
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < outputs; ++j) {
-      const float bias = task.bias ? task.bias[first + j] : 0.0f;
-      task.y[(i + r) * layout.rows + first + j] = V::ReduceSum(f32, acc[r][j]) + bias;
+      task.y[(i + r) * layout.rows + first + j] = V::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
     }
   }
 }

@@ -5,6 +5,7 @@
 #include "decode/decode.h"
 #include "integer/row_scales.h"
 #include "simd/vec.h"
+#include "task/outputs.h"
 #include "task/task.h"
 
 namespace fips {
@@ -88,7 +89,7 @@ void bitmap_one_row_outputs(const Task& task, size_t tile, void* scratch) {
         }
       });
       for (size_t row = first; row < last; ++row) {
-        task.y[row] = unit * V::ReduceSum(f32, acc[row - first]) + (task.bias ? task.bias[row] : 0.0f);
+        task.y[row] = unit * V::ReduceSum(f32, acc[row - first]) + bias_of(task, row);
       }
     }
   });

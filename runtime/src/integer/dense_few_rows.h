@@ -4,6 +4,7 @@
 #include "decode/decode.h"
 #include "integer/row_scales.h"
 #include "simd/vec.h"
+#include "task/outputs.h"
 #include "task/task.h"
 
 namespace fips {
@@ -130,8 +131,7 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
   }
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < count; ++j) {
-      const float bias = task.bias ? task.bias[first + j] : 0.0f;
-      task.y[(i + r) * layout.rows + first + j] = Vec::ReduceSum(f32, acc[r][j]) + bias;
+      task.y[(i + r) * layout.rows + first + j] = Vec::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
     }
   }
 }
@@ -147,9 +147,12 @@ void dense_few_rows_outputs(const Task& task, size_t first, size_t last, float* 
     for_each_part(layout, begin, begin + 1, 0, layout.columns, [&](const Part& part) {
       const Segment& segment = layout.segments[part.segment];
       const uint8_t* codes = w.codes + w.index->starts[part.segment].codes;
-      const SegmentRows rows{segment.bits, codes - segment.row_begin * segment.row_bytes(), segment.row_bytes(),
-                             part.begin / layout.block_size, part.end / layout.block_size};
-      segments[count++] = rows;
+      SegmentRows& rows = segments[count++];
+      rows.bits = segment.bits;
+      rows.row_bytes = segment.row_bytes();
+      rows.codes = codes - segment.row_begin * rows.row_bytes;
+      rows.block_begin = part.begin / layout.block_size;
+      rows.block_end = part.end / layout.block_size;
       longest = larger(longest, rows.row_bytes);
     });
     const auto compute = [&](auto kernel, size_t i, size_t j, size_t outputs) {

@@ -6,6 +6,7 @@
 #include "integer/chunk_halves.h"
 #include "integer/dense_few_rows.h"
 #include "integer/row_scales.h"
+#include "task/outputs.h"
 
 namespace fips {
 namespace FIPS_ISA {
@@ -137,7 +138,7 @@ void dense_one_row_outputs(const Task& task, size_t tile, void* scratch) {
       });
       Quad::Floats sums = V::ReduceSum4(f32, acc);
       if (count == 1) {
-        task.y[row] = sums[0] + (task.bias ? task.bias[row] : 0.0f);
+        task.y[row] = sums[0] + bias_of(task, row);
         continue;
       }
       if (task.bias) sums = Quad::Add(sums, Quad::LoadU(f32, task.bias + row));

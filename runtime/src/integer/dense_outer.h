@@ -358,10 +358,16 @@ void dense_outer_tile(const Task& task, size_t tile, void* scratch) {
             const uint8_t* rows = codes + (run - segment.row_begin) * row_bytes;
             const auto bytes_to = [](size_t columns) { return columns / kChunk * (8 * bits); };
             // Ahead is the next run, which follows in memory: the share of these columns.
-            outer_run<bits>({rows + bytes_to(begin - segment.column_begin), row_bytes, count, end - begin,
-                             layout.block_size, rows + kRun * (row_bytes + bytes_to(begin - part.begin)), rounded,
-                             segment.encoding.bias},
-                            task.m, width, interleaved, y + (begin - first));
+            RunOfRows piece;
+            piece.codes = rows + bytes_to(begin - segment.column_begin);
+            piece.row_bytes = row_bytes;
+            piece.count = count;
+            piece.columns = end - begin;
+            piece.block_size = layout.block_size;
+            piece.ahead = rows + kRun * (row_bytes + bytes_to(begin - part.begin));
+            piece.rounded = rounded;
+            piece.bias = segment.encoding.bias;
+            outer_run<bits>(piece, task.m, width, interleaved, y + (begin - first));
           }
         });
       }

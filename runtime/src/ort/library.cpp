@@ -123,12 +123,13 @@ class MatMulKernel {
     check_scales(scales);
     std::optional<StreamIndex> fresh;
     if (!index_) fresh.emplace(index(codes, pattern ? &*pattern : nullptr));
-    const Weight weight{&layout_,
-                        index_ ? &*index_ : &*fresh,
-                        static_cast<const uint8_t*>(codes.data),
-                        codes.size(),
-                        pattern ? static_cast<const uint8_t*>(pattern->data) : nullptr,
-                        static_cast<const uint16_t*>(scales.data)};
+    Weight weight;
+    weight.layout = &layout_;
+    weight.index = index_ ? &*index_ : &*fresh;
+    weight.codes = static_cast<const uint8_t*>(codes.data);
+    weight.codes_size = codes.size();
+    weight.pattern = pattern ? static_cast<const uint8_t*>(pattern->data) : nullptr;
+    weight.scales = static_cast<const uint16_t*>(scales.data);
 
     const int64_t k = static_cast<int64_t>(layout_.trans_b ? layout_.columns : layout_.rows);
     const int64_t n = static_cast<int64_t>(layout_.trans_b ? layout_.rows : layout_.columns);
@@ -173,16 +174,18 @@ class MatMulKernel {
       }
       return result;
     };
-    return {value("K"),
-            value("N"),
-            value("transB"),
-            value("block_size"),
-            value("segment_axis"),
-            {value("size_8bit"), value("size_4bit"), value("size_3bit"), value("size_2bit")},
-            value("midrise"),
-            value("accuracy_level"),
-            kind == Kind::kNOfM ? value("keep") : kind == Kind::kBitmap ? 1 : 0,
-            kind == Kind::kNOfM ? value("of") : kind == Kind::kBitmap ? 1 : 0};
+    Attributes result;
+    result.k = value("K");
+    result.n = value("N");
+    result.trans_b = value("transB");
+    result.block_size = value("block_size");
+    result.segment_axis = value("segment_axis");
+    result.segments = {value("size_8bit"), value("size_4bit"), value("size_3bit"), value("size_2bit")};
+    result.midrise = value("midrise");
+    result.accuracy_level = value("accuracy_level");
+    result.keep = kind == Kind::kNOfM ? value("keep") : kind == Kind::kBitmap ? 1 : 0;
+    result.of = kind == Kind::kNOfM ? value("of") : kind == Kind::kBitmap ? 1 : 0;
+    return result;
   }
 
   size_t scales_input() const { return layout_.sparse() ? 3 : 2; }

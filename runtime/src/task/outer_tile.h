@@ -30,18 +30,28 @@ inline size_t run_begin(const Layout& layout, size_t run) {
   return found;
 }
 
-inline OuterTile outer_tile_of(const Task& task, size_t tile) {
+inline OuterTile outer_tile_of(const Task& task, size_t number) {
   const Layout& layout = *task.weight->layout;
   const size_t n = layout.columns;
-  if (task.parts == 1) {
-    const size_t first = tile * task.tile_outputs;
-    return {first, smaller(first + task.tile_outputs, n), 0, layout.rows, task.bias, task.y};
+  OuterTile tile;
+  if (task.sum_parts == 1) {
+    tile.first = number * task.tile_outputs;
+    tile.last = smaller(tile.first + task.tile_outputs, n);
+    tile.row_begin = 0;
+    tile.row_end = layout.rows;
+    tile.bias = task.bias;
+    tile.y = task.y;
+    return tile;
   }
   size_t runs = 0;
   for_each_row_range(layout, 0, layout.rows, [&](size_t begin, size_t end) { runs += runs_of(end - begin); });
-  const size_t row_begin = run_begin(layout, tile * runs / task.parts);
-  const size_t row_end = run_begin(layout, (tile + 1) * runs / task.parts);
-  return {0, n, row_begin, row_end, tile ? nullptr : task.bias, task.y + tile * task.m * n};
+  tile.first = 0;
+  tile.last = n;
+  tile.row_begin = run_begin(layout, number * runs / task.sum_parts);
+  tile.row_end = run_begin(layout, (number + 1) * runs / task.sum_parts);
+  tile.bias = number ? nullptr : task.bias;
+  tile.y = task.y + number * task.m * n;
+  return tile;
 }
 
 // The task with the outputs of a tile.

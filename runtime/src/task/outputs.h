@@ -8,10 +8,12 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
+inline float bias_of(const Task& task, size_t output) { return task.bias ? task.bias[output] : 0.0f; }
+
 // The bias, or 0, to outputs [first, first + count) of every row of A.
 inline void start_outputs(const Task& task, size_t first, size_t count) {
   for (size_t i = 0; i < task.m; ++i) {
-    for (size_t j = first; j < first + count; ++j) task.y[i * task.n() + j] = task.bias ? task.bias[j] : 0.0f;
+    for (size_t j = first; j < first + count; ++j) task.y[i * task.n() + j] = bias_of(task, j);
   }
 }
 
@@ -20,8 +22,7 @@ inline void write_outputs(const Task& task, size_t first, size_t count, const fl
   const size_t n = task.n();
   for (size_t i = 0; i < task.m; ++i) {
     for (size_t j = 0; j < count; ++j) {
-      const float bias = task.bias ? task.bias[first + j] : 0.0f;
-      task.y[i * n + first + j] = values[i * stride + j] + bias;
+      task.y[i * n + first + j] = values[i * stride + j] + bias_of(task, first + j);
     }
   }
 }

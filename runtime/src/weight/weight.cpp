@@ -1,3 +1,4 @@
+// The checks of attributes and streams.
 #include "weight/weight.h"
 
 #include <algorithm>
@@ -27,11 +28,22 @@ void require_size(size_t actual, size_t expected, const char* name) {
 
 Encoding encoding_of(int bits, bool midrise, bool sparse) {
   const uint64_t zero_point = uint64_t{1} << (bits - 1);
+  Encoding encoding;
   if (midrise && sparse && bits < 8) {
     // Twice the scale of levels, so that zero lies between the levels as an integer.
-    return {1, kEveryByte, kEveryByte * (2 * zero_point), static_cast<float>(2 * zero_point), 0.5f};
+    encoding.shift = 1;
+    encoding.ones = kEveryByte;
+    encoding.absent = kEveryByte * (2 * zero_point);
+    encoding.bias = static_cast<float>(2 * zero_point);
+    encoding.unit = 0.5f;
+    return encoding;
   }
-  return {0, 0, kEveryByte * zero_point, static_cast<float>(zero_point) - (midrise ? 0.5f : 0.0f), 1.0f};
+  encoding.shift = 0;
+  encoding.ones = 0;
+  encoding.absent = kEveryByte * zero_point;
+  encoding.bias = static_cast<float>(zero_point) - (midrise ? 0.5f : 0.0f);
+  encoding.unit = 1.0f;
+  return encoding;
 }
 
 size_t packed_size(size_t count, int bits) { return (count * static_cast<size_t>(bits) + 7) / 8; }
@@ -111,12 +123,14 @@ Layout::Layout(const Attributes& a) {
             "a segment of " + std::to_string(size) + " columns is not a multiple of block_size " +
                 std::to_string(block_size));
     if (size == 0) continue;
-    const Encoding encoding = encoding_of(kBitWidths[i], midrise, sparse());
-    if (a.segment_axis) {
-      segments.push_back({kBitWidths[i], 0, rows, start, start + size, encoding});
-    } else {
-      segments.push_back({kBitWidths[i], start, start + size, 0, columns, encoding});
-    }
+    Segment segment;
+    segment.bits = kBitWidths[i];
+    segment.row_begin = a.segment_axis ? 0 : start;
+    segment.row_end = a.segment_axis ? rows : start + size;
+    segment.column_begin = a.segment_axis ? start : 0;
+    segment.column_end = a.segment_axis ? start + size : columns;
+    segment.encoding = encoding_of(segment.bits, midrise, sparse());
+    segments.push_back(segment);
     start += size;
   }
   require(start == length, "the segments add up to " + std::to_string(start) + ", not to the " +
