@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from isa import available_isas
+from kernel_table import differences
 from op_samples import PATTERNS, layouts, random_weight
 
 from fips_ort.layout import BIT_WIDTHS, Layout, Pattern
@@ -158,3 +159,11 @@ def test_no_attributes_and_streams_do_harm(driver: Path, tmp_path: Path) -> None
         _, computed, refused, _ = line.split()
         assert int(computed) + int(refused) == count
         assert min(int(computed), int(refused)) > count / 5, "cases of both kinds are wanted"
+
+
+def test_docs_say_which_kernel_runs(driver: Path) -> None:
+    isas = available_isas()
+    result = subprocess.run([driver, "kernels", *isas], capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == set(isas)
+    assert next(differences(lines), None) is None

@@ -3,12 +3,13 @@
 // driver FILE [ISA...]: for each named instruction set prints "ISA cases refused worst": how many products were
 // computed, how many weights refused, and the largest difference in units of the largest expected value.
 // Exits with 1 if one differs by more than its tolerance, if a malformed weight is accepted or a sound one is not.
+// driver kernels [ISA...]: prints which kernel computes which product (kernel_table.h).
 //
 // A case is 18 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
-// of, M, bytes of codes, bytes of pattern, number of scales, kind), then codes and pattern and,
-// if the kind is 0 (sound), scales float16, A [M, K], bias [N] and the expected Y [M, N] float32. Kind 1 is malformed; kind 2
-// may be anything: if it is accepted, it is multiplied with zeros, and nothing is expected but that this ends. Every array gets an allocation of its own exact
-// size, so that the address sanitizer sees a read past its end.
+// of, M, bytes of codes, bytes of pattern, number of scales, kind), then codes and pattern and, if the kind is 0 (sound),
+// scales float16, A [M, K], bias [N] and the expected Y [M, N] float32. Kind 1 is malformed; kind 2 may be anything: if it
+// is accepted, it is multiplied with zeros, and nothing is expected but that this ends. Every array gets an allocation of
+// its own exact size, so that the address sanitizer sees a read past its end.
 
 #include <cmath>
 #include <cstdio>
@@ -18,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernel_table.h"
 #include "kernels.h"
 #include "matmul.h"
 #include "weight/weight.h"
@@ -68,9 +70,20 @@ struct Case {
 
 Case read_case(File& file) {
   const std::vector<int64_t> h = file.read<int64_t>(18);
-  const fips::Attributes attributes{h[0], h[1], h[2], h[3], h[4], {h[5], h[6], h[7], h[8]}, h[9], h[10], h[11], h[12]};
   const size_t k = static_cast<size_t>(h[0]), n = static_cast<size_t>(h[1]), m = static_cast<size_t>(h[13]);
-  Case result{attributes, m, h[17], {}, {}, {}, {}, {}, {}};
+  Case result;
+  result.attributes.k = h[0];
+  result.attributes.n = h[1];
+  result.attributes.trans_b = h[2];
+  result.attributes.block_size = h[3];
+  result.attributes.segment_axis = h[4];
+  result.attributes.segments = {h[5], h[6], h[7], h[8]};
+  result.attributes.midrise = h[9];
+  result.attributes.accuracy_level = h[10];
+  result.attributes.keep = h[11];
+  result.attributes.of = h[12];
+  result.m = m;
+  result.kind = h[17];
   result.codes = file.read<uint8_t>(static_cast<size_t>(h[14]));
   result.pattern = file.read<uint8_t>(static_cast<size_t>(h[15]));
   if (result.kind != 0) return result;
@@ -85,7 +98,13 @@ Case read_case(File& file) {
 double run(const Case& c, const fips::Kernels& kernels) {
   const fips::Layout layout(c.attributes);
   const fips::StreamIndex index(layout, c.pattern.data(), c.pattern.size(), c.codes.size());
-  const fips::Weight weight{&layout, &index, c.codes.data(), c.codes.size(), c.pattern.data(), c.scales.data()};
+  fips::Weight weight;
+  weight.layout = &layout;
+  weight.index = &index;
+  weight.codes = c.codes.data();
+  weight.codes_size = c.codes.size();
+  weight.pattern = c.pattern.data();
+  weight.scales = c.scales.data();
   std::vector<float> y(c.expected.size());
   fips::q_matmul(weight, c.a.data(), c.m, c.bias.data(), y.data(), kernels, {run_on_two_threads, nullptr});
   double difference = 0, largest = 0;
@@ -102,7 +121,8 @@ bool survives(Case c, const fips::Kernels& kernels) {
   try {
     const fips::Layout layout(c.attributes);
     const fips::StreamIndex index(layout, c.pattern.data(), c.pattern.size(), c.codes.size());
-    c.scales.assign(layout.n_of_m() ? layout.tiles() * layout.blocks * fips::kTileRows : layout.rows * layout.blocks, 0x3c00);
+    const size_t rows = layout.n_of_m() ? layout.tiles() * fips::kTileRows : layout.rows;
+    c.scales.assign(rows * layout.blocks, 0x3c00);
     c.a.assign(c.m * (layout.trans_b ? layout.columns : layout.rows), 0.0f);
     c.bias.assign(layout.trans_b ? layout.rows : layout.columns, 0.0f);
     c.expected.assign(c.m * c.bias.size(), 1.0f);
@@ -123,11 +143,16 @@ bool is_refused(const Case& c) {
   return false;
 }
 
+const fips::Kernels& kernels_of(const char* isa) {
+  const fips::Kernels* kernels = fips::find_kernels(isa);
+  if (!kernels) throw std::runtime_error(std::string("no kernels for ") + isa);
+  return *kernels;
+}
+
 int run_all(int argc, char** argv) {
   bool sound = true;
   for (int i = 2; i < argc; ++i) {
-    const fips::Kernels* kernels = fips::find_kernels(argv[i]);
-    if (!kernels) throw std::runtime_error(std::string("no kernels for ") + argv[i]);
+    const fips::Kernels& kernels = kernels_of(argv[i]);
     File file(argv[1]);
     size_t cases = 0, refused = 0;
     double worst = 0;
@@ -137,9 +162,9 @@ int run_all(int argc, char** argv) {
         sound &= is_refused(c);
         ++refused;
       } else if (c.kind == 2) {
-        ++(survives(c, *kernels) ? cases : refused);
+        ++(survives(c, kernels) ? cases : refused);
       } else {
-        const double difference = run(c, *kernels);
+        const double difference = run(c, kernels);
         // Without transB, level 4 rounds activations to 15 bits.
         const bool rounds = c.attributes.accuracy_level == 4 && !c.attributes.trans_b;
         sound &= difference < (rounds ? 2e-4 : 5e-6);
@@ -147,7 +172,7 @@ int run_all(int argc, char** argv) {
         ++cases;
       }
     }
-    std::printf("%s %zu %zu %g\n", kernels->name, cases, refused, worst);
+    std::printf("%s %zu %zu %g\n", kernels.name, cases, refused, worst);
   }
   return sound ? 0 : 1;
 }
@@ -156,6 +181,10 @@ int run_all(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
+    if (argc > 1 && std::string(argv[1]) == "kernels") {
+      for (int i = 2; i < argc; ++i) print_kernel_table(kernels_of(argv[i]));
+      return 0;
+    }
     return run_all(argc, argv);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "driver: %s\n", error.what());
