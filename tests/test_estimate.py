@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from causal_lm_samples import tiny_language_model
 from finished_run import FinishedRun
 from language_samples import byte_level_tokenizer
 from run_samples import TINY, language_recipe, tiny_recipe
 
 from fips_ort.manifest import read_manifest
-from pipeline.estimate import PROCESS_BYTES, estimate, print_estimate, shortages
+from pipeline.compression.factorized_mlp import FactorizedMLP
+from pipeline.estimate import estimate
+from pipeline.estimate.memory import PROCESS_BYTES
+from pipeline.estimate.printing import describe, print_estimate, shortages
+from pipeline.estimate.time import MOST_TOKENS, Duration, duration, sample_mlp, seconds_of_step
+from pipeline.estimate.work import MLPTraining, evaluations
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import LocalTextData, Recipe
@@ -50,7 +56,21 @@ def test_activations_are_what_calibration_wrote(finished_run: FinishedRun) -> No
 def test_memory_of_training() -> None:
     estimated = estimate(tiny_recipe())
     largest = estimated.plan.groups[0]
-    assert estimated.factor_bytes == 16 * (largest.rank * 32 + largest.rank * 2 * 2 * 64)
+    # Weight, gradient, AdamW's two moments and two forms for the backward pass, in float32, and a mask.
+    assert estimated.group_training_bytes == (6 * 4 + 1) * (largest.rank * 32 + largest.rank * 2 * 2 * 64)
+
+
+def test_memory_to_factorize_and_to_train_by_hand() -> None:
+    estimated = estimate(tiny_recipe())
+    dense = PROCESS_BYTES + 4 * estimated.parameters
+    # Two blocks of two matrices [32, 64]: twelve numbers of 4 bytes for each entry.
+    assert estimated.memory["factorize the largest group"] == dense + 48 * 4 * 32 * 64
+    entries = 16 * (32 + 4 * 64) + 16 * (32 + 2 * 64)
+    rest = 4 * (estimated.parameters - estimated.mlp_parameters) + estimated.rest_bytes
+    tokens = 128 * 2 * 4 * (4 * 32 + 6 * 64)
+    assert estimated.memory["train the largest group"] == (
+        dense + rest + 5 * entries + estimated.group_training_bytes + tokens
+    )
 
 
 def test_memory_counts_every_stage() -> None:
@@ -84,6 +104,104 @@ def test_rest_with_quantized_linears() -> None:
     attention = 3 * 4 * 32 * 32
     others = estimated.parameters - estimated.mlp_parameters - attention
     assert estimated.rest_bytes == 2 * others + attention // 2 + 2 * attention // 16  # scales in float16
+
+
+# --- work and time -----------------------------------------------------------------------------------------------
+
+FORWARD = 3 * (5 * (4 * 2 * 32 * 32 + 2 * 2 * 32 * 64) + 2 * 2 * 5 * 5 * 32) + 4 * 2 * 3 * 16 * 32 + 2 * 32 * 10
+"""Operations of the tiny classifier for an image of four patches, five tokens with the class: attention's matrices,
+MLPs and products of five with five tokens in three blocks, then the patches, then the classifier."""
+
+
+def test_work_by_hand() -> None:
+    work = estimate(tiny_recipe()).work
+    assert work.dense_training == 3 * FORWARD * 60 * 64
+    assert work.passes == (128 + 7 * 200) * FORWARD  # calibration, and seven forms on the test samples
+    # Rank 16: x U and V'U of two blocks and of one, and the projections of 4 and of 2 matrices.
+    per_token = 3 * 2 * 16 * ((2 * 2 * 32 + 4 * 64) + (2 * 32 + 2 * 64))
+    dense_per_token = 2 * 3 * 2 * 32 * 64
+    local = {"others": 0, "tokens": 128, "mlps": 128 * per_token, "precision": "float32"}
+    assert work.training == (
+        MLPTraining(key="fit", steps=20, quantized=False, **local),
+        MLPTraining(key="quantization.training.0", steps=10, quantized=True, **local),
+        MLPTraining(
+            key="quantization.training.1",
+            steps=5,
+            tokens=32 * 5,
+            mlps=32 * 5 * per_token,
+            others=3 * 32 * (FORWARD - 5 * dense_per_token) + 32 * FORWARD,
+            quantized=True,
+            precision="float32",
+        ),
+    )
+
+
+def test_evaluations_are_those_of_a_run(finished_run: FinishedRun) -> None:
+    work = finished_run.folder / "work"
+    forms = [path for folder in ("evaluate", "validate") for path in (work / folder).iterdir() if path.is_dir()]
+    assert evaluations(tiny_recipe()) == len(forms) == 7
+
+
+def test_allocation_passes_over_samples_with_every_choice() -> None:
+    allocate = {"target": 3.0, "budgets": [0.6, 0.5], "sparsities": [0.5, 0.6, 0.7], "samples": 4}
+    with_choices, without = (estimate(tiny_recipe(**more)).work for more in ({"allocate": allocate}, {}))
+    assert with_choices.passes - without.passes == 6 * 2 * 4 * FORWARD
+
+
+def test_time_is_work_by_what_a_step_takes() -> None:
+    recipe = tiny_recipe()
+    estimated = estimate(recipe)
+    timed: list[tuple[bool, bool, int, torch.dtype]] = []
+
+    def seconds(mlp: FactorizedMLP, tokens: int, dtype: torch.dtype) -> float:
+        quantized = mlp.projection("fc1").quantizer is not None
+        timed.append((mlp.basis is not None, quantized, tokens, dtype))
+        return 1e-3 * (3 if quantized else 2 if mlp.basis is not None else 1)
+
+    lasts = duration(recipe, estimated.plan, estimated.work, seconds)
+    assert timed == [
+        (False, False, MOST_TOKENS, torch.float32),
+        (True, False, 128, torch.float32),
+        (True, True, 128, torch.float32),
+        (True, True, 160, torch.float32),
+        (False, False, 160, torch.float32),
+    ]
+    dense_step, step = 3 * 2 * 2 * 32 * 64, 3 * 2 * 16 * (2 * 32 + 2 * 64)
+    fit, local, distill = estimated.work.training
+    assert lasts.dense_training == pytest.approx(1e-3 * estimated.work.dense_training / (MOST_TOKENS * dense_step))
+    assert lasts.passes == pytest.approx(1e-3 * estimated.work.passes / (MOST_TOKENS * dense_step))
+    assert lasts.training == {
+        "fit": pytest.approx(20 * 2e-3 * fit.mlps / (128 * step)),
+        "quantization.training.0": pytest.approx(10 * 3e-3 * local.mlps / (128 * step)),
+        "quantization.training.1": pytest.approx(
+            5 * (3e-3 * distill.mlps / (160 * step) + 1e-3 * distill.others / (160 * dense_step))
+        ),
+    }
+    assert lasts.least == lasts.dense_training + lasts.passes + sum(lasts.training.values()) + lasts.delivery
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_timed_step_trains_an_mlp_of_the_recipe(quantized: bool, dtype: torch.dtype) -> None:
+    recipe = tiny_recipe()
+    mlp = sample_mlp(recipe, estimate(recipe).plan.groups[0], quantized=quantized)
+    shapes = {name: tuple(factor.weight.shape) for name, factor in mlp.projections.items()}
+    assert shapes == {"fc1": (64, 16), "fc2": (16, 64)}
+    assert mlp.basis is not None
+    before = [factor.weight.detach().clone() for factor in (mlp.basis, *mlp.projections.values())]
+    assert 0 < seconds_of_step(mlp, 8, dtype) < 10
+    for factor, weight in zip((mlp.basis, *mlp.projections.values()), before, strict=True):
+        assert not torch.equal(factor.weight, weight)
+    gains = mlp.basis.quantizer.log_gain.abs().max() if mlp.basis.quantizer else None
+    assert (gains is not None and float(gains.detach()) > 0) == quantized
+
+
+def test_time_is_told_by_what_takes_it() -> None:
+    lasts = Duration(dense_training=60.0, passes=0.0, training={"fit": 30.0}, delivery=30.0)
+    assert describe(lasts) == (
+        "at least 2.0 minutes here, by steps that were timed (the dense model's training 1.0, fit 0.5, delivery 0.5); "
+        "expect up to 3.0"
+    )
 
 
 def test_missing_images_are_named(tmp_path: Path) -> None:
@@ -122,6 +240,19 @@ def test_language_model_needs_no_weights(language: Recipe) -> None:
         "find starting codes outside the MLPs",
         "train end to end",
     }
+
+
+def test_work_of_a_language_model(language: Recipe) -> None:
+    work = estimate(language).work
+    distill = work.training[-1]
+    assert (distill.tokens, distill.precision) == (8 * 32, "bfloat16")
+    # Two groups of two blocks of rank 16, three projections of 64 columns each.
+    assert distill.mlps == 2 * 3 * 2 * 8 * 32 * 16 * (2 * 2 * 32 + 2 * 3 * 64)
+    logits = 2 * 32 * 265  # of a token
+    body, remainder = divmod(work.passes - 6 * 10 * 32 * logits, 24 + 6 * 10)
+    assert remainder == 0
+    outside = body - 32 * 2 * 4 * 3 * 32 * 64
+    assert distill.others == 8 * (3 * outside + body + 5 * 32 * logits)
 
 
 def test_rest_of_a_language_model(language: Recipe) -> None:

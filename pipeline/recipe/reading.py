@@ -139,14 +139,15 @@ def _describe_all(where: str, kind: type[Section], problems: Sequence[Any]) -> s
 
 def _location(kind: type[Section], problem: Any) -> tuple[str, ...]:
     """Where a problem is: keys, and indices of lists, from the outermost section, which is of ``kind``."""
-    location, named = problem["loc"], ()
+    location: tuple[str | int, ...] = problem["loc"]
     if problem["type"] in ("extra_forbidden", "missing", "invalid_key"):
-        location, named = location[:-1], location[-1:]
-    elif problem["type"].startswith("union_tag"):
-        named = (problem["ctx"]["discriminator"].strip("'"),)
+        return (*_keys(kind, location[:-1]), str(location[-1]))
+    keys = _keys(kind, location)
+    if problem["type"].startswith("union_tag"):
+        keys.append(problem["ctx"]["discriminator"].strip("'"))
     elif problem["type"] == "value_error" and isinstance(problem["ctx"]["error"], AtKeyError):
-        named = problem["ctx"]["error"].key.split(".")
-    return (*_keys(kind, location), *map(str, named))
+        keys += problem["ctx"]["error"].key.split(".")
+    return tuple(keys)
 
 
 def _keys(kind: type[Section], location: Sequence[str | int]) -> list[str]:

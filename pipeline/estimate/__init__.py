@@ -1,0 +1,117 @@
+"""What a run will make and need, from the model's configuration alone; no weight is computed.
+
+Sizes of what is stored (:mod:`pipeline.estimate.sizes`), memory (:mod:`pipeline.estimate.memory`) and work
+(:mod:`pipeline.estimate.work`) are counted here; how long the work takes on a machine is measured in
+:mod:`pipeline.estimate.time`, and ``fips plan`` prints it all (:mod:`pipeline.estimate.printing`).
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline.estimate.checks import check_inputs, check_rest_blocks
+from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
+from pipeline.estimate.sizes import largest_size, rest_bytes
+from pipeline.estimate.work import Work, count_work, dry_run
+from pipeline.models.adapters import find_mlps
+from pipeline.models.causal_lm import language_model_class, load_language_config
+from pipeline.models.image_classifier import load_config, model_class
+from pipeline.recipe.choices import choices_of, largest_choice
+from pipeline.recipe.plan import GroupSize, Plan, make_plan
+from pipeline.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Parameters, bytes and work of a run to be.
+
+    ``sizes``: bytes of each group's packed factors, by its name; a factor left to allocation is counted with 2 bits.
+    ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``activation_bytes_per_sample``: on
+    disk, of what calibration records. ``group_training_bytes``: memory to train the factors of the largest group.
+    ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
+    checkpoint, which need not stay in memory. ``work``: operations that take most of the time.
+    """
+
+    plan: Plan
+    parameters: int
+    mlp_parameters: int
+    sizes: dict[str, GroupSize]
+    rest_bytes: int
+    activation_bytes_per_sample: int
+    group_training_bytes: int
+    memory: dict[str, int]
+    mapped_bytes: int
+    work: Work
+
+    @property
+    def mlp_bytes(self) -> int:
+        """Bytes of all packed factors."""
+        return sum(size.stored for size in self.sizes.values())
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Bytes of all weights; graph, manifest and native library add about half a megabyte."""
+        return self.mlp_bytes + self.rest_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense model in memory, in float32."""
+        return FLOAT32_BYTES * self.parameters
+
+    @property
+    def peak_memory(self) -> tuple[str, int]:
+        """When most memory is held, and how much."""
+        return max(self.memory.items(), key=lambda entry: entry[1])
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Plan a run, with the largest choices where some are left to an allocation.
+
+    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, and blocks outside
+    the MLPs that do not divide.
+    """
+    check_inputs(recipe)
+    choices = []
+    wanted = recipe
+    if recipe.allocate is not None:
+        choices = [choice.apply(recipe) for choice in choices_of(recipe)]
+        recipe = largest_choice(recipe)
+    config, model, shapes_only = _shapes(recipe)
+    sites = find_mlps(model)
+    for choice in choices:
+        make_plan(choice, sites)
+    plan = make_plan(recipe, sites)
+    check_rest_blocks(recipe, model, sites)
+    sizes = {group.name: largest_size(recipe, group) for group in plan.groups}
+    rest = rest_bytes(recipe, model, plan)
+    passed = dry_run(recipe, plan, model, config, shapes_only)
+    return Estimate(
+        plan=plan,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        mlp_parameters=sum(group.dense_parameters for group in plan.groups),
+        sizes=sizes,
+        rest_bytes=rest,
+        activation_bytes_per_sample=passed.activation_bytes,
+        group_training_bytes=training_bytes(recipe, plan),
+        memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),
+        mapped_bytes=mapped_bytes(recipe, config, model),
+        work=count_work(wanted, plan, passed),
+    )
+
+
+def _shapes(recipe: Recipe) -> tuple[Any, Any, AbstractContextManager[Any]]:
+    """(configuration, model without values, context in which the model can be called) of a recipe."""
+    shapes_only: AbstractContextManager[Any]
+    if recipe.is_language_model:
+        config, kind = load_language_config(recipe.model), language_model_class()  # type: ignore[arg-type]
+        # Masks of language models depend on data where tensors are on the meta device, not where they are fake.
+        shapes_only = FakeTensorMode()
+    else:
+        # The number of labels, where it comes from the data, changes the size of one small layer.
+        config, kind = load_config(recipe.model, labels=10), model_class()  # type: ignore[arg-type]
+        shapes_only = torch.device("meta")
+    with shapes_only:
+        return config, kind.from_config(config), shapes_only

@@ -1,0 +1,65 @@
+"""Bytes of what an artefact stores: packed factors, and the weights outside the compressed MLPs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from pipeline.recipe.plan import GroupPlan, GroupSize, MLPSite, Plan, Segments, given_segments, group_size
+from pipeline.recipe.schema import Recipe
+
+_SCALE_BITS = 16
+"""Bits of the scale that each block of n-bit weights has: a float16."""
+
+
+def largest_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
+    """Bytes of a group's packed factors; those whose bits are left to allocation have 2 each."""
+    basis, projections = largest_segments(recipe, group)
+    return group_size(recipe, group, basis, projections)
+
+
+def largest_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments, Segments]:
+    """Segments of (basis, projections) of a group; 2 bits for the whole rank axis where they are allocated later."""
+    two_bits = (0, 0, 0, group.rank)
+    basis, projections = given_segments(recipe, group)
+    return basis or two_bits, projections or two_bits
+
+
+def rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
+    """Bytes of the weights outside the compressed MLPs; a tied token table is stored once."""
+    rest = recipe.quantization.rest
+    compressed = _linear_paths([site for group in plan.groups for site in group.sites])
+    tables = (model.get_input_embeddings(), model.get_output_embeddings()) if recipe.is_language_model else ()
+    total = 0
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen or (name in compressed and parameter.dim() == 2):
+                continue
+            seen.add(id(parameter))
+            bits: float = 16 if rest.weights == "float16" else 32
+            if parameter.dim() == 2:
+                if any(module is table for table in tables):
+                    bits = rest.embedding_bits or bits
+                elif isinstance(module, nn.Linear) and name != "classifier":
+                    bits = rest.linear_bits or bits
+                if bits < 16:
+                    bits += _SCALE_BITS / rest.block_size
+            total += math.ceil(parameter.numel() * bits / 8)
+    return total
+
+
+def rest_linears(model: Any, sites: Sequence[MLPSite]) -> dict[str, nn.Linear]:
+    """Linear layers outside the MLPs that the rest's bits apply to, not the classifier or output layer, by path."""
+    mlps = _linear_paths(sites)
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name != "classifier" and name not in mlps
+    }
+
+
+def _linear_paths(sites: Sequence[MLPSite]) -> set[str]:
+    return {f"{site.path}.{name}" for site in sites for name in (*site.first, site.last)}
