@@ -253,6 +253,10 @@ def test_work_of_a_language_model(language: Recipe) -> None:
     assert remainder == 0
     outside = body - 32 * 2 * 4 * 3 * 32 * 64
     assert distill.others == 8 * (3 * outside + body + 5 * 32 * logits)
+    content = language.model_dump(mode="json")
+    content["evaluation"]["stride"] = 10
+    overlapping = estimate(parse_recipe(content, "r.yaml")).work
+    assert overlapping.passes - work.passes == 3 * 6 * 10 * (body + 32 * logits)
 
 
 def test_rest_of_a_language_model(language: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""From images to a model's input, by the image processor that is saved beside the artefact."""
+"""Preprocessing of images into a model's input, by the image processor that is saved beside the artefact."""
 
 import json
 from collections.abc import Sequence

@@ -47,7 +47,7 @@ class TextSplit:
 
     @property
     def width(self) -> int:
-        """Tokens of text in a window."""
+        """How many tokens of text a window holds."""
         return self.context - (self.bos is not None)
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class TextSplit:
         return counts
 
     def strided(self, stride: int | None) -> "TextSplit":
-        """The same text in windows that start every ``stride`` tokens; None for windows side by side. Raises
+        """Return this text in windows that start every ``stride`` tokens, or side by side if it is None. Raises
         InputError for a stride that leaves out text."""
         if stride is not None and not 1 <= stride <= self.width:
             raise InputError(

@@ -28,8 +28,8 @@ SVD_BYTES = 2 * FLOAT32_BYTES + 5 * FLOAT64_BYTES
 right singular vectors, and three forms of V (these times the singular values, then divided by the magnitude of each
 row, then multiplied by a common one; :func:`pipeline.compression.factorize.svd_factors`)."""
 NO_BASIS_BYTES = 4 * FLOAT32_BYTES
-"""The same of a group without a basis: W, LAPACK's copy of it for the singular values, the factors, and what they are
-divided by to begin with."""
+"""Factorization without a basis, for an entry of W: W, LAPACK's copy of it for the singular values, the factors, and
+their squares, which say how large their rows are."""
 OPTIMIZER_BYTES = 3 * FLOAT32_BYTES
 """Training, for an entry of a factor: its gradient and AdamW's two moments."""
 BACKWARD_BYTES = 2 * FLOAT32_BYTES
@@ -55,8 +55,8 @@ LOCAL_WIDTHS, LOCAL_HIDDEN = 4, 6
 """Local training: vectors of the model's width d (input, output, target, error) and of the MLP's width n (the first
 projections, the activation and what their gradients need) for each MLP."""
 END_TO_END_WIDTHS, END_TO_END_HIDDEN = 24, 16
-"""The same for each block in end-to-end training, attention and norms included. Gemma 3 270M took 182 kB a token and
-block, this says 192."""
+"""End-to-end training: vectors of width d and n for each block, attention and norms included. Gemma 3 270M took 182 kB
+a token and block, this says 192."""
 
 
 def memory_by_stage(recipe: Recipe, plan: Plan, model: Any, rest_stored: int, mlps_stored: int) -> dict[str, int]:

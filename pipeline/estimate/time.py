@@ -27,7 +27,7 @@ DELIVERY_SECONDS = 15.0
 """Export, validation and measurements of speed, however small the model: the five runs of tiny models that the project
 compares byte by byte took 11 to 24 seconds, nearly all of it for that."""
 EXPECTED = 1.5
-"""What a run may take, relative to what is counted: starting codes, activations, norms, reading and writing."""
+"""How many times what is counted a run may take: for starting codes, attention, norms, reading and writing."""
 
 Seconds = Callable[[FactorizedMLP, int, torch.dtype], float]
 """Seconds of one step of training an MLP on so many tokens, its products in a dtype."""
@@ -45,11 +45,12 @@ class Duration:
 
     @property
     def least(self) -> float:
+        """Seconds of all that is counted."""
         return self.dense_training + self.passes + sum(self.training.values()) + self.delivery
 
     @property
     def expected(self) -> float:
-        """Up to this is no surprise."""
+        """Seconds that are no surprise."""
         return EXPECTED * self.least
 
 

@@ -4,6 +4,7 @@ A multiply-add is two operations, and the backward pass of a product takes two p
 measurements of speed are not counted, nor samples where only the data says how many there are.
 """
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,6 +77,8 @@ def count_work(recipe: Recipe, plan: Plan, passed: Pass) -> Work:
         training = recipe.model.training
         dense = FORWARD_AND_BACKWARD * passed.body * training.steps * training.batch_size
     evaluated = (recipe.evaluation.samples or 0) * evaluations(recipe)
+    if isinstance(recipe.data, TextSection) and recipe.evaluation.stride is not None:
+        evaluated *= math.ceil(recipe.data.context / recipe.evaluation.stride)  # windows that overlap
     if recipe.allocate is not None:
         evaluated += recipe.allocate.samples * len(choices_of(recipe)) * len(plan.groups)
     return Work(

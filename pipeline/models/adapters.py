@@ -25,7 +25,12 @@ class _Names:
 
 @dataclass(frozen=True)
 class _Layout:
-    """``blocks``: path of the blocks below the base model, ``*`` standing for each index of a module list."""
+    """Where a kind of model has its MLPs.
+
+    ``blocks``: path of the blocks below the base model, ``*`` standing for each index of a module list. ``names``: of
+    the MLPs' children; ``gated``: of models whose configuration asks for SwiGLU. ``output_scale``: path, below a block,
+    of the layer scale behind the MLP.
+    """
 
     task: Task
     blocks: str

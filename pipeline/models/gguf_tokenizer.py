@@ -44,6 +44,10 @@ _GPT2_SPLITS = ("default", "gpt-2")
 
 
 def read_metadata(gguf: Path, string_arrays: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Metadata of a GGUF file by key, of its arrays of strings those in ``string_arrays``; and the tensors' names.
+
+    Raises InputError for a file that cannot be read.
+    """
     try:
         return read_gguf_metadata(str(gguf), string_arrays)
     except (ValueError, LookupError, OSError, struct.error) as error:

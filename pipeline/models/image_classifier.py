@@ -1,4 +1,4 @@
-"""A recipe's dense model: trained in the run, loaded from a checkpoint, or rebuilt from a packaged ONNX file."""
+"""A recipe's image classifier: trained in the run, loaded from a checkpoint, or rebuilt from a packaged ONNX file."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def load_model(
     seed: int,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """The dense model of a recipe, trained on ``data.train`` where the recipe says so.
+    """The dense image classifier of a recipe, trained on ``data.train`` where the recipe says so.
 
     ``progress(step, total, message)`` is called during training. Raises InputError when the model cannot be found
     or built, lacks weights, or has weights that are not finite.

@@ -23,7 +23,6 @@ from pipeline.plumbing.errors import InputError
 
 _PREFIX = "backbone."
 _LAST_BIAS = _PREFIX + "layernorm.bias"
-_CLASS_TOKEN = _PREFIX + "embeddings.cls_token"
 _RENAMED = (
     ("attention.attention.query.", "attention.q_proj."),
     ("attention.attention.key.", "attention.k_proj."),

@@ -10,14 +10,18 @@ from pipeline.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Choice:
-    """Of one group; None: as the recipe has it. ``bits``: of the projections, a number or segments."""
+    """What one group can get in place of what the recipe says; None leaves that as it is.
+
+    ``budget``, ``sparsity``: those of ``compression``. ``bits``: those of ``quantization.projections``, a number or
+    segments of the rank axis.
+    """
 
     budget: float | None
     sparsity: float | None
     bits: Any
 
     def apply(self, recipe: Recipe) -> Recipe:
-        """``recipe`` with this choice."""
+        """Return ``recipe`` with this choice for all groups."""
         content = recipe.model_dump(mode="json")
         if self.budget is not None:
             content["compression"]["budget"] = self.budget
@@ -29,7 +33,7 @@ class Choice:
 
 
 def choices_of(recipe: Recipe) -> list[Choice]:
-    """Every combination that the recipe allows."""
+    """Return every combination that the key ``allocate`` of the recipe allows."""
     assert recipe.allocate is not None
     content = recipe.allocate.model_dump(mode="json")
     lists = (content[name] or [None] for name in ("budgets", "sparsities", "bits"))
@@ -37,7 +41,7 @@ def choices_of(recipe: Recipe) -> list[Choice]:
 
 
 def largest_choice(recipe: Recipe) -> Recipe:
-    """``recipe`` with the choice that has most parameters, for estimates."""
+    """Return ``recipe`` with the choice that has most parameters, for estimates."""
     assert recipe.allocate is not None
     budgets, sparsities = recipe.allocate.budgets, recipe.allocate.sparsities
     return Choice(max(budgets) if budgets else None, min(sparsities) if sparsities else None, None).apply(recipe)

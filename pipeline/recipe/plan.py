@@ -48,6 +48,7 @@ class MLPSite:
 
 
 def group_name(index: int) -> str:
+    """Name of the group with number ``index`` in the recipe: in folders, files and reports."""
     return f"group_{index}"
 
 
@@ -72,6 +73,7 @@ class GroupPlan:
 
     @property
     def dense_parameters(self) -> int:
+        """Entries of all matrices of the dense MLPs."""
         return self.width * self.columns
 
     @property
@@ -274,7 +276,11 @@ def _sizes(by_bits: dict[int, int]) -> Segments:
 
 @dataclass(frozen=True)
 class GroupSize:
-    """Promised sizes of a group's packed factors, in bytes; ``values`` are the kept parameters."""
+    """Promised sizes of a group's packed factors.
+
+    ``values``: entries that are kept. ``value_bits``: bits of their codes, which the paper counts. ``codes``,
+    ``pattern``, ``scales``: stored bytes.
+    """
 
     values: float
     value_bits: float
@@ -284,11 +290,12 @@ class GroupSize:
 
     @property
     def stored(self) -> int:
+        """Bytes in all."""
         return self.codes + self.pattern + self.scales
 
 
 def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: Segments) -> GroupSize:
-    """What a group will take with the given segments of the rank axis (bitmaps: at the target sparsity)."""
+    """Sizes of a group's packed factors with the given segments of the rank axis; bitmaps at the target sparsity."""
     sparsity = recipe.compression.target_sparsity
     layouts = [basis_layout(recipe, group, basis)] if group.has_basis else []
     for site in group.sites:

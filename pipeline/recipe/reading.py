@@ -124,7 +124,8 @@ def set_key(content: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _describe_all(where: str, kind: type[Section], problems: Sequence[Any]) -> str:
-    """One line a key: of several alternatives that a value may follow, the one that it follows furthest."""
+    """Say what is wrong, in one line for each key; of several alternatives that a value may follow, by the one that it
+    follows furthest."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
     for problem in problems:
         by_key.setdefault(_location(kind, problem), []).append(problem)

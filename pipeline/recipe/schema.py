@@ -37,7 +37,8 @@ class Section(BaseModel):
 
 
 class Training(Section):
-    """AdamW with linear warm-up over 5 % of the steps and cosine decay to zero."""
+    """Training of a classifier, or of its last layer, in the run: AdamW whose learning rate warms up linearly over 5 %
+    of the steps and decays to zero by a cosine."""
 
     steps: Positive
     batch_size: Positive = 128
@@ -111,7 +112,8 @@ class DigitsData(Section):
 
 
 class ImageFolderData(Section):
-    """``path/{train,test}/LABEL/image.*``; the label is a name or index known to the model, in ImageNet style."""
+    """Image files in folders as ImageNet has them, ``path/{train,test}/LABEL/image.*``; the label is a name or index
+    that the model knows."""
 
     source: Literal["image_folder"]
     path: str
@@ -184,9 +186,10 @@ DataSection = Annotated[ImageDataSection | TextDataSection, Field(discriminator=
 
 
 class Sparsifier(Section):
-    """How the projections become sparse during the fit (METHOD: GMP, RigL, static magnitude).
+    """How the projections become sparse during the fit.
 
-    ``ranking``: magnitudes are compared within each projection (``layer``) or over the whole group
+    ``algorithm``: gradual magnitude pruning, RigL's dropping and growing, or one choice by magnitude before the first
+    step. ``ranking``: magnitudes are compared within each projection (``layer``) or over the whole group
     (``group``, the paper's 'global'). ``saliency``: entries are ranked by ``magnitude``, or by their contribution to
     the output on the calibration data (``activation``). The mask is updated every ``update_every`` steps until ``end``
     of the steps. ``initial_sparsity`` is where GMP starts; ``drop_fraction`` is RigL's, with cosine decay.
@@ -292,8 +295,8 @@ class EndToEnd(Section):
 
 
 class QuantizedEndToEnd(EndToEnd):
-    """Of the quantized factors; with ``train_rest``, norms and the scales of n-bit linear layers outside the MLPs
-    are trained with them, so that they make up for what the codes have lost."""
+    """Training of the quantized factors in the whole model; with ``train_rest``, norms and the scales of n-bit linear
+    layers outside the MLPs are trained with them, so that they make up for what the codes have lost."""
 
     train_rest: bool = False
 
@@ -356,8 +359,12 @@ class RestOfModel(Section):
 
 
 class Quantization(Section):
-    """``start``: codes before training are the ``nearest`` levels, or those that ``gptq`` finds from the second
-    moments of the activations."""
+    """How factors and all other weights are quantized, and the factors then trained.
+
+    ``start``: codes before training are the ``nearest`` levels, or those that ``gptq`` finds from the second moments of
+    the activations. ``target_stored_bits``: what ``bits: allocate`` spends. ``learned_scales``: scales are trained with
+    the values. ``training``: entries follow one another.
+    """
 
     basis: FactorScheme | None = None
     projections: FactorScheme
@@ -398,15 +405,20 @@ class Allocate(Section):
 
 
 class Export(Section):
-    """``accuracy_level`` 0: float32 activations; 4: int8 activations where the kernels can use them."""
+    """How the artefact is written.
+
+    ``accuracy_level`` 0: float32 activations; 4: int8 activations where the kernels can use them. ``max_shard_size``:
+    bytes of a file of weights at most.
+    """
 
     accuracy_level: Literal[0, 4] = 0
     max_shard_size: Annotated[int, Field(ge=4096)] = 2_000_000_000
 
 
 class Evaluation(Section):
-    """``samples``: how many test samples (images, or windows of text), in order; all if not given.
+    """How quality is measured.
 
+    ``samples``: how many test samples (images, or windows of text), in order; all if not given.
     ``stride``: tokens between the starts of two windows, only the last of which count in each; by default a
     whole window."""
 
@@ -416,7 +428,10 @@ class Evaluation(Section):
 
 
 class Calibration(Section):
-    """``samples``: how many training samples (images, or windows of text), drawn at random; all if not given."""
+    """What activations of the dense model are recorded on.
+
+    ``samples``: how many training samples (images, or windows of text), drawn at random; all if not given.
+    """
 
     samples: Positive | None = None
     batch_size: Positive = 64
@@ -440,6 +455,7 @@ class Recipe(Section):
 
     @property
     def is_language_model(self) -> bool:
+        """Whether ``model`` is a language model; else it is an image classifier."""
         return isinstance(self.model, LanguageModelSection)
 
     @model_validator(mode="after")
