@@ -42,8 +42,8 @@ def evaluate(
     samples: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Quality:
-    """Accuracy of ``predict`` (pixel values float32 [B, 3, H, W] → logits [B, labels]) on the first ``samples``
-    images of ``split``, all if None.
+    """Measure the accuracy of ``predict`` (pixel values float32 [B, 3, H, W] → logits [B, labels]) on the first
+    ``samples`` images of ``split``, all if None.
 
     Raises InputError when the split has fewer images or the logits are not finite.
     """
@@ -71,7 +71,8 @@ def evaluate(
 
 
 def check_samples(split: ImageSplit, samples: int | None) -> int:
-    """How many images of ``split`` an evaluation takes. Raises InputError when the split has fewer, or none."""
+    """Count the images of ``split`` that an evaluation takes: ``samples``, or all. Raises InputError when the split
+    has fewer, or none."""
     total = len(split) if samples is None else samples
     if not 0 < total <= len(split):
         raise InputError(f"evaluation: {total} samples asked for, the test split has {len(split)}")
@@ -79,7 +80,8 @@ def check_samples(split: ImageSplit, samples: int | None) -> int:
 
 
 def divergence(logits: Tensor, dense_logits: Tensor) -> Divergence:
-    """Divergence of ``logits`` from ``dense_logits``, both [samples, labels], on the same samples."""
+    """Compute the divergence of ``logits`` from ``dense_logits``, both [samples, labels], on the same samples. Raises
+    ValueError for other shapes."""
     if logits.shape != dense_logits.shape:
         raise ValueError(f"logits of shape {list(logits.shape)} against {list(dense_logits.shape)}")
     log_p = torch.log_softmax(dense_logits.double(), dim=1)
@@ -90,12 +92,13 @@ def divergence(logits: Tensor, dense_logits: Tensor) -> Divergence:
 
 
 def save_quality(quality: Quality, folder: Path) -> None:
+    """Write ``quality.json`` and the logits beside it into ``folder``."""
     fields = {key: value for key, value in asdict(quality).items() if key != "logits"}
     write_aside(folder / "logits.safetensors", lambda path: save_file({"logits": quality.logits.numpy()}, path))
     write_json(folder / "quality.json", fields)
 
 
 def load_quality(folder: Path) -> Quality:
-    """Inverse of :func:`save_quality`."""
+    """Read what :func:`save_quality` has written into ``folder``."""
     logits = torch.from_numpy(load_file(folder / "logits.safetensors")["logits"])
     return Quality(**read_json(folder / "quality.json"), logits=logits)

@@ -25,8 +25,8 @@ PORTABLE = "artefact, portable functions"
 def seconds_per_run(
     sessions: Mapping[str, onnxruntime.InferenceSession], pixel_values: NDArray[np.float32], seconds: float
 ) -> dict[str, float]:
-    """Median wall time of one run of each session on ``pixel_values`` [batch, 3, H, W], in turns; about ``seconds`` in
-    all."""
+    """Measure the median wall time of one run of each session on ``pixel_values`` [batch, 3, H, W]. The sessions take
+    turns, for about ``seconds`` in all."""
     runs = {
         name: partial(session.run, ["logits"], {"pixel_values": pixel_values}) for name, session in sessions.items()
     }
@@ -36,7 +36,7 @@ def seconds_per_run(
 
 
 def artefact_sessions(folder: Path, threads: int) -> dict[str, onnxruntime.InferenceSession]:
-    """The artefact with native kernels and with functions only."""
+    """Load the artefact twice: with native kernels, and with portable functions only."""
     return {
         NATIVE: load(folder, session_options(threads), native=True, verify=False),
         PORTABLE: load(folder, session_options(threads), native=False, verify=False),
@@ -46,9 +46,11 @@ def artefact_sessions(folder: Path, threads: int) -> dict[str, onnxruntime.Infer
 def dense_sessions(
     dense: nn.Module, pixel_shape: tuple[int, int, int], threads: int
 ) -> dict[str, onnxruntime.InferenceSession]:
-    """The dense model in ONNX Runtime, float32, and with its linear layers (not the classifier) as MatMulNBits.
+    """Load the dense model into ONNX Runtime twice: in float32, and with its linear layers (not the classifier) as
+    MatMulNBits.
 
-    4 bits, accuracy_level 4, blocks of 64, 32 or 16, whichever divides all layers; absent if none does.
+    Those have 4 bits, accuracy_level 4 and blocks of 64, 32 or 16, the largest that divides all layers; the second
+    session is left out if none does.
     """
     models = {DENSE_FLOAT32: dense}
     for block_size in (64, 32, 16):
@@ -66,6 +68,7 @@ def dense_sessions(
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Make options for a session that computes with so many ``threads``."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return options

@@ -99,7 +99,7 @@ def evaluate_perplexity(
     progress: Report | None = None,
     reference: "DenseReference | None" = None,
 ) -> Perplexity:
-    """Perplexity of ``logits_of`` (token ids int64 [B, T] → logits [B, T, vocabulary]) on all of ``windows``.
+    """Measure the perplexity of ``logits_of`` (token ids int64 [B, T] → logits [B, T, vocabulary]) on all ``windows``.
 
     With a ``stride`` the windows overlap and each counts its last ``stride`` tokens only, so that most are predicted
     from a longer past; by default they lie side by side. With a ``reference`` the result has the divergence from it.
@@ -141,10 +141,11 @@ def evaluate_perplexity(
 
 
 def paired_difference(model: Perplexity, baseline: Perplexity) -> PairedDifference:
-    """How much worse (if positive) ``model`` predicts the same text than ``baseline``.
+    """Compare how well ``model`` and ``baseline`` predict the same text; a positive difference means that ``model`` is
+    worse.
 
-    The error is that of the differences window by window, far below that of either value: what makes a window hard
-    is hard for both. Raises ValueError when the texts, windows or strides are not the same.
+    The error is that of the differences window by window, far below that of either value: a window that is hard for
+    one model is hard for the other. Raises ValueError when the texts, windows or strides are not the same.
     """
     for name in ("text", "context", "stride"):
         if getattr(model, name) != getattr(baseline, name):
@@ -166,7 +167,7 @@ def check_windows(windows: TextSplit) -> None:
 
 
 def _chunks(context: int, count: int, size: int) -> Iterator[slice]:
-    """Positions whose logits predict the last ``count`` tokens of a window, at most ``size`` at a time."""
+    """Yield the positions whose logits predict the last ``count`` tokens of a window, at most ``size`` at a time."""
     stop = context - 1
     for start in range(stop - count, stop, size):
         yield slice(start, min(start + size, stop))
@@ -194,12 +195,12 @@ def _exp(nll: float) -> float:
 
 
 def _correlated_windows(context: int, stride: int) -> int:
-    """How many consecutive windows see the same text: overlapping ones are no independent samples."""
+    """Count the consecutive windows that see the same text: overlapping ones are no independent samples."""
     return max(1, math.ceil((context - 1) / stride))
 
 
 def _ratio_of_sums(sums: Tensor, counts: Tensor, grouped: int) -> tuple[float, float]:
-    """``Σ sums / Σ counts`` and its standard error as a ratio estimator, from ``grouped`` windows together.
+    """Compute ``Σ sums / Σ counts`` and its standard error as a ratio estimator, from ``grouped`` windows together.
 
     With samples s_i and n_i of G groups and r = Σs/Σn: error² = G/(G-1) Σ(s_i - r n_i)² / (Σn)².
     """
@@ -214,7 +215,7 @@ def _ratio_of_sums(sums: Tensor, counts: Tensor, grouped: int) -> tuple[float, f
 
 
 class OutputLayer:
-    """From final hidden states to logits, as a transformers causal language model does it."""
+    """The output layer of a transformers causal language model, with the soft cap that follows it."""
 
     def __init__(self, model: Any) -> None:
         self._layer: nn.Module = model.get_output_embeddings()
@@ -231,7 +232,7 @@ class OutputLayer:
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """Logits that are made when asked for, from ``hidden`` [B, T, d]."""
+    """Logits [B, T, vocabulary] that are made from ``hidden`` [B, T, d] when they are asked for."""
 
     hidden: Tensor
     output_layer: OutputLayer
@@ -241,7 +242,8 @@ class LazyLogits:
 
 
 def lazy_logits(model: Any) -> Callable[[Tensor], LazyLogits]:
-    """A PyTorch causal language model as ``logits_of`` of :func:`evaluate_perplexity`, its logits made in chunks."""
+    """Turn a PyTorch causal language model into ``logits_of`` of :func:`evaluate_perplexity`, with logits made in
+    chunks."""
     output_layer = OutputLayer(model)
     return lambda input_ids: LazyLogits(hidden_states(model, input_ids), output_layer)
 
@@ -257,8 +259,11 @@ def evaluate_dense(
     folder: Path,
     progress: Report | None = None,
 ) -> Perplexity:
-    """Perplexity of the dense PyTorch model, whose final hidden states are left in ``folder`` for
-    :class:`DenseReference`: float32 [predicted tokens, d], in the order of evaluation."""
+    """Measure the perplexity of the dense PyTorch model and leave its final hidden states in ``folder`` for
+    :class:`DenseReference`: float32 [predicted tokens, d], in the order of evaluation.
+
+    Raises InputError as :func:`evaluate_perplexity` does, and where the disk has no room for the states.
+    """
     strided = windows.strided(stride)
     counts = strided.predicted()
     output_layer = OutputLayer(model)
@@ -292,7 +297,8 @@ def evaluate_dense(
 class DenseReference:
     """The dense model's logits on the windows of :func:`evaluate_dense`, made again a chunk at a time.
 
-    ``model`` is the dense model, of which only the output layer is used.
+    ``folder``: where that function left the hidden states. ``model``: the dense model, of which only the output layer
+    is used.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
@@ -303,7 +309,8 @@ class DenseReference:
         return int(self._states.shape[0])
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """Logits float32 [stop - start, vocabulary] for predicted tokens by number, in the order of evaluation."""
+        """Make the logits float32 [stop - start, vocabulary] of the predicted tokens from number ``start`` on, in the
+        order of evaluation."""
         return self._output_layer(torch.tensor(self._states[start:stop]))
 
 
@@ -318,8 +325,10 @@ class _Comparison:
         self._same = torch.empty(tokens, dtype=torch.bool)
 
     def add(self, start: int, logits: Tensor, normalizer: Tensor) -> None:
-        """``logits`` float32 [n, vocabulary] of the tokens from number ``start``, ``normalizer`` float64 [n] the
-        logarithm of the sum of their exponentials."""
+        """Compare ``logits`` float32 [n, vocabulary] of the tokens from number ``start`` on with the dense model's.
+
+        ``normalizer`` float64 [n]: the logarithm of the sum of their exponentials.
+        """
         stop = start + len(logits)
         dense = self._reference.logits(start, stop)
         self._same[start:stop] = dense.argmax(dim=-1) == logits.argmax(dim=-1)
@@ -343,6 +352,7 @@ class _Comparison:
 
 
 def save_perplexity(quality: Perplexity, folder: Path) -> None:
+    """Write ``perplexity.json`` and what each window counts beside it into ``folder``."""
     tensors = {"nll": quality.window_nll.numpy(), "tokens": quality.window_tokens.numpy()}
     fields = {key: value for key, value in asdict(quality).items() if key not in ("window_nll", "window_tokens")}
     write_aside(folder / "windows.safetensors", lambda path: save_file(tensors, path))
@@ -350,6 +360,7 @@ def save_perplexity(quality: Perplexity, folder: Path) -> None:
 
 
 def load_perplexity(folder: Path) -> Perplexity:
+    """Read what :func:`save_perplexity` has written into ``folder``."""
     tensors = {key: torch.from_numpy(value) for key, value in load_file(folder / "windows.safetensors").items()}
     fields = read_json(folder / "perplexity.json")
     divergence = fields.pop("divergence")

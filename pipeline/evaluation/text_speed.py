@@ -29,7 +29,7 @@ from pipeline.recipe.schema import Recipe
 NATIVE = "artefact, native kernels"
 INT4 = "int4, onnxruntime-genai's builder"
 INT4_BLOCK = 32
-"""The builder's default."""
+"""Block size of the int4 model: the builder's default."""
 MAX_LENGTH = 1024
 PROMPT_TOKENS = 128
 GENERATED_TOKENS = 32
@@ -93,8 +93,8 @@ def bench_recipe(artifact: Path, recipe: Recipe, threads: int, beside: Sequence[
 
 
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
-    """The dense model as the builder exports it at int4: MatMulNBits (accuracy_level 4) and GatherBlockQuantized with
-    blocks of 32, rounded to nearest."""
+    """Export the dense model into ``folder`` as the builder does at int4: MatMulNBits (accuracy_level 4) and
+    GatherBlockQuantized with blocks of 32, rounded to nearest."""
     linears = quantize_linears(dense, 4, INT4_BLOCK, [], 4, codes_only=True)
     model = quantize_embedding(linears, 4, INT4_BLOCK, 4, codes_only=True).eval()
     graph = export_causal_lm(model, MAX_LENGTH)
@@ -109,8 +109,8 @@ def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
 def time_generation(
     folders: Mapping[str, Path], prompt: Sequence[int], count: int, threads: int, rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds of (the whole prompt, one generated token) by name; the models take turns, after one round to
-    warm up."""
+    """Measure the median seconds of (the whole prompt, one generated token) by name. The models take turns, after one
+    round to warm up."""
     import onnxruntime_genai
 
     models = {}
@@ -144,7 +144,8 @@ def time_generation(
 
 
 def load_rss(folder: Path) -> int:
-    """Bytes by which loading the model in ``folder`` raises the resident memory of a process of its own."""
+    """Measure the bytes by which loading the model in ``folder`` raises the resident memory of a new process. Raises
+    RuntimeError if that process fails."""
     command = [sys.executable, "-m", "pipeline.evaluation.text_speed", str(folder)]
     child = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     if child.returncode:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 
 _LEAST_ROUNDS = 5
 _TURN_SECONDS = 0.02
-"""A turn repeats its run for about so long, and divides."""
+"""A turn repeats its run for about so long, and counts the mean of the repetitions."""
 _LONG_SECONDS = 0.5
-"""A run of this length needs no other before it: what threads take to wake up is nothing beside it."""
+"""A run of this length needs no other before it: the time that threads take to wake up is nothing beside it."""
 _SAMPLE_SECONDS = 0.02
-"""Several ticks of the kernel's clock (4 to 10 ms), at which it counts the time of threads that are running."""
+"""Whether threads are idle is judged over so long: several ticks of the kernel's clock (4 to 10 ms), at which it counts
+the time of those that are running."""
 _IDLE_SHARE = 0.1
-"""Of one core."""
+"""A process that uses less than this share of one core is idle."""
 
 
 def wait_until_idle() -> None:
@@ -27,11 +28,11 @@ def wait_until_idle() -> None:
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of one run, by name, one entry a round; in a round each name has its turn, in the same order.
+    """Measure the seconds of one run, by name, one entry a round; in a round each name has its turn, in the same order.
 
-    ``runs``: they have run before. Rounds go on for ``seconds``, and there are at least five. A turn waits for the
-    threads of the others to sleep, wakes its own by a run that is not counted, and counts as many as fill 20 ms.
-    Waking takes milliseconds in a virtual machine, which a text, token after token, pays once.
+    ``runs``: each has to have run once before. Rounds go on for ``seconds``, and there are at least five. A turn waits
+    for the threads of the others to sleep, wakes its own by a run that is not counted, and counts as many runs as fill
+    20 ms. Waking takes milliseconds in a virtual machine, which a text, token after token, pays once.
     """
     lengths = {name: _seconds(run, 1) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}

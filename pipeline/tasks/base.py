@@ -90,10 +90,10 @@ class Task(ABC):
 
     @abstractmethod
     def training_batch(self, indices: Sequence[int]) -> Tensor:
-        """Training samples, as the model takes them."""
+        """Load training samples, as the model takes them."""
 
     def calibration_samples(self) -> list[int]:
-        """The training samples of calibration, drawn at random by the recipe's seed, in ascending order."""
+        """Draw the training samples of calibration, by the recipe's seed; in ascending order."""
         wanted = self.recipe.calibration.samples or self.train_samples
         generator = np.random.default_rng(self.recipe.seed)
         return sorted(generator.permutation(self.train_samples)[:wanted].tolist())
@@ -153,28 +153,30 @@ class Task(ABC):
 
     @abstractmethod
     def store_rest(self, folder: Path, progress: Progress) -> None:
-        """Find codes for the weights outside the MLPs and keep them in ``folder``, where that takes long."""
+        """Find codes for the weights outside the MLPs and keep them in ``folder``; keep nothing where they are quickly
+        found again."""
 
     @abstractmethod
     def open_rest(self, folder: Path) -> nn.Module:
-        """A copy of the dense model whose weights outside the MLPs are as they will be stored, with the codes in
-        ``folder``. The MLPs' own weights may be shared with the dense model."""
+        """Make a copy of the dense model whose weights outside the MLPs are as they will be stored, with the codes that
+        :meth:`store_rest` kept in ``folder``. The MLPs' own weights may be shared with the dense model."""
 
     @abstractmethod
     def parity_batches(self) -> list[Tensor]:
-        """Test samples on which all forms of the model have to agree."""
+        """Choose the test samples on which all forms of the model have to agree."""
 
     @abstractmethod
     def export_graph(self, stored: nn.Module, packed: PackedModel) -> ir.Model:
-        """The ONNX graph of ``stored``, whose MLPs are the packed ones."""
+        """Export the ONNX graph of ``stored``, whose MLPs are the ``packed`` ones."""
 
     @abstractmethod
     def golden(self, predict: Predict, tolerance: float) -> Golden:
-        """Inputs and outputs that go into the artefact for its validation."""
+        """Compute the inputs and outputs that go into the artefact for its validation. ``tolerance``: the difference
+        that is allowed there, relative to the largest output."""
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:
-        """Write configuration, tokenizer or processor files into an artefact."""
+        """Write the files of the configuration and of the tokenizer or image processor into an artefact."""
 
     @abstractmethod
     def bench(self, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
