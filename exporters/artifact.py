@@ -4,11 +4,9 @@ It is written into a sibling folder and moved into place when complete, so that 
 before survives a full disk or a crash. Nothing in it depends on time or place: two runs write the same bytes.
 """
 
-import contextlib
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.packed_model import PackedModel
-from exporters.passes import tensor_of
+from exporters.passes import group_by_bytes, tensor_of
 from fips_ort.errors import ArtifactError
 from fips_ort.manifest import (
     MANIFEST,
@@ -83,13 +81,16 @@ def write_artifact(
         raise ArtifactError(f"{folder}: exists and is no artefact (it has no {MANIFEST}); it is left untouched")
     folder.parent.mkdir(parents=True, exist_ok=True)
     library = library_path()
-    _check_space(folder.parent, model, golden, library)
+    # The initializers of the copy come to refer to files; those of ``model`` keep their data.
+    model = model.clone()
+    initializers = group_by_bytes(model.graph.initializers.values())
+    _check_space(folder.parent, initializers, golden, library)
     partial = _sibling(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         save_config(partial)
-        tensors = _write_model(partial, model, max_shard_size)
+        tensors = _write_model(partial, model, initializers, max_shard_size)
         shutil.copyfile(library, partial / library.name)
         (partial / "README.md").write_text(_readme(provenance, golden), encoding="utf-8")
         golden_files = _write_golden(partial, golden)
@@ -129,7 +130,10 @@ def plan_shards(sizes: list[int], max_shard_size: int) -> list[list[tuple[int, i
     """Distribute tensors, in order, over files: per file a list of (index of the tensor, offset).
 
     Offsets are multiples of 64 (a cache line), and of 4096 (a page) for tensors of 1 MiB or more. A tensor larger
-    than ``max_shard_size`` gets a file of its own.
+    than ``max_shard_size`` gets a file of its own. ``sizes`` and ``max_shard_size`` in bytes.
+
+    :func:`onnx_ir.save` fills shards in the same way, but knows pages only: it would pad every tensor to 4096 bytes,
+    or leave float16 scales behind a bitmap of odd length at an odd address.
     """
     shards: list[list[tuple[int, int]]] = []
     end = 0
@@ -144,69 +148,50 @@ def plan_shards(sizes: list[int], max_shard_size: int) -> list[list[tuple[int, i
     return shards
 
 
-def distinct_bytes(values: Iterable[ir.Value]) -> dict[bytes, list[ir.Value]]:
-    """Initializers by the SHA-256 of their bytes, in order. Those of equal bytes share one place in the file: a tied
-    token table is read in two shapes."""
-    result: dict[bytes, list[ir.Value]] = {}
-    for value in values:
-        result.setdefault(hashlib.sha256(tensor_of(value).tobytes()).digest(), []).append(value)
-    return result
-
-
 def shard_names(count: int) -> list[str]:
-    """``model.onnx.data``, or ``model-00001-of-0000N.onnx.data`` and so on."""
+    """``model.onnx.data``, or ``model-00001-of-0000N.onnx.data`` and so on, as :func:`onnx_ir.save` names them."""
     if count == 1:
         return [f"{MODEL}.data"]
     return [f"model-{number:05d}-of-{count:05d}.onnx.data" for number in range(1, count + 1)]
 
 
-def _write_model(folder: Path, model: ir.Model, max_shard_size: int) -> list[TensorEntry]:
-    values = list(model.graph.initializers.values())
-    external = [value for value in values if tensor_of(value).nbytes >= INLINE_BYTES]
-    distinct = list(distinct_bytes(external).values())
-    shards = plan_shards([tensor_of(same[0]).nbytes for same in distinct], max_shard_size)
-    places: dict[str, tuple[str, int]] = {}
+def _write_model(
+    folder: Path, model: ir.Model, initializers: list[list[ir.Value]], max_shard_size: int
+) -> list[TensorEntry]:
+    """Write the graph, and initializers of :data:`INLINE_BYTES` or more into shards, to which ``model`` then refers.
+
+    Each of the groups ``initializers`` has equal bytes, which are stored in one place.
+    """
+    stored = [same for same in initializers if tensor_of(same[0]).nbytes >= INLINE_BYTES]
+    shards = plan_shards([tensor_of(same[0]).nbytes for same in stored], max_shard_size)
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):
         with (folder / name).open("wb") as file:
             for index, offset in shard:
                 file.write(bytes(offset - file.tell()))
-                file.write(tensor_of(distinct[index][0]).tobytes())
-                places.update({value.name or "": (name, offset) for value in distinct[index]})
-    with _external_data(external, places, folder):
-        data = ir.to_proto(model).SerializeToString(deterministic=True)
-    (folder / MODEL).write_bytes(data)
-    return [
-        TensorEntry(
-            name=value.name or "",
-            dtype=tensor_of(value).dtype.name,
-            shape=list(tensor_of(value).shape.numpy()),
-            bytes=tensor_of(value).nbytes,
-            file=places.get(value.name or "", (MODEL, 0))[0],
-        )
-        for value in values
-    ]
+                file.write(tensor_of(stored[index][0]).tobytes())
+                for value in stored[index]:
+                    value.const_value = _external(value, folder, name, offset)
+    ir.save(model, folder / MODEL)
+    return [_tensor_entry(value) for value in model.graph.initializers.values()]
 
 
-@contextlib.contextmanager
-def _external_data(values: list[ir.Value], places: dict[str, tuple[str, int]], folder: Path) -> Iterator[None]:
-    """While active, ``values`` refer to files instead of holding their data."""
-    originals = [(value, tensor_of(value)) for value in values]
-    try:
-        for value, tensor in originals:
-            location, offset = places[value.name or ""]
-            value.const_value = ir.ExternalTensor(
-                location,
-                offset,
-                tensor.nbytes,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=value.name or "",
-                base_dir=folder,
-            )
-        yield
-    finally:
-        for value, tensor in originals:
-            value.const_value = tensor
+def _external(value: ir.Value, folder: Path, name: str, offset: int) -> ir.ExternalTensor:
+    tensor = tensor_of(value)
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(
+        name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or "", base_dir=folder
+    )
+
+
+def _tensor_entry(value: ir.Value) -> TensorEntry:
+    tensor = tensor_of(value)
+    return TensorEntry(
+        name=value.name or "",
+        dtype=tensor.dtype.name,
+        shape=list(tensor.shape.numpy()),
+        bytes=tensor.nbytes,
+        file=str(tensor.location) if isinstance(tensor, ir.ExternalTensor) else MODEL,
+    )
 
 
 def _write_golden(folder: Path, golden: Golden) -> GoldenEntry:
@@ -248,9 +233,9 @@ def _synchronize(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _check_space(parent: Path, model: ir.Model, golden: Golden, library: Path) -> None:
+def _check_space(parent: Path, initializers: list[list[ir.Value]], golden: Golden, library: Path) -> None:
     arrays = [*golden.inputs.values(), *golden.outputs.values()]
-    tensors = [tensor_of(same[0]).nbytes + _LINE for same in distinct_bytes(model.graph.initializers.values()).values()]
+    tensors = [tensor_of(same[0]).nbytes + _LINE for same in initializers]
     # The last term is for graph, manifest, configuration and the padding of large tensors.
     needed = sum(tensors) + sum(array.nbytes for array in arrays) + library.stat().st_size + (4 << 20)
     free = shutil.disk_usage(parent).free

@@ -1,6 +1,5 @@
 """Audit of an artefact's graph: every initializer takes the bytes it was promised to take, and is stored once."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from exporters.artifact import INLINE_BYTES, MODEL
 from exporters.modules import input_node, linear_node, output_node
 from exporters.packed_model import PackedModel
-from exporters.passes import tensor_of
+from exporters.passes import group_by_bytes, tensor_of
 from fips_ort.ops import DOMAIN
 from fips_ort.packed import PackedWeight, unpack
 
@@ -163,21 +162,16 @@ def _is_frequency(value: ir.Value) -> bool:
 
 def _repetitions(model: ir.Model) -> tuple[set[str], list[str]]:
     """Names of initializers that share the place of an earlier one, and violations."""
-    seen: dict[bytes, ir.Value] = {}
     sharing, violations = set(), []
-    for name, value in model.graph.initializers.items():
-        tensor = tensor_of(value)
-        if tensor.nbytes < SMALLEST:
-            continue
-        earlier = seen.setdefault(hashlib.sha256(_bytes(value).tobytes()).digest(), value)
-        if earlier is value:
-            continue
-        other = tensor_of(earlier)
-        same_form = (tensor.dtype, tuple(tensor.shape)) == (other.dtype, tuple(other.shape))
-        if same_form or _place(tensor) != _place(other):
-            violations.append(f"{name} and {earlier.name} have equal bytes")
-        elif tensor.nbytes >= INLINE_BYTES:
-            sharing.add(name)
+    large = [value for value in model.graph.initializers.values() if tensor_of(value).nbytes >= SMALLEST]
+    for first, *later in group_by_bytes(large):
+        for value in later:
+            tensor, other = tensor_of(value), tensor_of(first)
+            same_form = (tensor.dtype, tuple(tensor.shape)) == (other.dtype, tuple(other.shape))
+            if same_form or _place(tensor) != _place(other):
+                violations.append(f"{value.name} and {first.name} have equal bytes")
+            elif tensor.nbytes >= INLINE_BYTES:
+                sharing.add(value.name or "")
     return sharing, violations
 
 

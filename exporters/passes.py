@@ -2,10 +2,12 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from exporters.functions import op_functions
 from exporters.modules import NODE_NAME
@@ -20,7 +22,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 
 def name_nodes(model: ir.Model, prefix: str) -> None:
-    """Give every node the name its metadata asks for, or ``{module path}/{op type}``, numbered if repeated.
+    """Give every node the name its metadata asks for, or ``{module path}/{op type}``, numbered from 2 if repeated.
 
     ``prefix`` is dropped from module paths.
     """
@@ -39,28 +41,38 @@ def name_initializers(model: ir.Model, prefix: str, tensors: dict[str, np.ndarra
     ``tensors``: the torch model's parameters and buffers. The exporter transposes weights into unnamed constants:
     they are found by their bytes. Other constants are named after the first node that reads them.
     """
-    names = {}
-    for name, array in tensors.items():
-        if array.ndim == 2:
-            names[_digest(np.ascontiguousarray(array.T))] = name
+    names = {_identity(array.T): name for name, array in tensors.items() if array.ndim == 2}
     taken = {value.name for value in model.graph.initializers.values()}
     for value in list(model.graph.initializers.values()):
         name = (value.name or "").removeprefix(prefix)
         if name not in tensors:
-            name = names.get(_digest(tensor_of(value).numpy())) or _constant_name(value)
+            name = names.get(_identity(tensor_of(value).numpy())) or _constant_name(value)
         taken.discard(value.name)
         value.name = _unique(name, taken)
         taken.add(value.name)
 
 
 def deduplicate_initializers(model: ir.Model) -> None:
-    """Store initializers of equal dtype, shape and bytes once, under the name of the first."""
-    first: dict[str, ir.Value] = {}
+    """Store initializers of equal dtype, shape and bytes once, under the name of the first.
+
+    onnx-ir's DeduplicateHashedInitializersPass refuses arrays that are not contiguous: transposed weights in the
+    model's own memory.
+    """
+    first: dict[object, ir.Value] = {}
     for name, value in list(model.graph.initializers.items()):
-        kept = first.setdefault(_digest(tensor_of(value).numpy()), value)
+        kept = first.setdefault(_identity(tensor_of(value).numpy()), value)
         if kept is not value:
             value.replace_all_uses_with(kept)
             del model.graph.initializers[name]
+
+
+def group_by_bytes(values: Iterable[ir.Value]) -> list[list[ir.Value]]:
+    """Initializers with equal bytes together, in order. They may differ in dtype and shape: a tied token table is read
+    in two shapes."""
+    groups: dict[bytes, list[ir.Value]] = {}
+    for value in values:
+        groups.setdefault(hashlib.sha256(tensor_of(value).tobytes()).digest(), []).append(value)
+    return list(groups.values())
 
 
 def store_float16(model: ir.Model) -> None:
@@ -117,15 +129,11 @@ def finish(model: ir.Model, name: str) -> None:
 
 def strip(model: ir.Model) -> None:
     """Remove metadata and documentation strings: they hold stack traces with paths of the exporting machine."""
+    ClearMetadataAndDocStringPass()(model)
+    # The pass leaves those of the model itself and of values.
     model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.doc_string = model.graph.doc_string = None
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+    model.doc_string = None
+    for value in ir.convenience.create_value_mapping(model.graph).values():
         value.metadata_props.clear()
         value.doc_string = None
 
@@ -158,6 +166,6 @@ def _unique(name: str, taken: set[str | None]) -> str:
     return candidate
 
 
-def _digest(array: np.ndarray) -> str:
-    contiguous = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{contiguous.dtype}{contiguous.shape}".encode() + contiguous.tobytes()).hexdigest()
+def _identity(array: np.ndarray) -> tuple[np.dtype, tuple[int, ...], bytes]:
+    """What only arrays of equal dtype, shape and bytes have in common."""
+    return array.dtype, array.shape, hashlib.sha256(array.tobytes()).digest()
