@@ -10,13 +10,10 @@ from transformers import AutoTokenizer
 
 from exporters.artifact import MODEL
 from exporters.genai_builder import new_builder, silent
+from fips_ort.causal_lm import PREFILL_TOKENS
 from fips_ort.native import library_path
 
 GENAI_CONFIG = "genai_config.json"
-PREFILL_TOKENS = 128
-"""Tokens of a prompt that the runtime runs together. Logits of a whole prompt would take gigabytes: 4 bytes per token
-and entry of the vocabulary."""
-
 SAMPLE_TEXTS = (
     "The quick brown fox doesn't jump over 1,234.56 lazy dogs.",
     "Größenwahnsinnige Zwölf-Töne-Straßenmusik, 3½ €!",

@@ -7,7 +7,6 @@ An MLP without a basis (the dense baseline) stores its own matrices, [out_featur
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ BASES = "shared_bases"
 def save_packed_model(packed: PackedModel, path: Path) -> None:
     """Write ``packed`` as one safetensors file (arrays) with the structure as JSON in its header.
 
-    The file is written aside and moved into place. Inverse: :func:`load_packed_model`.
+    Inverse: :func:`load_packed_model`.
     """
     arrays: dict[str, NDArray[Any]] = {}
 
@@ -117,10 +116,8 @@ def save_packed_model(packed: PackedModel, path: Path) -> None:
             for mlp in packed.mlps
         ],
     }
-    aside = path.with_name(path.name + ".partial")
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(contiguous, aside, metadata={_FORMAT: json.dumps(structure)})
-    os.replace(aside, path)
+    save_file(contiguous, path, metadata={_FORMAT: json.dumps(structure)})
 
 
 def load_packed_model(path: Path) -> PackedModel:

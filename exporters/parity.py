@@ -22,7 +22,6 @@ from fips_ort.causal_lm import complete_inputs
 from fips_ort.load import load
 from fips_ort.native import register
 
-LARGEST_BATCH = 64
 _NUMBERS_AT_ONCE = 1 << 22
 _ACCURACY_LEVEL = "accuracy_level"
 
@@ -107,16 +106,6 @@ def compare(actual: Logits, expected: Logits) -> Difference:
     comparison = _Comparison()
     comparison.add(actual, expected)
     return comparison.result()
-
-
-def split_batches(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Cut ``images`` into batches of 1, 2, 4, … :data:`LARGEST_BATCH`, the last one what is left."""
-    batches = []
-    start, size = 0, 1
-    while start < len(images):
-        batches.append(np.ascontiguousarray(images[start : start + size]))
-        start, size = start + size, min(2 * size, LARGEST_BATCH)
-    return batches
 
 
 def first_difference(

@@ -28,11 +28,12 @@ from pathlib import Path
 
 from exporters.modules import install_packed
 from exporters.packed_model import load_packed_model, save_packed_model
+from fips_ort.manifest import sha256
 from fips_ort.native import library_path
 from pipeline.compression.factors import install
 from pipeline.estimate import estimate
 from pipeline.plumbing.engines import Engine
-from pipeline.plumbing.files import file_digest
+from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import RunFolder, StageResult
 from pipeline.quantization.freeze import freeze
@@ -93,7 +94,10 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
 
     # Integer codes, artefact, validation, speed, report.
     packing = folder.stage(
-        "pack", [], [trained], lambda out: save_packed_model(freeze(mlps), out / "packed.safetensors")
+        "pack",
+        [],
+        [trained],
+        lambda out: write_aside(out / "packed.safetensors", partial(save_packed_model, freeze(mlps))),
     )
     packed = load_packed_model(packing.folder / "packed.safetensors")
     stored = install_packed(base, packed, recipe.export.accuracy_level).eval()
@@ -105,7 +109,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
 
     exported = folder.stage(
         "export",
-        [recipe.model_dump(mode="json"), file_digest(library_path())],  # both go into the artefact
+        [recipe.model_dump(mode="json"), sha256(library_path())],  # both go into the artefact
         [packing],
         export,
         is_valid=lambda out: deliver.is_intact(out, artifact),

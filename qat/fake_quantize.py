@@ -24,6 +24,7 @@ _DTYPES: dict[int, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits i
 
 SMALLEST_SCALE = 2.0**-20
 """Scales are kept at or above this; below it, float16 has too few bits left to say what a scale is."""
+LARGEST_SCALE = float(np.finfo(np.float16).max)
 
 CLIP_RATIOS = np.linspace(0.3, 1.0, 15)
 """Fractions of a block's largest magnitude among which its clipping range is searched."""
@@ -66,7 +67,7 @@ class FakeQuantizer(nn.Module):
 
     def scale(self) -> Tensor:
         """Current scales: float32 [rows, blocks], each exactly a float16 value; straight-through gradient."""
-        scale = (self.initial_scale * self.log_gain.exp()).clamp(min=SMALLEST_SCALE, max=65504.0)
+        scale = (self.initial_scale * self.log_gain.exp()).clamp(SMALLEST_SCALE, LARGEST_SCALE)
         return scale + (scale.half().float() - scale).detach()
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -90,6 +91,14 @@ class FakeQuantizer(nn.Module):
             return torch.round(ratio - 0.5 * self.layout.midrise).to(torch.int8), scale.half()
 
 
+def half_of_levels(layout: Layout) -> Tensor:
+    """Half the number of levels that the entries of a block have, ``2**(bits-1)``: float32 [rows, blocks]."""
+    result = torch.empty(layout.scales_shape)
+    for bits, rows, columns in layout.submatrices():
+        result[rows, columns.start // layout.block_size : columns.stop // layout.block_size] = 2.0 ** (bits - 1)
+    return result
+
+
 def search_scales(weight: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """Starting scales: per block, the clipping range with the smallest squared error over the kept entries.
 
@@ -99,10 +108,7 @@ def search_scales(weight: Tensor, mask: Tensor | None, layout: Layout) -> Tensor
     kept = weight.detach() if mask is None else weight.detach() * mask
     blocks = kept.reshape(layout.rows, -1, layout.block_size)
     largest = blocks.abs().amax(dim=2)
-    half_range = torch.empty(layout.scales_shape)
-    for bits, rows, columns in layout.submatrices():
-        block = slice(columns.start // layout.block_size, columns.stop // layout.block_size)
-        half_range[rows, block] = (2**bits - 1) / 2
+    half_range = half_of_levels(layout) - 0.5
     best_scale = (largest / half_range).clamp(min=SMALLEST_SCALE)
     best_error = torch.full(layout.scales_shape, torch.inf)
     for ratio in CLIP_RATIOS:

@@ -14,13 +14,12 @@ rounded from the value in front of ``- q_j``. What we do differently:
   CDQuant, arXiv 2406.17542), which GPTQ's single pass cannot do.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fips_ort.layout import Layout
 from qat.damping import damped
-from qat.fake_quantize import CLIP_RATIOS, SMALLEST_SCALE
+from qat.fake_quantize import CLIP_RATIOS, LARGEST_SCALE, SMALLEST_SCALE, half_of_levels
 
 
 @torch.no_grad()
@@ -61,9 +60,7 @@ class _Levels:
     def __init__(self, layout: Layout) -> None:
         self.block_size = layout.block_size
         self.offset = 0.5 * layout.midrise
-        self.half = torch.empty(layout.scales_shape)
-        for bits, rows, columns in layout.submatrices():
-            self.half[rows, columns.start // self.block_size : columns.stop // self.block_size] = 2.0 ** (bits - 1)
+        self.half = half_of_levels(layout)
 
     def nearest(self, values: Tensor, scale: Tensor, half: Tensor) -> Tensor:
         """The levels nearest to ``values``; the three tensors are broadcast."""
@@ -92,7 +89,7 @@ class _Levels:
 
 
 def _storable(scale: Tensor) -> Tensor:
-    return scale.clamp(min=SMALLEST_SCALE, max=float(np.finfo(np.float16).max)).half().float()
+    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
 
 
 def _order(diagonal: Tensor, block_size: int) -> Tensor:

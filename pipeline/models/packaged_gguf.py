@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from fips_ort.manifest import sha256
 from pipeline.data.packages import package_path
 from pipeline.plumbing.errors import InputError
-from pipeline.plumbing.files import file_digest, writing
+from pipeline.plumbing.files import writing
 
 CHECKSUMS = "SHA256SUMS"
 _CHUNK = 1 << 20
@@ -46,7 +47,7 @@ def locate_gguf(package: str, file: str) -> Path:
     listed = _listed_digest(path)
     expected = listed or _digest(parts)
     assembled = cache_folder() / "gguf" / expected[:16] / path.name
-    if not (assembled.is_file() and file_digest(assembled) == expected):
+    if not (assembled.is_file() and sha256(assembled) == expected):
         if listed is not None and _digest(parts) != listed:
             raise InputError(
                 f"model.file: the parts of {file} do not have the SHA-256 that {CHECKSUMS} of package {package} gives; "

@@ -67,9 +67,3 @@ def read_json(path: Path) -> Any:
 def digest(content: Any) -> str:
     """SHA-256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _PAST, _PRESENT = "past_key_values.", "present."
-_PREFILL_TOKENS = 128
-"""Tokens of a prompt that are run together in decoding: logits take 4 bytes per token and vocabulary entry."""
+PREFILL_TOKENS = 128
+"""Tokens of a prompt that are run together. Logits of a whole prompt would take gigabytes: 4 bytes per token and entry
+of the vocabulary."""
 
 
 def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def greedy_tokens(
     waiting, seen = list(prompt), 0
     generated: list[int] = []
     while len(generated) < count:
-        tokens, waiting = waiting[:_PREFILL_TOKENS], waiting[_PREFILL_TOKENS:]
+        tokens, waiting = waiting[:PREFILL_TOKENS], waiting[PREFILL_TOKENS:]
         seen += len(tokens)
         feeds["input_ids"] = np.array([tokens], np.int64)
         feeds["attention_mask"] = np.ones((1, seen), np.int64)

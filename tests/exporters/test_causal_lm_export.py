@@ -101,7 +101,7 @@ def test_prompts_are_read_in_chunks_with_the_same_result(
 ) -> None:
     session = load(artefacts["gemma3"], verify=False)
     whole = causal_lm.greedy_tokens(session, PROMPT, 8)
-    monkeypatch.setattr(causal_lm, "_PREFILL_TOKENS", 10)
+    monkeypatch.setattr(causal_lm, "PREFILL_TOKENS", 10)
     assert causal_lm.greedy_tokens(session, PROMPT, 8) == whole
     with pytest.raises(ValueError, match="no tokens"):
         causal_lm.greedy_tokens(session, [], 8)

@@ -180,6 +180,7 @@ def test_nodes_are_named_by_module_and_carry_no_traces() -> None:
     text = ir.to_proto(exported.graph).SerializeToString()
     assert b".py" not in text
     assert b"site-packages" not in text
+    assert b"pkg.torch" not in text
 
 
 def test_gate_and_up_share_one_product() -> None:

@@ -7,13 +7,15 @@ import pytest
 import torch
 from packed_samples import Sample, images, sample, write_sample
 
-from exporters.parity import ParityError, check_parity, compare, split_batches
+from exporters.parity import ParityError, check_parity, compare
 
 CASES = [("vit", "1:4"), ("dinov2_swiglu", "bitmap"), ("swin", "2:4")]
 
 
 def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
-    return [torch.from_numpy(batch) for batch in split_batches(images(count, seed))]
+    """One image, then three at a time."""
+    first, rest = torch.from_numpy(images(count, seed)).split([1, count - 1])
+    return [first, *rest.split(3)]
 
 
 @pytest.mark.parametrize(("kind", "pattern"), CASES)
@@ -91,13 +93,6 @@ def test_a_difference_outside_the_mlps_is_told_as_such(tmp_path: Path) -> None:
         with torch.no_grad():
             bias -= 1.0
     assert caught.value.path is None
-
-
-def test_batches_have_several_sizes_and_lose_nothing() -> None:
-    values = np.arange(200, dtype=np.float32)[:, None]
-    parts = split_batches(values)
-    assert [len(batch) for batch in parts] == [1, 2, 4, 8, 16, 32, 64, 64, 9]
-    np.testing.assert_array_equal(np.concatenate(parts), values)
 
 
 def test_differences_are_relative_to_the_largest_logit() -> None:
