@@ -28,8 +28,9 @@ class AuditError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """An initializer: ``bytes`` as stored and as ``promised`` by the layouts and the storage of the rest; both are 0
-    if it shares the place of an earlier one in the file (a tied output layer that of the token table)."""
+    """One initializer of the graph: the ``bytes`` that it takes, and those ``promised`` by its layout or by the storage
+    of the rest. Both are 0 if it shares its place in the file with an earlier one, as the codes of a tied output layer
+    do with those of the token table."""
 
     name: str
     kind: Kind
@@ -66,7 +67,8 @@ def audit(artifact: Path | ir.Model, packed: PackedModel, rest: Literal["float16
 
 
 def promised_bytes(weight: PackedWeight) -> dict[str, int]:
-    """Bytes of ``codes``, ``pattern`` and ``scales`` that follow from the layout, and a bitmap's number of ones."""
+    """The bytes that ``codes``, ``pattern`` and ``scales`` must take by the weight's layout (for a bitmap, also by the
+    number of entries it keeps)."""
     layout = weight.layout
     mask = unpack(weight)[2]
     kept = None if mask is None else [int(mask[rows, columns].sum()) for _, rows, columns in layout.submatrices()]
@@ -107,6 +109,7 @@ def _match_weights(
 
 
 def _match_matmul_nbits(model: ir.Model, promises: dict[str, tuple[Kind, int]]) -> list[str]:
+    """Fill in ``promises`` for the codes and scales of MatMulNBits. Returns the violations."""
     violations = []
     for node in model.graph:
         if node.op_type != "MatMulNBits":
@@ -122,8 +125,8 @@ def _match_matmul_nbits(model: ir.Model, promises: dict[str, tuple[Kind, int]]) 
 
 
 def _match_token_tables(model: ir.Model, promises: dict[str, tuple[Kind, int]]) -> list[str]:
-    """Tables of GatherBlockQuantized: codes along the whole rows, one scale a block. A tied output layer reads the
-    same scales, so this comes after :func:`_match_matmul_nbits`."""
+    """Fill in ``promises`` for the tables of GatherBlockQuantized: codes of whole rows, one scale a block. Returns the
+    violations. A tied output layer reads the same scales, so this comes after :func:`_match_matmul_nbits`."""
     violations = []
     for node in model.graph:
         if node.op_type != "GatherBlockQuantized":
@@ -152,8 +155,10 @@ def _promised_rest(value: ir.Value, rest: str) -> int:
 
 
 def _is_frequency(value: ir.Value) -> bool:
-    """Whether positions are multiplied with it to get the angles of rotary embeddings. They follow from the model's
-    configuration, and half their digits would not do: they are multiplied with thousands."""
+    """Whether ``value`` holds the frequencies of rotary embeddings: what positions are multiplied with to get angles.
+
+    Frequencies follow from the model's configuration. Float16 would not do for them, as positions go to thousands.
+    """
     return any(
         use.node.op_type == "Mul" and any(after.node.op_type == "Cos" for after in use.node.outputs[0].uses())
         for use in value.uses()
@@ -161,7 +166,7 @@ def _is_frequency(value: ir.Value) -> bool:
 
 
 def _repetitions(model: ir.Model) -> tuple[set[str], list[str]]:
-    """Names of initializers that share the place of an earlier one, and violations."""
+    """(names of initializers that share the place of an earlier one, violations)."""
     sharing, violations = set(), []
     large = [value for value in model.graph.initializers.values() if tensor_of(value).nbytes >= SMALLEST]
     for first, *later in group_by_bytes(large):

@@ -1,7 +1,7 @@
 """A transformers causal language model with packed MLPs → the ONNX graph of its artefact.
 
-The graph is put together by onnxruntime-genai's model builder, with our nodes in the place of its matrix products:
-packed MLPs, n-bit linear layers and token tables, in the numbers of a PyTorch model in memory. Inputs and outputs
+onnxruntime-genai's model builder puts the graph together. Its matrix products are replaced by our nodes (packed MLPs,
+n-bit linear layers and token tables), and all weights are those of a PyTorch model in memory. Inputs and outputs
 follow optimum's conventions: ``input_ids`` and ``attention_mask`` int64 [batch, tokens], ``past_key_values.N.key``
 and ``.value`` float32 [batch, heads, past tokens, head size] → ``logits`` float32 [batch, tokens, vocabulary],
 ``present.N.key`` and ``.value``. The attention mask spans past and new tokens.
@@ -21,7 +21,7 @@ from exporters.nbits import NBitsEmbedding, NBitsLinear
 from fips_ort.ops import DOMAIN, node_attributes, op_type
 
 MAX_LENGTH = 8192
-"""Most tokens of prompt and answer together, unless the export is told otherwise."""
+"""Limit of tokens, prompt and answer together, unless the export is given another."""
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
@@ -55,8 +55,8 @@ def export_causal_lm(model: nn.Module, max_length: int = MAX_LENGTH) -> ir.Model
 
 
 class _StoredModel:
-    """Methods in front of those of the builder's classes: a walk over a model in memory instead of its files, and
-    nodes for what is stored in our ways.
+    """Methods that stand in front of those of a class of the builder: they walk over a model in memory instead of its
+    files, and make nodes for weights in our formats.
 
     The builder knows values by name. Values and nodes that are made here are named after modules (``path``).
     """
@@ -90,7 +90,7 @@ class _StoredModel:
     # --- initializers ------------------------------------------------------------------------------------------
 
     def make_initializer(self: Any, tensor: Any, /, name: str, *, to: Any = None, raw: bool = False) -> None:
-        """The builder's own initializers: weights of norms, biases, and tables of rotary embeddings."""
+        """Store what the builder itself asks for: weights of norms and biases, but no tables of rotary embeddings."""
         if name.startswith(("cos_cache", "sin_cache")):
             return
         if self.norm_offset and name.endswith("norm.weight"):
@@ -103,7 +103,7 @@ class _StoredModel:
             self._initialize(name, tensor)
 
     def _initialize(self: Any, name: str, tensor: Tensor) -> None:
-        """An initializer in the tensor's own memory, if there is none of this name yet."""
+        """Add an initializer that refers to the tensor's own memory, if there is none of this name yet."""
         if name in self.model.graph.initializers:
             return
         stored = ir.Tensor(tensor.detach().cpu().numpy(), name=name)
@@ -114,7 +114,7 @@ class _StoredModel:
     def _node(
         self: Any, kind: str, inputs: list[str], output: str, shape: Any, dtype: Any = ir.DataType.FLOAT, **kwargs: Any
     ) -> None:
-        """A node with one output, named after it unless ``name`` is given."""
+        """Add a node with one output, after which it is named unless ``name`` is given."""
         self.make_node(kind, inputs, [output], **{"name": output, **kwargs})
         self.make_value(output, dtype, shape)
 
@@ -151,7 +151,7 @@ class _StoredModel:
         self.layernorm_attrs["root_input"] = self.layernorm_attrs["skip_input"] = rows
 
     def _gather_floats(self: Any, path: str, weight: Tensor, rows: str, shape: Any) -> None:
-        """Rows are looked up before they are cast, so that the table is not held as float32 for their sake."""
+        """Look up rows before they are cast, so that ONNX Runtime does not hold the whole table as float32."""
         table = f"{path}.weight"
         self.tables[weight.data_ptr()] = table
         half = passes.as_float16(weight.detach().cpu().numpy())
@@ -164,7 +164,7 @@ class _StoredModel:
             self._node("Cast", [f"{path}/stored"], rows, shape, to=ir.DataType.FLOAT)
 
     def make_matmul(self: Any, matmul: nn.Module, basename: str, root_input: str, **kwargs: Any) -> str:
-        """A linear layer without its bias, which the builder adds to the value called ``{result}/output_0``."""
+        """Add a linear layer without its bias, which the builder adds to the value called ``{result}/output_0``."""
         path: str = self.paths[id(matmul)]
         output = "logits" if kwargs.get("logits", False) else f"{path}/output_0"
         assert isinstance(matmul, nn.Linear | NBitsLinear)
@@ -183,7 +183,7 @@ class _StoredModel:
         return path
 
     def _transposed(self: Any, path: str, weight: Tensor) -> str:
-        """Name of a float32 value [in, out] for the weight [out, in] of a linear layer."""
+        """Add a float32 value [in, out] for the weight [out, in] of a linear layer. Returns its name."""
         table = self.tables.get(weight.data_ptr())
         if table is None:
             self._initialize(f"{path}.weight", weight.T)
@@ -198,7 +198,8 @@ class _StoredModel:
     # --- packed MLPs -------------------------------------------------------------------------------------------
 
     def make_mlp(self: Any, layer_id: int, mlp: nn.Module, root_input: str) -> None:
-        """``t = x U``; ``act(gate(t)) * up(t)``; ``down(…) U + b``; without a basis the linear layers alone."""
+        """Add a packed MLP: ``t = x U``, ``a = act(gate(t)) * up(t)``, ``down(a) U + b``; or, without a basis,
+        ``down(act(gate(x)) * up(x)) + b``."""
         if not isinstance(mlp, PackedMLPModule):
             super().make_mlp(layer_id, mlp, root_input)  # type: ignore[misc]
             return
@@ -231,7 +232,7 @@ class _StoredModel:
     def _multiply(
         self: Any, matrix: PackedMatrix, node: str, root_input: str, *, trans_b: bool = True, bias: str | None = None
     ) -> str:
-        """A QMatMul or SparseQMatMul. Returns the name of its output."""
+        """Add a QMatMul, SparseQMatMul or BitmapQMatMul. Returns the name of its output."""
         path = self.paths[id(matrix)]
         streams = {"codes": matrix.codes, "pattern": matrix.pattern, "scales": matrix.scales}
         inputs = [root_input]
@@ -250,15 +251,15 @@ class _StoredModel:
     # --- rotary embeddings -------------------------------------------------------------------------------------
 
     def make_rotary_embedding_caches_from_scratch(self: Any) -> tuple[Tensor, Tensor]:
-        """Placeholders: the builder hands them to :meth:`make_initializer`, which drops them."""
+        """Return placeholders, which the builder hands to :meth:`make_initializer`, which drops them."""
         empty = torch.zeros(2, self.head_size)
         return empty, empty
 
     def _make_rotary_tables(self: Any) -> None:
-        """Tables of cosines and sines [tokens, head size / 2], computed from the model's own frequencies.
+        """Add nodes that compute tables of cosines and sines [tokens, head size / 2] from the model's own frequencies.
 
-        Stored, they would take 17 MB for Gemma 3 and 8,192 tokens. ONNX Runtime computes them once, when it loads
-        the model.
+        Stored tables would take 17 MB for Gemma 3 and 8,192 tokens. ONNX Runtime computes them once, when it loads
+        the model. Raises ValueError for frequencies that depend on the length of the text.
         """
         length = self.rope_attrs["cache_length"]
         for suffix, layer_type in (("", ""), ("_global", "full_attention_"), ("_local", "sliding_attention_")):
@@ -293,6 +294,6 @@ def _projection(mlp: PackedMLPModule, name: str) -> PackedProjection:
 
 
 def _module_name(name: str) -> str:
-    """The parameter of the model behind an initializer of the builder."""
+    """Name of the model's parameter that the builder stores as the initializer ``name``."""
     name = re.sub(r"^model\.layers\.\d+\.final_norm_layernorm\.", "model.norm.", name.removesuffix("/stored"))
     return name.replace(".attn.", ".self_attn.").replace("_norm.layernorm.", "_norm.").replace(".Add.bias", ".bias")

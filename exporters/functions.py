@@ -52,7 +52,7 @@ def _ints(*values: int, dtype: str = "uint8") -> str:
     return f"{dtype}[{len(values)}] {{{', '.join(map(str, values))}}}"
 
 
-# rows, columns, segment_sizes [4]; segment_rows and segment_columns [4]: of each segment's submatrix.
+# rows and columns of the whole matrix; segment_sizes [4]; segment_rows and segment_columns [4] of the submatrices.
 _SIZES = f"""
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
@@ -104,8 +104,8 @@ def _plane(name: str, stored: str, bits: int, shape: str = "chunk_shape") -> str
 def _two_planes(
     name: str, stored: str, low_end: str = "sixteen", high_end: str = "twenty_four", shape: str = "chunk_shape"
 ) -> str:
-    """The same from ``stored`` [chunks, 3 · w / 8]: a plane of the lower two bits and one of the highest, with where
-    they end."""
+    """{name} [chunks, w] uint8 from ``stored`` [chunks, 3 · w / 8]: a plane of the lower two bits, which ends at the
+    value called ``low_end``, and one of the highest bit, which ends at ``high_end``."""
     return f"""
     {name}_low_bytes = Slice ({stored}, zero, {low_end}, one)
     {name}_high_bytes = Slice ({stored}, {low_end}, {high_end}, one)
@@ -126,7 +126,7 @@ _CHUNK_SIZES = f"""
 
 
 def _segment_bytes(bits: int) -> str:
-    """bytes_{bits}: of one segment. Needs byte_counts [4] and byte_ends [5]."""
+    """bytes_{bits}: the stored codes of one segment. Needs byte_counts [4] and byte_ends [5]."""
     return f"""
     byte_start_{bits} = Gather (byte_ends, index_{bits})
     byte_end_{bits} = Gather (byte_ends, next_{bits})
@@ -140,7 +140,8 @@ def _chunk_codes(bits: int, stored: str) -> str:
 
 
 def _dense_entries(bits: int) -> str:
-    """Rows are whole chunks, then a shorter one of rest_{bits} columns, which may be 0."""
+    """entry_codes_{bits} uint8 [rows, columns]. Rows are whole chunks, then a shorter one of rest_{bits} columns, which
+    may be 0."""
     rest = f"rest_codes_{bits}"
     if bits == 3:
         rest_codes = _two_planes(rest, "rest_3_bytes", "rest_3_low", "rest_size_3", "rest_shape_3")
@@ -187,7 +188,8 @@ _DENSE = f"""
 
 
 def _kept(name: str, chunks: str, bits: int) -> str:
-    """{name}_first and {name}_last [rows, groups, 1]: what ``chunks`` [chunks, 64] hold for a group's kept entries."""
+    """{name}_first and {name}_last [rows, groups, 1]: what ``chunks`` [chunks, 64] hold for the first and for the last
+    kept entry of each group."""
     return f"""
     {name}_tiles = Reshape <allowzero = 1> ({chunks}, tiled_shape_{bits})
     {name}_by_rows = Transpose <perm = [0, 3, 1, 4, 2]> ({name}_tiles)
@@ -357,8 +359,9 @@ def _bitmap_entries(bits: int) -> str:
 """
 
 
-# As for n:m. place int32 [entries]: number of kept entries up to and including this one. The code appended to the
-# stored ones is what entries before the first kept one (place 0) pick up.
+# entry_codes_{bits} uint8 and mask_{bits} bool [rows, columns] of each segment; scale_matrix [rows, blocks].
+# place int32 [entries]: number of kept entries up to and including this one. The code appended to the stored ones is
+# what entries before the first kept one (place 0) pick up.
 _BITMAP = f"""
     pattern_column = Unsqueeze (pattern, minus_one)
     bit_shifts = Constant <value = {_ints(0, 1, 2, 3, 4, 5, 6, 7)}> ()

@@ -1,6 +1,6 @@
-"""onnxruntime-genai's model builder, used as a library: which of its classes builds a model, and what it is told.
+"""onnxruntime-genai's model builder, used as a library: which of its classes builds a model, with which settings.
 
-The builder is meant to be run on a folder of weights. We use two parts of it: the subgraphs of embedding, norms,
+The builder is made to be run on a folder of weights. We use two parts of it: the subgraphs of embedding, norms,
 attention with key-value cache and output layer (:mod:`exporters.causal_lm`), and the configuration that the runtime
 reads (:mod:`exporters.genai_config`).
 """
@@ -30,7 +30,7 @@ _FLOAT32 = 1
 def new_builder(architecture: str, config: Any, max_length: int, parts: type | None = None) -> Any:
     """An instance of the builder's class for ``architecture``, with the methods of ``parts`` in front of its own.
 
-    ``config``: the model's transformers configuration, which is not changed. ``max_length``: most tokens that the
+    ``config``: the model's transformers configuration, which is not changed. ``max_length``: limit of tokens that the
     model will be run on, prompt included. Raises ValueError for an architecture that is not in
     :data:`ARCHITECTURES`.
     """
@@ -42,7 +42,7 @@ def new_builder(architecture: str, config: Any, max_length: int, parts: type | N
     # they must be there, in full size, before the first token.
     options = {"disable_qkv_fusion": True, "windowed_kv_cache": False, "hf_token": False}
     with silent():
-        # The cache folder is used by the builder's own way to save a model, which we do not go.
+        # The empty path is the builder's cache folder, in which only its own way to save a model would write.
         builder = kind(_describe(architecture, config, max_length), _FLOAT32, _FLOAT32, "cpu", "", options)
     if architecture == "Gemma3ForCausalLM":
         builder.model_type = "gemma3_text"  # the runtime's name for models without vision
@@ -54,14 +54,14 @@ def layer_types(architecture: str, config: Any) -> list[str]:
     listed = getattr(config, "layer_types", None)
     if listed is not None:
         return list(listed)
-    # Mistral says it for all layers at once; Llama has no window.
+    # Mistral has one window for all layers; Llama has none.
     window = getattr(config, "sliding_window", None) if architecture == "MistralForCausalLM" else None
     return ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
 
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without the builder's progress messages; errors still arrive as exceptions."""
+    """Suppress the builder's progress messages; errors still arrive as exceptions."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
@@ -73,10 +73,10 @@ def _import_builders() -> Any:
 
 
 def _describe(architecture: str, config: Any, max_length: int) -> SimpleNamespace:
-    """What the builder reads from a configuration, in the form in which it expects it.
+    """A copy of ``config`` in the form in which the builder reads it.
 
-    Rotary embeddings are described plainly, whatever they are: the builder knows neither nested parameters
-    (Gemma 3) nor all ways to scale, and we take the frequencies from the model itself.
+    Rotary embeddings are always described as plain ones: the builder knows neither nested parameters (Gemma 3) nor
+    all ways to scale, and we take the frequencies from the model itself.
     """
     fields = {
         key: value

@@ -28,19 +28,19 @@ SAMPLE_TEXTS = (
     "  two  spaces   three\n\n\nnewlines\t\ttabs ",
     " ",
 )
-"""What tokenizers have been seen to disagree on: scripts, accents, joined emoji, code, runs of white space."""
+"""Texts of what tokenizers have been seen to disagree on: scripts, accents, joined emoji, code, runs of white space."""
 
 
 class TokenizerError(ValueError):
-    """Two tokenizers of one model make different tokens of a text."""
+    """Raised if two tokenizers of one model make different tokens of a text."""
 
 
 def save_causal_lm_config(folder: Path, model: nn.Module, tokenizer: Any, max_length: int) -> None:
     """Write configuration, tokenizer and ``genai_config.json`` into the folder of an artefact.
 
-    ``model`` as in :func:`exporters.causal_lm.export_causal_lm`, with the same ``max_length``. The native library is
-    named by its file, which :func:`exporters.artifact.write_artifact` puts into the folder. Raises TokenizerError if
-    what was saved makes other tokens than ``tokenizer`` (:func:`check_tokenizers`).
+    ``model`` and ``max_length`` are those given to :func:`exporters.causal_lm.export_causal_lm`. ``genai_config.json``
+    names the file of the native library, which :func:`exporters.artifact.write_artifact` puts into the folder. Raises
+    TokenizerError if what was saved makes other tokens than ``tokenizer`` (:func:`check_tokenizers`).
     """
     config: Any = model.config
     config.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Torch modules that stand for packed weights.
+"""Torch modules of packed weights.
 
-Run in PyTorch they compute with the dequantized float32 weights: the reference of the stored numbers. Exported
-with :func:`torch.onnx.export` they become nodes of domain ``ai.fips`` whose inputs are the packed bytes.
+In PyTorch they compute with the dequantized float32 weights: this is the reference for everything that runs the stored
+numbers. :func:`torch.onnx.export` makes of them nodes of domain ``ai.fips`` whose inputs are the packed bytes.
 """
 
 import copy
@@ -14,7 +14,7 @@ from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
 from fips_ort.packed import PackedWeight, dequantize
 
 NODE_NAME = "fips.name"
-"""Key of the node metadata that carries the name a node shall have (see :mod:`exporters.passes`)."""
+"""Key of the node metadata that holds the name a node is to get (see :func:`exporters.passes.name_nodes`)."""
 
 
 class PackedMatrix(nn.Module):
@@ -84,6 +84,7 @@ class PackedMLPModule(nn.Module):
 
     @property
     def basis(self) -> PackedMatrix | None:
+        """The shared basis U, stored as U.T [rank, d]."""
         return self._basis[0]
 
     @property

@@ -14,7 +14,7 @@ from exporters.modules import NODE_NAME
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NBitsTable:
-    """A matrix [N, K] in symmetric blocks of ``block_size`` along K.
+    """A matrix [N, K] as codes of ``bits`` bits (4 or 8), with a scale for every ``block_size`` entries along K.
 
     ``codes``: uint8 [N, K / block_size, block_size * bits / 8] (see :func:`pack_nbits`). ``scales``: float32
     [N, K / block_size], all of them float16 numbers. ``values``: float32 [N, K], what the codes stand for.
@@ -32,9 +32,10 @@ _ROWS_AT_ONCE = 8192
 
 
 def quantize_table(weight: Tensor, bits: int, block_size: int, *, codes_only: bool = False) -> NBitsTable:
-    """Round ``weight`` [N, K] to n bits; see :func:`quantize_blocks`, whose errors are raised.
+    """Round ``weight``, of any floating dtype [N, K], with :func:`quantize_blocks`, a part of its rows at a time.
 
-    ``codes_only``: the table's values are a placeholder of their shape, without memory of its own.
+    ``codes_only``: leave out ``values``; in their place stands a tensor of NaN of their shape that takes no memory.
+    Raises the errors of :func:`quantize_blocks`.
     """
     source = weight.detach()
     count, features = source.shape
@@ -53,8 +54,8 @@ def quantize_table(weight: Tensor, bits: int, block_size: int, *, codes_only: bo
 
 
 def table_of_values(values: Tensor, scales: Tensor, bits: int, block_size: int) -> NBitsTable:
-    """The table of ``values`` [N, K] that are levels ``-2**(bits-1) … 2**(bits-1)-1`` times ``scales``
-    [N, K / block_size], float16 numbers. Raises ValueError if they are not."""
+    """Store ``values`` float32 [N, K] that are levels ``-2**(bits-1) … 2**(bits-1)-1`` times ``scales`` float32
+    [N, K / block_size], which are float16 numbers. Raises ValueError for values that are no such levels."""
     codes = torch.empty(len(values), scales.shape[1], block_size * bits // 8, dtype=torch.uint8)
     lowest = -(1 << (bits - 1))
     for start in range(0, len(values), _ROWS_AT_ONCE):
@@ -68,7 +69,7 @@ def table_of_values(values: Tensor, scales: Tensor, bits: int, block_size: int) 
 
 
 def table_of_codes(codes: Tensor, scales: Tensor, bits: int, block_size: int) -> NBitsTable:
-    """The table of stored ``codes`` and ``scales``."""
+    """Compute the values that stored ``codes`` and ``scales`` stand for (shapes: :class:`NBitsTable`)."""
     values = torch.empty(len(codes), scales.shape[1] * block_size)
     for start in range(0, len(codes), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
@@ -92,7 +93,7 @@ class NBitsModule(nn.Module):
         self.register_buffer("values", table.values, persistent=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NBitsModule":
-        """What is stored does not change any more: a copy shares the tensors, gigabytes in a large model."""
+        """Copy the module but not its tensors, which take gigabytes in a large model and never change."""
         memo |= {id(tensor): tensor for tensor in self.buffers(recurse=False)}
         result = type(self).__new__(type(self))
         memo[id(self)] = result
@@ -102,7 +103,7 @@ class NBitsModule(nn.Module):
 
 class NBitsLinear(NBitsModule):
     """A linear layer stored for MatMulNBits: the codes of a table, its scales as a vector, and ``bias``, float32 [N]
-    of float16 numbers, or None."""
+    of float16 numbers, or None. ``name``: its path in the model, which becomes the name of the node."""
 
     bias: Tensor | None
 
@@ -165,6 +166,9 @@ def quantize_blocks(
     The entry of largest magnitude of each block becomes the lowest level ``-2**(bits-1)``, by a negative scale
     if it is positive, so that all levels are used. Levels are rounded half to even with the stored scale.
     Raises ValueError for bits other than 4 and 8, for uneven blocks and for scales beyond float16.
+
+    onnxruntime's own quantizer goes the same way with float32 scales. Ours are stored as float16, and the stored scale
+    must be the one that levels are rounded with.
     """
     if bits not in (4, 8):
         raise ValueError(f"MatMulNBits weights have 4 or 8 bits, got {bits}")

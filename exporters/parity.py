@@ -29,8 +29,8 @@ Logits = NDArray[np.float32]
 
 
 class ParityError(ValueError):
-    """Backends disagree. ``backend``: 'native' or 'portable'; ``path``: module path of the first MLP whose output
-    differs from PyTorch's, None if all MLPs agree."""
+    """Raised if a backend disagrees with PyTorch. ``backend``: 'native' or 'portable'. ``path``: module path of the
+    first MLP whose output differs from PyTorch's, None if all MLPs agree."""
 
     def __init__(self, message: str, backend: str, path: str | None) -> None:
         super().__init__(message)
@@ -40,8 +40,11 @@ class ParityError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Largest absolute difference of two backends' logits; the same relative to the largest magnitude of a logit;
-    fraction of predictions (of images, or of next tokens) that are the same."""
+    """How far the logits of two backends differ.
+
+    ``absolute``: the largest difference of a logit. ``relative``: that difference over the largest magnitude of a
+    logit. ``same_predictions``: fraction of predictions (of images, or of next tokens) that are the same.
+    """
 
     absolute: float
     relative: float
@@ -52,8 +55,8 @@ class Difference:
 class Parity:
     """Differences over ``samples`` images or texts, computed in several batches, all with float32 activations.
 
-    ``rounding``: of the native kernels with activations as the artefact has them from PyTorch, if it permits int8
-    ones (accuracy_level 4): what that rounding costs, not an error of any backend. Else None.
+    ``rounding``: for an artefact that permits int8 activations (accuracy_level 4), how far the native kernels with
+    such activations are from PyTorch: what that rounding costs, not an error of any backend. None for others.
     """
 
     native_vs_torch: Difference
@@ -66,11 +69,11 @@ class Parity:
 def check_parity(folder: Path, model: nn.Module, batches: Sequence[Tensor], tolerance: float = 1e-3) -> Parity:
     """Compare the artefact in ``folder`` with ``model``, the PyTorch model it was exported from (eval mode).
 
-    ``batches``: what goes into the artefact's first input, of the model's argument of the same name: pixel values
-    float32 [images, channels, height, width], or token ids int64 [texts, tokens], run without a past. Logits of
-    one batch at a time are held. Raises ParityError, naming the first MLP that differs, if logits differ by more
-    than ``tolerance`` of the largest one. Where the artefact permits int8 activations, it is compared with float32
-    ones, for their rounding can be larger than an error that matters.
+    ``batches``: values of the artefact's first input, and of the model's argument of the same name: pixel values
+    float32 [images, channels, height, width], or token ids int64 [texts, tokens], run without a past. Only the logits
+    of one batch are held at a time. An artefact that permits int8 activations is compared with float32 ones, since
+    their rounding can be larger than an error that matters. Raises ParityError, naming the first MLP that differs, if
+    logits differ by more than ``tolerance`` of the largest one.
     """
     rounds = _rounds_activations(ir.load(folder / MODEL))
     sessions = {
@@ -130,7 +133,8 @@ def first_difference(
 
 
 class _Comparison:
-    """Difference of arrays that arrive in parts; a few million numbers at a time, for logits are large."""
+    """The :class:`Difference` of logits that arrive in parts. Few million numbers are compared at a time: logits are
+    large."""
 
     def __init__(self) -> None:
         self.absolute = self.largest = 0.0
@@ -176,8 +180,8 @@ def _explain(
 
 
 def _session(folder: Path, *, native: bool, taps: Sequence[str] = ()) -> Any:
-    """A session of the artefact's graph with float32 activations; with the outputs ``{tap}/output`` of the nodes
-    called ``taps``, if any, instead of its own."""
+    """Open a session of the artefact's graph with float32 activations. Its outputs are the graph's own or, if ``taps``
+    names nodes, ``{tap}/output`` of each of them."""
     model = ir.load(folder / MODEL)
     nodes = {node.name: node for node in model.graph}
     for node in nodes.values():
@@ -209,7 +213,7 @@ def _rounds_activations(model: ir.Model) -> bool:
 
 @contextlib.contextmanager
 def _captured(model: nn.Module, paths: list[str]) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """While active, the outputs of the modules at ``paths`` are put into the yielded dictionary."""
+    """Record the outputs of the modules at ``paths`` in the yielded dictionary, by path, while active."""
     outputs: dict[str, NDArray[np.float32]] = {}
 
     def capture(path: str) -> Any:

@@ -1,9 +1,9 @@
-"""Storage of everything outside the MLPs: float16 weights, and linear layers and token tables of few bits
+"""Storage of everything outside the MLPs: float16 weights, and linear layers and token tables at 4 or 8 bits
 (:mod:`exporters.nbits`).
 
 All functions put the *stored* numbers into the PyTorch model, so that PyTorch and the artefact compute with the
-same weights. Order of use: :func:`fix_position_embeddings`, :func:`quantize_linears`, :func:`quantize_embedding`,
-:func:`round_to_float16`.
+same weights. They are used in this order: :func:`fix_position_embeddings`, :func:`quantize_linears`,
+:func:`quantize_embedding`, :func:`round_to_float16`.
 """
 
 import copy
@@ -72,15 +72,15 @@ def quantize_linears(
     block_size: int,
     skip: Collection[str] = (),
     accuracy_level: int = 0,
-    tables: "Mapping[str, NBitsTable] | None" = None,
+    tables: Mapping[str, NBitsTable] | None = None,
     codes_only: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` whose linear layers outside the packed MLPs are :class:`NBitsLinear`.
 
-    ``skip``: module paths left alone (the classifier). A language model's output layer is always left alone: it
-    goes with the token table (:func:`quantize_embedding`). ``tables``: what to store for the layers named there, the
-    others are rounded to nearest. ``codes_only``: the result can be exported but not run, and takes an eighth of the
-    memory at 4 bits. Raises ValueError naming all layers whose input features ``block_size`` does not
+    ``skip``: paths of layers left alone (the classifier). A language model's output layer is always left alone: it
+    goes with the token table (:func:`quantize_embedding`). ``tables``: path → what to store for a layer; layers not
+    named there are rounded to nearest. ``codes_only``: make a model that can be exported but not run, in an eighth of
+    the memory at 4 bits. Raises ValueError naming all layers whose input features ``block_size`` does not
     divide, and any path in ``skip`` that is no linear layer.
     """
     linears = {name: module for name, module in _modules_outside(model) if isinstance(module, nn.Linear)}
@@ -107,15 +107,15 @@ def quantize_embedding(
     bits: int,
     block_size: int,
     accuracy_level: int = 0,
-    tables: "Mapping[str, NBitsTable] | None" = None,
+    tables: Mapping[str, NBitsTable] | None = None,
     codes_only: bool = False,
 ) -> nn.Module:
     """A copy of the language ``model`` whose token table is an :class:`NBitsEmbedding` and whose output layer is an
-    :class:`NBitsLinear`. Where the model ties them, both hold the same tensors. ``tables``: may name what to store
-    for the output layer, which is rounded to nearest otherwise. ``codes_only``: as in :func:`quantize_linears`.
+    :class:`NBitsLinear`. Where the model ties them, both hold the same tensors.
 
-    Raises ValueError if ``block_size`` does not divide the hidden size, or if the token table is of a kind that
-    does more than look up rows and scale them by a number.
+    ``tables``: path → table; if the output layer's path is there, its table is stored, else it is rounded to nearest.
+    ``codes_only``: as in :func:`quantize_linears`. Raises ValueError if ``block_size`` does not divide
+    the hidden size, or if the token table is of a kind that does more than look up rows and scale them by a number.
     """
     embedding, head = model.get_input_embeddings(), _output_layer(model)
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):

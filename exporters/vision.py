@@ -69,7 +69,8 @@ def export_vision(model: nn.Module, pixel_shape: tuple[int, int, int]) -> ir.Mod
 
 @contextlib.contextmanager
 def _eager_attention(model: Any) -> Iterator[None]:
-    """Attention as plain matrix products: fused attention exports to shape arithmetic, and not at all for Swin."""
+    """Let ``model`` compute attention as plain matrix products: fused attention exports to shape arithmetic, and cannot
+    be exported at all for Swin."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -80,7 +81,7 @@ def _eager_attention(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings about its own internals; errors still arrive as exceptions."""
+    """Suppress the exporter's warnings about its own internals; errors still arrive as exceptions."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
