@@ -107,7 +107,7 @@ def images(tmp_path: Path) -> ImageFolderData:
 def load(section: PretrainedModel | ScratchModel, data: Any) -> tuple[LoadedModel, ImageData]:
     preprocessing = load_preprocessing(section, data)
     images = load_data(data, preprocessing, 0)
-    return load_model(section, preprocessing, images, 0), images
+    return load_model(section, preprocessing, images, 0, Progress()), images
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------

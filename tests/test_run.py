@@ -148,6 +148,7 @@ def test_killed_at_the_start_of_every_stage(finished_run: FinishedRun, tmp_path:
 
 def test_killed_in_the_middle_of_every_training(finished_run: FinishedRun, tmp_path: Path) -> None:
     points = [
+        ("train the dense model", 20),
         ("train the dense model", 40),
         ("fit group_0", 7),  # between two updates of the masks
         ("fit group_0", 16),

@@ -17,12 +17,12 @@ from pipeline.estimate.memory import FLOAT32_BYTES
 from pipeline.recipe.choices import choices_of
 from pipeline.recipe.plan import GroupPlan, Plan
 from pipeline.recipe.schema import EndToEnd, Fit, LocalTraining, Recipe, ScratchModel, TextSection
-from qat.distill import FREQUENT, SAMPLED
+from qat.losses import FREQUENT, SAMPLED
 
 FORWARD_AND_BACKWARD = 3
 """Products of a trained matrix: one forward, and two backward, for the gradients of its input and of itself."""
 DISTILLED_LOGITS = 5
-"""Products of hidden states and a part of the token table in a step of distillation (:mod:`qat.distill`): the teacher's
+"""Products of hidden states and a part of the token table in a step of distillation (:mod:`qat.losses`): the teacher's
 and the student's logits twice each, as they are computed again in the backward pass, and one for the gradient."""
 
 

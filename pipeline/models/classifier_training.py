@@ -1,7 +1,8 @@
-"""End-to-end training of the small classifiers that a run makes itself: scratch models and linear heads."""
+"""Training of the small classifiers that a run makes itself: scratch models and linear heads."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,70 +10,60 @@ from torch.nn import functional as F
 
 from pipeline.data.images import ImageSplit
 from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.training_loop import step_generator, train
 from pipeline.recipe.schema import Training
 
-Progress = Callable[[int, int, str], None]
-
-WARMUP_FRACTION = 0.05
-REPORT_EVERY = 20
 MAX_ROTATION_DEGREES = 12.0
 MAX_SCALING = 0.1
 MAX_TRANSLATION = 0.08
 
 
 def train_classifier(
+    module: nn.Module,
     forward: Callable[[Tensor], Tensor],
-    parameters: Iterable[nn.Parameter],
     split: ImageSplit,
     training: Training,
     seed: int,
+    progress: Progress,
+    checkpoint: Path | None = None,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-    progress: Progress | None = None,
 ) -> None:
-    """Train ``parameters`` in place so that ``forward`` (inputs → logits [B, labels]) classifies ``split``.
+    """Train ``module`` in place so that ``forward`` (inputs → logits [B, labels]) classifies ``split``.
 
-    AdamW on cross-entropy; linear warm-up, then cosine decay to zero; matrices are decayed, vectors are not.
-    Batches are drawn without replacement epoch by epoch. All randomness comes from ``seed``.
-    Raises InputError when the loss stops being finite.
+    The loss is cross-entropy; batches go through all samples in a random order, then in another. All randomness comes
+    from ``seed``. A killed training goes on from ``checkpoint``. Raises InputError when the loss stops being finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": training.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=training.learning_rate,
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, training.steps))
-    queue = torch.empty(0, dtype=torch.int64)
-    for step in range(1, training.steps + 1):
-        while len(queue) < training.batch_size:
-            queue = torch.cat([queue, torch.randperm(len(split), generator=generator)])
-        chosen, queue = queue[: training.batch_size], queue[training.batch_size :]
-        inputs, labels = split.batch(chosen.numpy())
+
+    def loss(step: int) -> Tensor:
+        inputs, labels = split.batch(_batch(step, training.batch_size, len(split), seed).numpy())
         if augment is not None:
-            inputs = augment(inputs, generator)
-        loss = F.cross_entropy(forward(inputs), labels)
-        if not torch.isfinite(loss):
-            raise InputError(
-                f"training the classifier diverged at step {step}; lower its learning_rate, {training.learning_rate}"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        if progress is not None and (step % REPORT_EVERY == 0 or step == training.steps):
-            progress(step, training.steps, f"loss {loss.item():.4f}")
+            inputs = augment(inputs, step_generator(seed, step))
+        return F.cross_entropy(forward(inputs), labels)
+
+    try:
+        train(
+            module,
+            loss,
+            steps=training.steps,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            progress=progress,
+            label="train the dense model",
+            checkpoint=checkpoint,
+        )
+    except FloatingPointError as error:
+        raise InputError(
+            f"training the classifier diverged; lower its learning_rate, {training.learning_rate} ({error})"
+        ) from None
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rate at ``step`` (from 0): warm-up over 5 % of the steps, then cosine to zero."""
-    warmup = max(1, round(WARMUP_FRACTION * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = torch.tensor((step - warmup) / max(1, steps - warmup))
-    return float(0.5 * (1.0 + torch.cos(torch.pi * progress)))
+def _batch(step: int, size: int, samples: int, seed: int) -> Tensor:
+    """Indices int64 [size] of the samples of one step: those that come next in an endless row of permutations."""
+    places = torch.arange(step * size, (step + 1) * size)
+    passes = range(int(places[0]) // samples, int(places[-1]) // samples + 1)
+    orders = torch.cat([torch.randperm(samples, generator=step_generator(seed, number)) for number in passes])
+    return orders[places - passes.start * samples]
 
 
 def random_affine(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from pipeline.data.packages import package_file
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.models.adapters import check_model_type
 from pipeline.models.checkpoint import CONFIG_ERRORS, load_weights, loading
-from pipeline.models.classifier_training import Progress, random_affine, train_classifier
+from pipeline.models.classifier_training import random_affine, train_classifier
 from pipeline.models.packaged_dinov2 import load_classifier
 from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.progress import Progress
 from pipeline.recipe.schema import (
     DigitsData,
     ImageDataSection,
@@ -75,17 +77,18 @@ def load_model(
     preprocessing: Preprocessing,
     data: ImageData,
     seed: int,
-    progress: Progress | None = None,
+    progress: Progress,
+    checkpoint: Path | None = None,
 ) -> LoadedModel:
     """The dense image classifier of a recipe, trained on ``data.train`` where the recipe says so.
 
-    ``progress(step, total, message)`` is called during training. Raises InputError when the model cannot be found
+    A training that was killed goes on from ``checkpoint``. Raises InputError when the model cannot be found
     or built, lacks weights, or has weights that are not finite.
     """
     if isinstance(section, ScratchModel):
-        model = _train_scratch(section, data, seed, progress)
+        model = _train_scratch(section, data, seed, progress, checkpoint)
     elif isinstance(section, PackagedOnnxModel):
-        model = _packaged_with_head(section, data, seed, progress)
+        model = _packaged_with_head(section, data, seed, progress, checkpoint)
     else:
         model = _pretrained(section)
     model.eval().requires_grad_(True)
@@ -125,7 +128,9 @@ def _scratch_config(section: ScratchModel, labels: int) -> Any:
     return config
 
 
-def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: Progress | None) -> nn.Module:
+def _train_scratch(
+    section: ScratchModel, data: ImageData, seed: int, progress: Progress, checkpoint: Path | None
+) -> nn.Module:
     config = _scratch_config(section, len(data.labels))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -136,13 +141,14 @@ def _train_scratch(section: ScratchModel, data: ImageData, seed: int, progress: 
     model.train()
     augment = random_affine if section.augmentation == "affine" else None
     train_classifier(
+        model,
         lambda pixel_values: model(pixel_values=pixel_values).logits,
-        model.parameters(),
         data.train,
         section.training,
         seed,
-        augment,
         progress,
+        checkpoint,
+        augment,
     )
     return model
 
@@ -200,18 +206,23 @@ def _packaged_preprocessing(section: PackagedOnnxModel) -> Preprocessing:
 
 
 def _packaged_with_head(
-    section: PackagedOnnxModel, data: ImageData, seed: int, progress: Progress | None
+    section: PackagedOnnxModel, data: ImageData, seed: int, progress: Progress, checkpoint: Path | None
 ) -> nn.Module:
     path = package_file(section.package, section.file, "model")
     model = load_classifier(path, section.image_size, len(data.labels))
     model.set_attn_implementation(_ATTENTION)
     model.eval()
-    model.classifier = train_head(model, data, section.head, seed, progress)
+    model.classifier = train_head(model, data, section.head, seed, progress, checkpoint)
     return model
 
 
 def train_head(
-    model: nn.Module, data: ImageData, training: Training, seed: int, progress: Progress | None = None
+    model: nn.Module,
+    data: ImageData,
+    training: Training,
+    seed: int,
+    progress: Progress,
+    checkpoint: Path | None = None,
 ) -> nn.Linear:
     """A linear classifier on the features that reach ``model.classifier``, which is not changed.
 
@@ -223,27 +234,26 @@ def train_head(
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     split = TensorSplit((features - mean) / deviation, labels)
-    train_classifier(head, head.parameters(), split, training, seed, None, progress)
+    train_classifier(head, head, split, training, seed, progress, checkpoint)
     with torch.no_grad():
         head.weight.div_(deviation)
         head.bias.sub_(head.weight @ mean)
     return head
 
 
-def _features(model: nn.Module, data: ImageData, progress: Progress | None) -> tuple[Tensor, Tensor]:
+def _features(model: nn.Module, data: ImageData, progress: Progress) -> tuple[Tensor, Tensor]:
     """Inputs of ``model.classifier``, [n, f], and labels [n] of the whole train split."""
     starts = range(0, len(data.train), _FEATURE_BATCH)
     captured: list[Tensor] = []
     labels: list[Tensor] = []
     hook = model.get_submodule("classifier").register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
-        with torch.no_grad():
-            for step, start in enumerate(starts, 1):
+        with torch.no_grad(), progress.task("features of the training images", len(starts)) as advance:
+            for start in starts:
                 inputs, batch_labels = data.train.batch(range(start, min(start + _FEATURE_BATCH, len(data.train))))
                 model(pixel_values=inputs)
                 labels.append(batch_labels)
-                if progress is not None:
-                    progress(step, len(starts), "features of the training images")
+                advance(1, "")
     finally:
         hook.remove()
     return torch.cat(captured), torch.cat(labels)

@@ -31,11 +31,17 @@ def train(
 
     ``loss`` must depend on nothing but the module and the step (draw batches from :func:`step_generator`):
     then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. The learning rate
-    warms up over the first 5 % of the steps and decays to zero by a cosine. Raises FloatingPointError if the
-    loss is not finite.
+    warms up over the first 5 % of the steps and decays to zero by a cosine; weights decay, but not vectors (biases,
+    norms); gradients are clipped to norm 1. Raises FloatingPointError if the loss is not finite.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95))
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+    )
     first, losses = 0, []
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)

@@ -22,6 +22,7 @@ from pipeline.models.packaged_dinov2 import (
     resize_positions,
 )
 from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.progress import Progress
 from pipeline.recipe.schema import DigitsData, PackagedOnnxModel, Training
 
 FILE = "models/vit_s_focus.onnx"
@@ -106,14 +107,14 @@ def test_classifier_with_a_trained_head() -> None:
     data_section = DigitsData(source="digits", image_size=28)
     preprocessing = load_preprocessing(section(), data_section)
     data = load_data(data_section, preprocessing, 0, train_samples=200, test_samples=100)
-    loaded = load_model(section(), preprocessing, data, 0)
+    loaded = load_model(section(), preprocessing, data, 0, Progress())
     assert isinstance(data.test, TensorSplit)
     with torch.no_grad():
         logits = loaded.model(pixel_values=data.test.inputs).logits
     assert (logits.argmax(dim=1) == data.test.labels).float().mean() > 0.8
     assert loaded.labels == list("0123456789")
     assert len(find_mlps(loaded.model)) == 12
-    assert load_model(section(), preprocessing, data, 0).source_hash == loaded.source_hash
+    assert load_model(section(), preprocessing, data, 0, Progress()).source_hash == loaded.source_hash
 
 
 def test_head_of_separable_features_and_its_standardisation() -> None:
@@ -132,7 +133,7 @@ def test_head_of_separable_features_and_its_standardisation() -> None:
     inputs[:, 1] = 1000.0 + 50.0 * labels[:, None, None]
     data = ImageData(TensorSplit(inputs, labels), TensorSplit(inputs, labels), ["a", "b"], "")
     network = Network()
-    head = train_head(network, data, Training(steps=100, batch_size=16, learning_rate=3e-2), 0)
+    head = train_head(network, data, Training(steps=100, batch_size=16, learning_rate=3e-2), 0, Progress())
     assert head(network(inputs)).argmax(dim=1).equal(labels)
     assert isinstance(network.classifier, torch.nn.Identity)
 

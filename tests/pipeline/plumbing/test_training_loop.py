@@ -210,3 +210,16 @@ def test_checkpoints_wait_for_their_time(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     run(recipe(), quantized=False, checkpoint=checkpoint)
     assert not checkpoint.exists()
+
+
+def test_weights_decay_and_vectors_do_not() -> None:
+    module = nn.Linear(2, 1)
+    nn.init.ones_(module.weight)
+    nn.init.ones_(module.bias)
+    # No gradient: only the decay moves anything.
+    train(
+        module, lambda _: 0.0 * (module.weight.sum() + module.bias.sum()), steps=1, learning_rate=0.1,
+        weight_decay=0.5, progress=Progress(), label="decay",
+    )
+    assert torch.equal(module.weight.detach(), torch.full((1, 2), 0.95))
+    assert torch.equal(module.bias.detach(), torch.ones(1))
