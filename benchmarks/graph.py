@@ -14,7 +14,7 @@ from benchmarks.operands import Operand
 from fips_ort.ops import DOMAIN, VERSION
 
 OPSET = 20
-"""The first with Gelu."""
+"""The first ONNX opset with Gelu."""
 _ALIGNMENT = 64
 _INPUT = "X"
 

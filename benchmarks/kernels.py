@@ -24,7 +24,7 @@ from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import write_aside, write_json
 
 _CACHE_SHARE = 1.25
-"""Cold weights of a model, of the last-level cache."""
+"""Size of a model with cold weights, in sizes of the last-level cache."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

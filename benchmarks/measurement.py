@@ -25,10 +25,10 @@ KINDS: dict[str, Callable[[Shape, int], list[Variant]]] = {
 """What is compared, by name: whole MLPs, the product [M, d] × [d, hidden size], the product with a basis as B = S."""
 WEIGHTS = ("cold", "warm")
 _MANY_ROWS = 32
-"""From so many rows of activations on, weights are read rarely and multiplications take the time: then models of all
-variants together, which take turns, are as large as the cache, for fewer rows each one is."""
+"""From this many rows of activations on, weights are read rarely and multiplications take the time. The models of all
+variants, which take turns, are then together larger than the cache; for fewer rows each of them is."""
 Measurement = dict[str, Any]
-"""One variant in one case, as in the JSON; keys with figures: see :func:`_figures`."""
+"""One variant in one case, as it is written into the JSON; :func:`_figures` says what its figures are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,9 @@ class Comparison:
 class Settings:
     """What every comparison is measured with.
 
-    ``rows``: of the activations, M. ``seconds``: for a number of rows and threads, about. ``cold_bytes``: of a model's
-    cold weights, at least. ``bandwidth``: number of threads → bytes per second that they read.
+    ``rows``: numbers of rows of activations (M). ``seconds``: about how long to measure at each number of rows and
+    threads. ``cold_bytes``: how many bytes a model's cold weights take at least. ``bandwidth``: number of threads →
+    bytes per second that they read.
     """
 
     rows: Sequence[int]
@@ -58,7 +59,7 @@ class Settings:
 
 
 def measure(comparison: Comparison, variants: Sequence[Variant], settings: Settings) -> list[Measurement]:
-    """All variants at every number of threads and rows. Raises RuntimeError for an output that is not finite."""
+    """Measure all variants at every number of threads and rows. Raises RuntimeError if an output is not finite."""
     few = [rows for rows in settings.rows if rows < _MANY_ROWS]
     many = [rows for rows in settings.rows if rows >= _MANY_ROWS]
     warm = comparison.weights == "warm"
@@ -82,7 +83,7 @@ def _measure(
     layers: Mapping[str, int],
     advance: Callable[[], None],
 ) -> list[Measurement]:
-    """The same with models of so many layers."""
+    """Measure all variants with models of ``layers[variant name]`` layers; ``advance`` is called after each case."""
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory() as folder:
         models = _save_models(Path(folder), variants, layers)
@@ -108,7 +109,7 @@ def _measure(
 
 
 def run_overhead(folder: Path) -> float:
-    """Seconds of a run that computes next to nothing, which every warm time contains."""
+    """Measure the seconds of a run that computes next to nothing, which every warm time contains."""
     graph = Graph(1)
     graph.output(graph.node("Neg", [graph.input]), 1)
     graph.save(folder / "overhead.onnx")
@@ -118,12 +119,12 @@ def run_overhead(folder: Path) -> float:
 
 
 def _cold_layers(variants: Sequence[Variant], cold_bytes: int) -> int:
-    """Layers of a model, whole groups, such that the weights of these variants' models together take ``cold_bytes``."""
+    """How many layers, in whole groups, the models of ``variants`` need for all their weights to take ``cold_bytes``."""
     return GROUP * ceil(cold_bytes / (GROUP * sum(variant.stored_bytes for variant in variants)))
 
 
 def _save_models(folder: Path, variants: Sequence[Variant], layers: Mapping[str, int]) -> dict[str, Path]:
-    """One model a variant, in a folder of its own."""
+    """Save one model for each variant, in a folder of its own. Returns paths by variant."""
     paths = {}
     for index, variant in enumerate(variants):
         paths[variant.name] = folder / str(index) / "model.onnx"
@@ -135,7 +136,7 @@ def _save_models(folder: Path, variants: Sequence[Variant], layers: Mapping[str,
 def _times(
     comparison: Comparison, sessions: Mapping[str, onnxruntime.InferenceSession], rows: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of whole runs (see :func:`pipeline.evaluation.turns.interleave`), after a check of their outputs."""
+    """Check the outputs, then measure the seconds of whole runs (see :func:`pipeline.evaluation.turns.interleave`)."""
     runs = {name: BoundRun(session, rows) for name, session in sessions.items()}
     for name, run in runs.items():
         run()
@@ -147,9 +148,9 @@ def _times(
 def _figures(
     variant: Variant, seconds: Mapping[str, Sequence[float]], rows: int, bandwidth: float
 ) -> Measurement:
-    """From the seconds of one layer, of all variants.
+    """The figures that follow from ``seconds`` of one layer in each round, by variant.
 
-    ``milliseconds``: of one layer (a MLP or a product), one entry a round, with median, least and greatest.
+    ``milliseconds``: time of one layer (an MLP or a product) in each round, with median, least and greatest.
 
     ``ratios``: baseline → median over the rounds of the baseline's time by the variant's; above 1 the variant is
     faster. At one row, ``bytes_per_second`` of ``bytes_read`` (weights that the ops read, a basis for each product) and

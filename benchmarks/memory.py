@@ -4,19 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
-
 from benchmarks.operands import INT8_ACTIVATIONS
 from benchmarks.shapes import Shape
 from benchmarks.timing import BoundRun, open_session
 from benchmarks.variants import mlp_graph, sparse_mlp
+from fips_ort.memory import process_memory
 
 _LAYERS = 6
 _ROWS = 16
 
 
 def measure_shared_basis(folder: Path, name: str, shape: Shape) -> dict[str, int | float | str]:
-    """Six MLPs with 1:4 projections, all over one basis, which each of them multiplies with twice.
+    """Measure six MLPs with 1:4 projections, all over one basis, which each of them multiplies with twice.
 
     Returns bytes: ``file_bytes`` of graph and weights, ``activation_bytes`` of the values between the nodes of one MLP
     at 16 rows, ``rss_growth_bytes`` of loading and running the model once in a process that ran a tiny model of the
@@ -47,12 +46,11 @@ def measure_shared_basis(folder: Path, name: str, shape: Shape) -> dict[str, int
 
 def _growth(model: Path, tiny: Path) -> int:
     """Bytes by which loading and running ``model`` raises the resident set."""
-    process = psutil.Process()
     BoundRun(open_session(tiny, 1), _ROWS)()
-    before = process.memory_info().rss
+    before = process_memory("VmRSS")
     run = BoundRun(open_session(model, 1), _ROWS)
     run()
-    return process.memory_info().rss - before
+    return process_memory("VmRSS") - before
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from fips_ort.ops import DOMAIN, node_attributes, op_type
 from fips_ort.packed import PackedWeight, pack
 
 INT8_ACTIVATIONS = 4
-"""The accuracy_level that allows them; 0 keeps activations in float32."""
+"""The accuracy_level that permits int8 activations; 0 keeps them in float32."""
 _GAIN = 0.1
-"""About the size of a product's results, of its activations: so small that MLPs in a row, which all have the same
+"""About how large a product's results are beside its activations: so small that MLPs in a row, which all have the same
 random weights, change what their residual connections carry only a little, however many they are."""
 _PERIOD = 64
 """Rows of random levels and masks; the rows after them repeat these."""
@@ -29,7 +29,7 @@ class Operand:
     attributes: Mapping[str, int]
     tensors: Mapping[str, NDArray]
     shape: tuple[int, int]
-    """K, N."""
+    """(K, N) of the matrix."""
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +65,8 @@ def packed_operand(layout: Layout, accuracy_level: int, trans_b: bool = True) ->
 
 @lru_cache(maxsize=4)
 def _random_weight(layout: Layout) -> PackedWeight:
-    """Cached: several layers and both products with a basis store the same bytes, each at a place of its own."""
+    """A weight of random levels. It is cached: several layers, and both products with a basis, store the same bytes,
+    each in a place of its own."""
     rng = np.random.default_rng(0)
     levels = np.zeros((layout.rows, layout.columns), np.int8)
     for bits, rows, columns in layout.submatrices():
@@ -78,7 +79,8 @@ def _random_weight(layout: Layout) -> PackedWeight:
 
 
 def _random_mask(rng: np.random.Generator, layout: Layout) -> NDArray[np.bool_] | None:
-    """n:m as the pattern asks; a bitmap keeps a quarter."""
+    """A random mask with n of m columns kept as the layout's pattern asks, for a bitmap about a quarter of all entries;
+    None for dense layouts."""
     pattern = layout.pattern
     if not pattern.keep:
         return None
@@ -91,5 +93,5 @@ def _random_mask(rng: np.random.Generator, layout: Layout) -> NDArray[np.bool_] 
 
 
 def _random_scales(rng: np.random.Generator, shape: tuple[int, int], inputs: int, bits: int) -> NDArray[np.float64]:
-    """Of either sign, for levels of ``bits`` bits in products of ``inputs`` terms."""
+    """Random scales of either sign, for levels of ``bits`` bits in products of ``inputs`` terms."""
     return rng.choice((-1.0, 1.0), shape) * rng.uniform(0.5, 1.0, shape) * _GAIN / (inputs**0.5 * 2 ** (bits - 1))

@@ -37,7 +37,7 @@ _STYLES = {
 """Colour and marker of each variant, in the order of drawing; int4 with blocks of 128 is the line at 1."""
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.9, 2.3
 _MARGINS = (0.8, 1.2)
-"""Inches, as the panels' sizes."""
+"""Width and height of what surrounds the panels, in inches, as their own sizes."""
 _ASIDE = 0.025
 """Marks of cold weights stand this far to the left of a variant's place, of warm ones to the right; 1 is a panel's step
 from one number of rows to the next."""
@@ -46,7 +46,8 @@ _DASHED = (0, (4, 3))
 
 @styled
 def mlp_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Measurements of MLPs: a column of panels a shape, a row a number of threads; full marks for cold weights."""
+    """Draw measurements of MLPs: a column of panels for each shape, a row for each number of threads. Full marks are of
+    cold weights."""
     shapes = list(dict.fromkeys(item["shape"] for item in measurements))
     threads = sorted({item["threads"] for item in measurements})
     size = (_MARGINS[0] + _PANEL_WIDTH * len(shapes), _MARGINS[1] + _PANEL_HEIGHT * len(threads))

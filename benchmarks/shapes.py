@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class Shape:
     """Sizes of one MLP.
 
-    ``model_size``: d, of its input and output. ``hidden_size``: of the vector between its matrices. ``gated``: gate,
-    up and down, or fc1 and fc2. ``sparse_rank``: of the basis under 1:4 projections, about 4/3 d. ``graded``: rank
-    entries of graded projections and their basis at 4, 3 and 2 bits. Both ranks are chosen for about 2 stored bits per
-    weight.
+    ``model_size``: features of its input and output (d). ``hidden_size``: features between its matrices. ``gated``:
+    whether the matrices are gate, up and down, or fc1 and fc2. ``sparse_rank``: rank of the basis under 1:4
+    projections, about 4/3 d. ``graded``: numbers of rank entries of graded projections, and of their basis, with 4, 3
+    and 2 bits. Both ranks are chosen for about 2 stored bits per weight.
     """
 
     model_size: int
@@ -35,4 +35,4 @@ SHAPES = {
     "vit-base": Shape(768, 3072, gated=False, sparse_rank=1024, graded=(128, 128, 256)),
     "tiny": Shape(256, 512, gated=True, sparse_rank=384, graded=(128, 128, 128)),
 }
-"""By name; ``tiny`` is for the benchmark's own test."""
+"""Shapes by name; ``tiny`` is for the benchmark's own test."""

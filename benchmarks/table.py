@@ -7,8 +7,8 @@ from benchmarks.variants import INT4_BLOCK_128
 
 
 def format_table(measurements: Sequence[Measurement]) -> str:
-    """Measurements of one comparison: a line a variant, a column a case; *layers*: of the models that were run, with
-    few rows and with many.
+    """Lay out the measurements of one comparison: a line for each variant, a column for each case. The column *layers*
+    says how many layers the models had that were run with few rows of activations, and with many.
 
     A cell holds the median milliseconds of a layer and how many times faster that is than int4 with blocks of 128; at
     one row also GB/s of the weights that are read, and the fraction of what a plain read loop reaches.

@@ -17,7 +17,7 @@ _BANDWIDTH_BYTES = 1 << 30
 
 
 def open_session(model: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A session with our kernels and ONNX Runtime's defaults but for the number of threads."""
+    """Open a session with our kernels and with ONNX Runtime's defaults, except for the number of threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -45,12 +45,12 @@ class BoundRun:
         self._session.run_with_iobinding(self._binding)
 
     def finite(self) -> bool:
-        """Whether what the last run has left is finite."""
+        """Whether all outputs of the last run are finite."""
         return all(np.isfinite(output.numpy()).all() for output in self._outputs.values())
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second of a plain read loop over memory (see :data:`BANDWIDTH_METHOD`)."""
+    """Measure the bytes per second of a plain read loop over memory (see :data:`BANDWIDTH_METHOD`)."""
     parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 8, np.uint64), threads)
     return _BANDWIDTH_BYTES / min(_read_seconds(parts) for _ in range(5))
 

@@ -20,7 +20,7 @@ _BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """A MLP's matrices: ``first`` is gate (or fc1) and up, ``last`` down (or fc2).
+    """The matrices of an MLP: ``first`` is gate (or fc1) and up, ``last`` is down (or fc2).
 
     With a ``basis`` U (the same bytes read as B = S.T and as B = S) they are projections: x U goes through ``first``,
     and what comes out of ``last`` through U.
@@ -33,11 +33,11 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to store what is compared; *layer*: one MLP or one product.
+    """One way to store a *layer*, which is one MLP or one product.
 
-    ``weights``: of a dense layer. ``stored_bytes``: of a layer, a shared basis in equal parts to the layers of its
-    group. ``bytes_read``: by the ops of a layer, a basis for every product with it. ``graph``: makes a model of so many
-    layers, each with weights of its own.
+    ``weights``: number of weights of the dense layer. ``stored_bytes``: bytes that a layer takes, with its equal part
+    of a basis that its group shares. ``bytes_read``: bytes that the ops of a layer read, with the basis once for every
+    product with it. ``graph``: makes a model of that many layers, each with weights of its own.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Variant:
 
 
 def mlp_variants(shape: Shape, accuracy_level: int) -> list[Variant]:
-    """The whole MLP in all ways; ``accuracy_level``: of all quantized ops."""
+    """The whole MLP, stored in all ways. ``accuracy_level`` is that of all quantized ops."""
     d, width = shape.model_size, shape.hidden_size
     mlps = {name: Mlp(make(d, width), make(width, d)) for name, make in _baselines(accuracy_level).items()}
     mlps[FIPS_SPARSE] = sparse_mlp(shape, accuracy_level)

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.plumbing.errors import InputError
 
 HIDDEN_FLAGS = ("avx512", "avx_vnni", "avx_ifma", "avx_ne", "amx")
-"""Beginnings of the names, as in /proc/cpuinfo, of what is hidden."""
+"""Beginnings of the names in /proc/cpuinfo of the instruction sets that are hidden."""
 _SOURCE = Path(__file__).with_name("hide_avx512.c")
 _PRELOAD = "LD_PRELOAD"
 
@@ -27,7 +27,7 @@ def is_hidden() -> bool:
 def run_without_avx512(module: str, arguments: Sequence[str]) -> int:
     """Run ``python -m module`` on a CPU that seems to have no AVX-512; returns its exit status.
 
-    Raises InputError if the library cannot be built, and, in the process that was to be deceived, if it was not.
+    Raises InputError if the library cannot be built, or, in the new process, if the CPU still shows AVX-512.
     """
     if _SOURCE.stem in os.environ.get(_PRELOAD, ""):
         raise InputError("--without-avx512: this machine cannot hide features of its CPU (arch_prctl, ARCH_SET_CPUID)")

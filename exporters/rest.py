@@ -114,8 +114,8 @@ def quantize_embedding(
     :class:`NBitsLinear`. Where the model ties them, both hold the same tensors.
 
     ``tables``: path → table; if the output layer's path is there, its table is stored, else it is rounded to nearest.
-    ``codes_only``: as in :func:`quantize_linears`. Raises ValueError if ``block_size`` does not divide
-    the hidden size, or if the token table is of a kind that does more than look up rows and scale them by a number.
+    ``codes_only``: as in :func:`quantize_linears`. Raises ValueError if ``block_size`` does not divide the hidden size,
+    or if the token table is of a kind that does more than look up rows and scale them by a number.
     """
     embedding, head = model.get_input_embeddings(), _output_layer(model)
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):

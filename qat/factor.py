@@ -9,9 +9,9 @@ from qat.fake_quantize import FakeQuantizer, search_scales
 from qat.gptq import gptq
 
 WITHIN_CELL = 0.5
-"""Part of the way from a level to the border of its cell at which an entry starts. Learned scales move the borders: of
-entries that start at them (0.98), so many fell into other cells within ten steps that Gemma 3 270M's divergence from
-the dense model rose by 60 %, where it fell by 4 % from here."""
+"""How far from its level an entry may start, as a part of the way to the border of the level's cell. Learned scales
+move these borders. With 0.98, so many entries fell into other cells within ten steps that Gemma 3 270M's divergence
+from the dense model rose by 60 %; with 0.5 it fell by 4 %."""
 
 
 class Factor(nn.Module):
@@ -69,12 +69,14 @@ class Factor(nn.Module):
     def prepare(
         self, layout: Layout, *, learned_scales: bool, moment: Tensor | None = None, target: Tensor | None = None
     ) -> None:
-        """Start fake quantization in ``layout``, with scales searched for the current values.
+        """Start fake quantization in ``layout``.
 
-        Given the second ``moment`` [columns, columns] of what the matrix is multiplied with (over its columns), the
-        values themselves start from the levels that :func:`qat.gptq.gptq` finds, else from where they are. ``target``
-        [rows, columns]: what these levels shall stand for, if not the current values; masked entries stay zero, but
-        the others make up for what it has there.
+        Without ``moment``, the values stay and scales are searched for them. ``moment`` [columns, columns] is the
+        second moment of the inputs that the matrix is multiplied with, over its columns; given it,
+        :func:`qat.gptq.gptq` finds levels and scales, and every value moves into the cell of its level. ``target``
+        [rows, columns]: the matrix that these levels are to stand for, by default the current one. Masked entries stay
+        zero whatever ``target`` has there; the others make up for it. Raises ValueError if there is a mask and the
+        layout is dense, or none and it is not.
         """
         if (layout.pattern == DENSE) != (self.mask is None):
             raise ValueError(f"pattern {layout.pattern} does not go with {'no' if self.mask is None else 'a'} mask")
@@ -94,13 +96,13 @@ class Factor(nn.Module):
             raise AssertionError("fake quantization does not reproduce the levels it starts from")
 
     def prepare_to_load(self, layout: Layout, *, learned_scales: bool) -> None:
-        """Like :meth:`prepare`, for a state that is loaded next: nothing is searched."""
+        """Start fake quantization in ``layout`` with scales of 1, for a state dict that is loaded next."""
         self.quantizer = FakeQuantizer(layout, torch.ones(layout.scales_shape), learned_scales=learned_scales)
 
     def freeze(self) -> PackedWeight:
-        """Integer codes that stand for exactly the values of ``forward()``.
+        """Pack integer codes that stand for exactly the values of ``forward()``.
 
-        Raises ValueError if the factor is not prepared, or (our own invariant) if a value would change.
+        Raises ValueError if the factor is not prepared, AssertionError if a value would change.
         """
         if self.quantizer is None:
             raise ValueError("prepare() a factor before freezing it")

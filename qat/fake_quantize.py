@@ -23,7 +23,7 @@ from fips_ort.layout import BIT_WIDTHS, Layout
 _DTYPES: dict[int, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits in BIT_WIDTHS}
 
 SMALLEST_SCALE = 2.0**-20
-"""Scales are kept at or above this; below it, float16 has too few bits left to say what a scale is."""
+"""Scales are kept at or above this: below it, numbers of float16 have few significant bits left."""
 LARGEST_SCALE = float(np.finfo(np.float16).max)
 
 CLIP_RATIOS = np.linspace(0.3, 1.0, 15)
@@ -82,7 +82,7 @@ class FakeQuantizer(nn.Module):
         return torch.cat(parts, dim=self.layout.segment_axis)
 
     def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(levels int8 [rows, columns], scales float16 [rows, blocks]) of what ``forward`` computes."""
+        """Return what ``forward`` computes as (levels int8 [rows, columns], scales float16 [rows, blocks])."""
         with torch.no_grad():
             scale = self.scale()
             per_entry = scale.repeat_interleave(self.layout.block_size, dim=1)
@@ -100,10 +100,10 @@ def half_of_levels(layout: Layout) -> Tensor:
 
 
 def search_scales(weight: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
-    """Starting scales: per block, the clipping range with the smallest squared error over the kept entries.
+    """Search scales to start from: for each block, the clipping range with the smallest squared error over the kept
+    entries, among the fractions :data:`CLIP_RATIOS` of the block's largest magnitude.
 
-    ``weight`` float32 [rows, columns], ``mask`` bool of the same shape or None; returns float32
-    [rows, blocks]. The range is searched among 15 fractions (0.3 … 1) of the block's largest magnitude.
+    ``weight`` float32 [rows, columns], ``mask`` bool of the same shape or None; returns float32 [rows, blocks].
     """
     kept = weight.detach() if mask is None else weight.detach() * mask
     blocks = kept.reshape(layout.rows, -1, layout.block_size)

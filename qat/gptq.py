@@ -68,10 +68,10 @@ class _Levels:
         return (torch.minimum(torch.maximum(levels, -half), half - 1) + self.offset) * scale
 
     def search(self, values: Tensor, importance: Tensor, kept: Tensor, block: int) -> Tensor:
-        """Scales float32 [rows] of one block with the smallest error Σ importance · (value - level)².
+        """Search the scales float32 [rows] of one block with the smallest error Σ importance · (value - level)².
 
-        ``values`` float32 [rows, block_size]; ``importance`` [block_size]; the range is searched among the fractions
-        of the largest magnitude that :func:`qat.fake_quantize.search_scales` knows.
+        ``values`` float32 [rows, block_size]; ``importance`` [block_size]. The clipping range is searched among the
+        fractions :data:`qat.fake_quantize.CLIP_RATIOS` of the largest magnitude.
         """
         values = values * kept
         half = self.half[:, block : block + 1]
@@ -114,7 +114,7 @@ def _round_in_order(
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of ``weight`` from left to right; ``order`` says where in the layout they are.
 
-    Returns (values in the given order, scales in the layout's).
+    Returns (values with columns as in ``weight``, scales with blocks as in the layout).
     """
     size = levels.block_size
     values, errors = torch.empty_like(weight), torch.zeros_like(weight)
@@ -143,7 +143,7 @@ def _descend(
     """Move each entry in turn to its best level given all others, ``sweeps`` times over; the error never grows."""
     size = levels.block_size
     values = values.clone()
-    gradient = (values - weight) @ H  # half of it: of the error with respect to the values
+    gradient = (values - weight) @ H  # half the gradient of the error with respect to the values
     for _ in range(sweeps):
         for block in range(scales.shape[1]):
             part = slice(block * size, (block + 1) * size)

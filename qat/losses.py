@@ -23,7 +23,9 @@ CHUNK_LOGITS = 1 << 24
 """Logits over the whole vocabulary that are made at a time: those of 64 tokens of Gemma's. Chunks of 128 or 512 tokens
 were no faster."""
 FREQUENT = 12_288
+"""Tokens that are compared at every step of distillation."""
 SAMPLED = 4_096
+"""Tokens drawn from all others at each step."""
 CHUNK = 512
 """Tokens that are compared at a time, on a part of the vocabulary."""
 
@@ -46,7 +48,8 @@ def next_token_loss(hidden: Tensor, targets: Tensor, table: Tensor, softcap: flo
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids by how they enter the divergence: all ``frequent`` ones, a sample of the ``others``; int64."""
+    """The token ids of a vocabulary, int64, in two parts: the ``frequent`` ones, which enter every divergence, and the
+    ``others``, of which a sample does."""
 
     frequent: Tensor
     others: Tensor

@@ -23,8 +23,8 @@ of the vocabulary."""
 
 
 def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """``inputs`` and what else the graph of ``session`` wants for a text without a past: an attention mask of ones
-    and an empty cache. Inputs of graphs without a cache are returned as they are."""
+    """Add to ``inputs`` what else the graph of ``session`` reads, for texts without a past: an attention mask of ones
+    and an empty cache. Inputs of graphs that read neither are returned as they are."""
     result = dict(inputs)
     for value in session.get_inputs():
         if value.name in result:
@@ -38,7 +38,7 @@ def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, 
 
 
 def prefill_inputs(session: onnxruntime.InferenceSession, input_ids: NDArray[np.int64]) -> dict[str, Any]:
-    """All inputs for ``input_ids`` int64 [batch, tokens] from the start of a text."""
+    """All inputs of a graph that reads ``input_ids`` int64 [batch, tokens] as the start of texts."""
     return complete_inputs(session, {"input_ids": input_ids})
 
 

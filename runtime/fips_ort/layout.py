@@ -48,6 +48,7 @@ class Pattern:
 
     @property
     def is_n_of_m(self) -> bool:
+        """Whether the same number of entries is kept in every group of columns."""
         return self.of > 1
 
     @property
@@ -116,7 +117,7 @@ class Layout:
 
     @property
     def stored_scales_shape(self) -> tuple[int, ...]:
-        """The same as stored: for n:m (tiles, blocks per row, rows of a tile)."""
+        """Shape of the scales as they are stored: (rows, blocks per row), for n:m (tiles, blocks per row, 16)."""
         if not self.pattern.is_n_of_m:
             return self.scales_shape
         tiles = sum(self.tiles(rows.stop - rows.start) for rows in self.row_ranges())
@@ -130,7 +131,8 @@ class Layout:
         return sum(packed_size(_entries(part), self.pattern.index_bits) for part in self.submatrices())
 
     def code_bytes(self, kept: Sequence[int] | None = None) -> int:
-        """Bytes of the stored codes. ``kept``: of a bitmap, how many entries each non-empty segment keeps."""
+        """Bytes of the stored codes. ``kept``: how many entries each non-empty segment keeps; needed for bitmaps only,
+        which raise ValueError without it."""
         parts = self.submatrices()
         if self.pattern.is_n_of_m:
             return sum(self._chunks(part) * 8 * part[0] for part in parts)

@@ -56,7 +56,7 @@ class WeightEntry:
 
 @dataclass(frozen=True, slots=True)
 class GoldenEntry:
-    """What the model must compute: graph input and output name → ``.npy`` file.
+    """What the model must compute: ``inputs`` and ``outputs`` by their names in the graph, each in an ``.npy`` file.
 
     An output reproduces a golden one if no element differs by more than ``tolerance`` times the largest
     magnitude in the golden output. A golden output may hold the last entries along an axis only (the logits after
@@ -70,7 +70,8 @@ class GoldenEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``library``: file of the native kernels in the folder. ``recipe`` and ``versions``: where it came from."""
+    """All that ``fips.json`` says. ``model`` and ``library`` are paths of the graph and of the native kernels in the
+    folder; ``recipe`` and ``versions`` (library → version) say what the artefact was made from and with."""
 
     model: str
     library: str
@@ -127,7 +128,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Inverse of :meth:`Manifest.to_json`; ``where`` names the manifest in errors. Raises ArtifactError."""
+    """Build a manifest from the ``text`` of a ``fips.json``. Inverse of :meth:`Manifest.to_json`.
+
+    ``where`` names the manifest in errors. Raises ArtifactError for what is malformed or of another schema version.
+    """
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -160,7 +164,7 @@ def inside(folder: Path, relative: str) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

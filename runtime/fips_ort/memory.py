@@ -15,9 +15,9 @@ from fips_ort.manifest import read_manifest
 def measure_memory(folder: Path, *, native: bool = True) -> dict[str, int]:
     """Load and run the artefact once in a new process.
 
-    Returns bytes: ``load_rss_bytes``, by how much loading the session raised the resident set (memory-mapped
-    weights count once read), and ``peak_rss_bytes``, the process's largest resident set, Python included.
-    Linux only. Raises RuntimeError with the child's last line if it fails.
+    Returns ``load_rss_bytes``, by which loading the session raised the resident set (memory-mapped weights count once
+    they are read), and ``peak_rss_bytes``, the process's largest resident set, Python included. Linux only. Raises
+    RuntimeError with the child's last line if it fails.
     """
     command = [sys.executable, "-m", "fips_ort.memory", str(folder), "native" if native else "portable"]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -37,7 +37,8 @@ def _measure(folder: Path, native: bool) -> dict[str, int]:
 
 
 def process_memory(field: str) -> int:
-    """Bytes of this process by /proc/self/status: ``VmRSS``, its resident set, or ``VmHWM``, the largest so far."""
+    """Read bytes of this process from /proc/self/status: ``VmRSS``, its resident set, or ``VmHWM``, the largest so
+    far."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

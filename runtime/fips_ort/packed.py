@@ -97,7 +97,8 @@ def pack(levels: NDArray[np.int8], scales: NDArray[np.float16], mask: NDArray[np
 
 
 def unpack(packed: PackedWeight) -> tuple[NDArray[np.int8], NDArray[np.float16], NDArray[np.bool_] | None]:
-    """Inverse of :func:`pack`: (levels, scales, mask); levels of entries that are not kept are 0."""
+    """Inverse of :func:`pack`. Returns (levels int8 [rows, columns], scales float16 [rows, blocks], mask bool
+    [rows, columns] or None); levels of entries that are not kept are 0."""
     layout, pattern = packed.layout, packed.layout.pattern
     levels = np.zeros((layout.rows, layout.columns), np.int8)
     mask = None if pattern.keep == 0 else np.zeros(levels.shape, np.bool_)
@@ -141,7 +142,7 @@ def dequantize(packed: PackedWeight) -> NDArray[np.float32]:
 
 
 def _pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Rows in chunks: [rows, columns] → [rows, columns · bits / 8]."""
+    """Pack each row in chunks: [rows, columns] → [rows, columns · bits / 8]."""
     rows, columns = codes.shape
     whole = columns // CHUNK * CHUNK
     chunks = pack_chunks(codes[:, :whole].reshape(rows, -1, CHUNK), bits).reshape(rows, -1)
@@ -157,7 +158,8 @@ def _unpack_rows(stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def _in_tiles(kept: NDArray[np.uint8], pattern: Pattern) -> NDArray[np.uint8]:
-    """What is stored for the kept entries, [rows, kept of a row] → [tiles, steps, n, 64], filled up with zeros."""
+    """Bring what is stored for the kept entries from [rows, kept of a row] to [tiles, steps, n, 64], with zeros for
+    missing rows."""
     filled = np.pad(kept, ((0, -len(kept) % TILE_ROWS), (0, 0)))
     tiles = filled.reshape(-1, TILE_ROWS, kept.shape[1] // (STEP_GROUPS * pattern.keep), STEP_GROUPS, pattern.keep)
     return tiles.transpose(0, 2, 4, 1, 3).reshape(len(tiles), -1, pattern.keep, CHUNK)
@@ -170,13 +172,13 @@ def _out_of_tiles(chunks: NDArray[np.uint8], rows: int, pattern: Pattern) -> NDA
 
 
 def _scales_in_tiles(scales: NDArray[np.float16]) -> NDArray[np.float16]:
-    """[rows, blocks] → [tiles, blocks, 16], filled up with zeros."""
+    """Bring scales from [rows, blocks] to [tiles, blocks, 16], with zeros for missing rows."""
     filled = np.pad(scales, ((0, -len(scales) % TILE_ROWS), (0, 0)))
     return filled.reshape(-1, TILE_ROWS, scales.shape[1]).swapaxes(1, 2)
 
 
 def _logical_scales(packed: PackedWeight) -> NDArray[np.float16]:
-    """Scales as [rows, blocks]."""
+    """The scales as [rows, blocks], however they are stored."""
     layout = packed.layout
     if not layout.pattern.is_n_of_m:
         return packed.scales
@@ -213,14 +215,14 @@ class _Reader:
         self.rest = stored
 
     def chunks(self, count: int, bits: int) -> NDArray[np.uint8]:
-        """[count, 64]"""
+        """Take ``count`` whole chunks: uint8 [count, 64]."""
         return unpack_chunks(self.bytes(count * 8 * bits).reshape(count, 8 * bits), bits)
 
     def stream(self, count: int, bits: int) -> NDArray[np.uint8]:
-        """[count]"""
+        """Take a stream of ``count`` integers: uint8 [count]."""
         return unpack_bits(self.bytes(packed_size(count, bits)), bits, count)
 
     def bytes(self, size: int) -> NDArray[np.uint8]:
-        """[size]"""
+        """Take ``size`` bytes as they are."""
         taken, self.rest = self.rest[:size], self.rest[size:]
         return taken

@@ -76,8 +76,8 @@ def _check_session(
 
 
 def last_entries(array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The last ``shape`` entries along the axes of ``array``: golden logits of a text are those after its last token
-    alone. Arrays of other dimensions, or with fewer entries, are returned as they are."""
+    """Cut ``array`` to its last entries along every axis, ``shape`` in all: golden logits of a text are those after its
+    last token alone. Arrays of other dimensions, or with fewer entries, are returned as they are."""
     if array.ndim != len(shape) or any(own < wanted for own, wanted in zip(array.shape, shape, strict=True)):
         return array
     return array[tuple(slice(own - wanted, None) for own, wanted in zip(array.shape, shape, strict=True))]
