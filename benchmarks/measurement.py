@@ -119,7 +119,7 @@ def run_overhead(folder: Path) -> float:
 
 
 def _cold_layers(variants: Sequence[Variant], cold_bytes: int) -> int:
-    """How many layers, in whole groups, the models of ``variants`` need for all their weights to take ``cold_bytes``."""
+    """How many layers, in whole groups, the models of ``variants`` need for their weights to take ``cold_bytes``."""
     return GROUP * ceil(cold_bytes / (GROUP * sum(variant.stored_bytes for variant in variants)))
 
 

@@ -78,6 +78,53 @@ def table_of_codes(codes: Tensor, scales: Tensor, bits: int, block_size: int) ->
     return NBitsTable(bits, block_size, codes, scales, values)
 
 
+def quantize_blocks(
+    weight: NDArray[np.float32], bits: int, block_size: int
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Round ``weight`` [N, K] to signed levels (int8 [N, K]) times float16 scales [N, K / block_size].
+
+    The entry of largest magnitude of each block becomes the lowest level ``-2**(bits-1)``, by a negative scale
+    if it is positive, so that all levels are used. Levels are rounded half to even with the stored scale.
+    Raises ValueError for bits other than 4 and 8, for uneven blocks and for scales beyond float16.
+
+    onnxruntime's own quantizer goes the same way with float32 scales. Ours are stored as float16, and the stored scale
+    must be the one that levels are rounded with.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"MatMulNBits weights have 4 or 8 bits, got {bits}")
+    if weight.shape[1] % block_size:
+        raise ValueError(f"block_size {block_size} does not divide the {weight.shape[1]} columns")
+    lowest = -(1 << (bits - 1))
+    blocks = weight.reshape(weight.shape[0], -1, block_size)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    with np.errstate(over="ignore"):
+        scales = (largest / lowest).astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise ValueError("weights are not finite or need scales beyond float16")
+    divisors = np.where(scales == 0, np.float16(1), scales).astype(np.float32)
+    levels = np.clip(np.rint(blocks / divisors[..., None]), lowest, -lowest - 1)
+    levels[scales == 0] = 0
+    return levels.astype(np.int8).reshape(weight.shape), scales
+
+
+def pack_nbits(levels: NDArray[np.int8], bits: int, block_size: int) -> NDArray[np.uint8]:
+    """Signed levels [N, K] → MatMulNBits bytes [N, K / block_size, block_size * bits / 8].
+
+    Codes are ``level + 2**(bits-1)`` (the op's default zero point); at 4 bits the first of two is the low half.
+    """
+    codes = (levels.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    codes = codes.reshape(levels.shape[0], -1, block_size)
+    if bits == 8:
+        return codes
+    return np.bitwise_or(codes[..., 0::2], np.left_shift(codes[..., 1::2], np.uint8(4)))
+
+
+def unpack_nbits(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
+    """Inverse of :func:`pack_nbits`: signed levels [N, K]."""
+    codes = stored if bits == 8 else np.stack([stored & 15, stored >> 4], axis=-1)
+    return (codes.reshape(stored.shape[0], -1).astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+
+
 class NBitsModule(nn.Module):
     """A module that computes with a stored :class:`NBitsTable`, whose tensors are its buffers."""
 
@@ -156,50 +203,3 @@ class NBitsEmbedding(NBitsModule):
         """int64 [...] → float32 [..., K]."""
         rows = nn.functional.embedding(input_ids, self.values)
         return rows if self.embed_scale is None else rows * self.embed_scale
-
-
-def quantize_blocks(
-    weight: NDArray[np.float32], bits: int, block_size: int
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """Round ``weight`` [N, K] to signed levels (int8 [N, K]) times float16 scales [N, K / block_size].
-
-    The entry of largest magnitude of each block becomes the lowest level ``-2**(bits-1)``, by a negative scale
-    if it is positive, so that all levels are used. Levels are rounded half to even with the stored scale.
-    Raises ValueError for bits other than 4 and 8, for uneven blocks and for scales beyond float16.
-
-    onnxruntime's own quantizer goes the same way with float32 scales. Ours are stored as float16, and the stored scale
-    must be the one that levels are rounded with.
-    """
-    if bits not in (4, 8):
-        raise ValueError(f"MatMulNBits weights have 4 or 8 bits, got {bits}")
-    if weight.shape[1] % block_size:
-        raise ValueError(f"block_size {block_size} does not divide the {weight.shape[1]} columns")
-    lowest = -(1 << (bits - 1))
-    blocks = weight.reshape(weight.shape[0], -1, block_size)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    with np.errstate(over="ignore"):
-        scales = (largest / lowest).astype(np.float16)
-    if not np.isfinite(scales).all():
-        raise ValueError("weights are not finite or need scales beyond float16")
-    divisors = np.where(scales == 0, np.float16(1), scales).astype(np.float32)
-    levels = np.clip(np.rint(blocks / divisors[..., None]), lowest, -lowest - 1)
-    levels[scales == 0] = 0
-    return levels.astype(np.int8).reshape(weight.shape), scales
-
-
-def pack_nbits(levels: NDArray[np.int8], bits: int, block_size: int) -> NDArray[np.uint8]:
-    """Signed levels [N, K] → MatMulNBits bytes [N, K / block_size, block_size * bits / 8].
-
-    Codes are ``level + 2**(bits-1)`` (the op's default zero point); at 4 bits the first of two is the low half.
-    """
-    codes = (levels.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-    codes = codes.reshape(levels.shape[0], -1, block_size)
-    if bits == 8:
-        return codes
-    return np.bitwise_or(codes[..., 0::2], np.left_shift(codes[..., 1::2], np.uint8(4)))
-
-
-def unpack_nbits(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Inverse of :func:`pack_nbits`: signed levels [N, K]."""
-    codes = stored if bits == 8 else np.stack([stored & 15, stored >> 4], axis=-1)
-    return (codes.reshape(stored.shape[0], -1).astype(np.int16) - (1 << (bits - 1))).astype(np.int8)

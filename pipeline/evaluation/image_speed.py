@@ -11,8 +11,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from torch import nn
 
+from exporters.image_classifier import export_image_classifier
 from exporters.rest import quantize_linears
-from exporters.vision import export_vision
 from fips_ort.load import load
 from pipeline.evaluation.turns import interleave
 
@@ -61,7 +61,7 @@ def dense_sessions(
             continue
     return {
         name: onnxruntime.InferenceSession(
-            ir.to_proto(export_vision(model, pixel_shape)).SerializeToString(), session_options(threads)
+            ir.to_proto(export_image_classifier(model, pixel_shape)).SerializeToString(), session_options(threads)
         )
         for name, model in models.items()
     }

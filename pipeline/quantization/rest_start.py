@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporters.nbits import NBitsTable, table_of_codes, table_of_values
-from fips_ort.layout import BIT_WIDTHS, DENSE, Layout
+from fips_ort.layout import Layout
 from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from qat.damping import damped
@@ -69,8 +69,7 @@ def gptq_table(weight: Tensor, moment: Tensor, bits: int, block_size: int) -> NB
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         part = weight.detach()[rows]
-        segments = tuple(part.shape[1] if width == bits else 0 for width in BIT_WIDTHS)
-        layout = Layout(len(part), part.shape[1], block_size, segments, 1, False, DENSE)  # type: ignore[arg-type]
+        layout = Layout.uniform(len(part), part.shape[1], bits, block_size, segment_axis=1)
         values[rows], scales[rows] = gptq(part, moment, layout)
     return table_of_values(values, scales, bits, block_size)
 

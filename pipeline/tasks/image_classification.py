@@ -1,4 +1,4 @@
-"""Image classifiers: top-1 accuracy, ONNX by :mod:`exporters.vision`."""
+"""Image classifiers: top-1 accuracy, ONNX by :mod:`exporters.image_classifier`."""
 
 import copy
 import os
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exporters.artifact import Golden
+from exporters.image_classifier import export_image_classifier
 from exporters.packed_model import PackedModel
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
-from exporters.vision import export_vision
 from fips_ort.memory import measure_memory
 from pipeline.data.images import load_data
 from pipeline.evaluation.accuracy import check_samples, divergence, evaluate, load_quality, save_quality
@@ -178,7 +178,7 @@ class ImageClassificationTask(Task):
         return list(images.split(sizes))
 
     def export_graph(self, stored: nn.Module, packed: PackedModel) -> ir.Model:
-        return export_vision(stored, (3, self.image_size, self.image_size))
+        return export_image_classifier(stored, (3, self.image_size, self.image_size))
 
     def golden(self, predict: Predict, tolerance: float) -> Golden:
         images = self.data.test.batch(range(min(GOLDEN_IMAGES, len(self.data.test))))[0]

@@ -9,9 +9,9 @@ import torch
 from packed_samples import PIXEL_SHAPE, images, random_packed, sample, tiny_model
 
 from exporters.audit import AuditError, audit, promised_bytes
+from exporters.image_classifier import export_image_classifier
 from exporters.modules import PackedMatrix, PackedMLPModule, install_packed
 from exporters.packed_model import PackedModel, load_packed_model, save_packed_model
-from exporters.vision import export_vision
 
 CASES = [
     ("vit", "1:4", False),
@@ -193,14 +193,14 @@ def test_gate_and_up_share_one_product() -> None:
 
 def test_export_is_deterministic() -> None:
     exported = sample("vit", "1:4")
-    again = export_vision(exported.module, PIXEL_SHAPE)
+    again = export_image_classifier(exported.module, PIXEL_SHAPE)
     assert ir.to_proto(again).SerializeToString() == ir.to_proto(exported.graph).SerializeToString()
     assert exported.module.config._attn_implementation == "sdpa"
 
 
 def test_export_is_quiet(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
     exported = sample("vit", "1:4")
-    export_vision(exported.module, PIXEL_SHAPE)
+    export_image_classifier(exported.module, PIXEL_SHAPE)
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
@@ -209,13 +209,13 @@ def test_export_is_quiet(capfd: pytest.CaptureFixture[str], recwarn: pytest.Warn
 
 def test_export_refuses_training_mode() -> None:
     with pytest.raises(ValueError, match="training mode"):
-        export_vision(tiny_model("vit").train(), PIXEL_SHAPE)
+        export_image_classifier(tiny_model("vit").train(), PIXEL_SHAPE)
 
 
 def test_float32_models_stay_float32() -> None:
     dense = tiny_model("vit")
     packed = random_packed(dense, "1:4")
-    graph = export_vision(install_packed(dense, packed), PIXEL_SHAPE)
+    graph = export_image_classifier(install_packed(dense, packed), PIXEL_SHAPE)
     names = {name: value.dtype for name, value in graph.graph.initializers.items()}
     assert names["classifier.weight"] == ir.DataType.FLOAT
     assert names["vit.layers.0.attention.q_proj.weight"] == ir.DataType.FLOAT

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from exporters.artifact import Golden, Provenance, write_artifact
+from exporters.image_classifier import export_image_classifier
 from exporters.modules import install_packed
 from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
-from exporters.vision import export_vision
 from fips_ort.layout import Layout, Pattern
 from fips_ort.manifest import Manifest
 from fips_ort.packed import PackedWeight, pack
@@ -88,7 +88,7 @@ def _sample(kind: str, pattern: str, graded: bool, accuracy_level: int, has_basi
     packed = random_packed(dense, pattern, graded=graded, has_basis=has_basis)
     module = quantize_linears(install_packed(dense, packed, accuracy_level), 4, 32, skip=["classifier"])
     module = round_to_float16(module)
-    return Sample(packed, module, export_vision(module, PIXEL_SHAPE))
+    return Sample(packed, module, export_image_classifier(module, PIXEL_SHAPE))
 
 
 def mlp_paths(model: nn.Module) -> list[str]:

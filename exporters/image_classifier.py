@@ -32,7 +32,7 @@ class _Logits(nn.Module):
 _PREFIX = "model."
 
 
-def export_vision(model: nn.Module, pixel_shape: tuple[int, int, int]) -> ir.Model:
+def export_image_classifier(model: nn.Module, pixel_shape: tuple[int, int, int]) -> ir.Model:
     """Export ``model`` (a ``…ForImageClassification`` in eval mode) for images of ``pixel_shape`` (C, H, W).
 
     Float32 weights whose numbers are all float16 numbers are stored as float16 (see
