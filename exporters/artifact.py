@@ -160,7 +160,8 @@ def _write_model(
 ) -> list[TensorEntry]:
     """Write the graph, and initializers of :data:`INLINE_BYTES` or more into shards, to which ``model`` then refers.
 
-    Each of the groups ``initializers`` has equal bytes, which are stored in one place.
+    Each of the groups ``initializers`` has equal bytes, which are stored in one place; :func:`onnx_ir.save` would store
+    them once for each.
     """
     stored = [same for same in initializers if tensor_of(same[0]).nbytes >= INLINE_BYTES]
     shards = plan_shards([tensor_of(same[0]).nbytes for same in stored], max_shard_size)

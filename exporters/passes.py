@@ -24,7 +24,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 def name_nodes(model: ir.Model, prefix: str) -> None:
     """Give every node the name its metadata asks for, or ``{module path}/{op type}``, numbered from 2 if repeated.
 
-    ``prefix`` is dropped from module paths.
+    ``prefix`` is dropped from module paths. (onnx-ir's NameFixPass mends only names that are missing or repeated.)
     """
     names: Counter[str] = Counter()
     for node in model.graph:
