@@ -43,6 +43,7 @@ def export_causal_lm(model: nn.Module, max_length: int = MAX_LENGTH) -> ir.Model
     builder = new_builder(architecture, model.config, max_length, _StoredModel)
     with torch.no_grad(), silent():
         graph: ir.Model = builder.build(model)
+    _leave_out_absent_inputs(graph.graph)
     for value in list(graph.graph.initializers.values()):
         value.name = _module_name(value.name or "")
     passes.deduplicate_initializers(graph)
@@ -285,6 +286,14 @@ class _StoredModel:
                 else:
                     self._node(op, [f"rotary/angles{suffix}"], f"{name}/unscaled", shape)
                     self._node("Mul", [f"{name}/unscaled", f"/model/constants/FLOAT/{scaling}"], name, shape)
+
+
+def _leave_out_absent_inputs(graph: ir.Graph) -> None:
+    """Put None in the place of inputs without a name, by which the builder says that there are none."""
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is not None and not value.name:
+                node.replace_input_with(index, None)
 
 
 def _projection(mlp: PackedMLPModule, name: str) -> PackedProjection:
