@@ -1,4 +1,4 @@
-// Which instruction sets this CPU has, and the choice among their kernels.
+// Finds out which instruction sets this CPU has, and chooses among their kernels.
 
 #if defined(FIPS_X86)
 #include <cpuid.h>

@@ -1,5 +1,5 @@
-// The inner loops of one instruction set. This file is compiled once for each, with FIPS_ISA naming it (generic, avx2,
-// avx512, neon, neon_dotprod) and the compiler flags allowing it. Neither it nor the headers of the kernels may
+// Lists the inner loops of one instruction set. This file is compiled once for each, with FIPS_ISA naming it (generic,
+// avx2, avx512, neon, neon_dotprod) and the compiler flags allowing it. Neither it nor the headers of the kernels may
 // instantiate a template of the standard library: the linker could then pick the copy made for a better CPU than the
 // one it runs on.
 
@@ -27,31 +27,30 @@ struct Kernel {
   bool (*supported)(const Layout& layout, size_t m);
   size_t (*scratch_bytes)(const Task& task);
   void (*tile)(const Task& task, size_t tile, void* scratch);
-  bool wants_offset;
+  bool wants_offset = false;
 };
 
-#define FIPS_KERNEL(file, name) file, name##_supported, name##_scratch_bytes, name##_tile
-
-// In order of preference; the first that supports a layout and a number of rows of A computes it.
+// In order of preference: the first that supports a layout and a number of rows of A computes it (docs/ops.md).
 
 // With activations rounded to integers: accuracy_level 4.
 constexpr Kernel kIntegerKernels[] = {
-    {FIPS_KERNEL("integer/bitmap_one_row", bitmap_one_row)<Vec>, false},
-    {FIPS_KERNEL("integer/dense_one_row", dense_one_row)<Vec>, false},
-    {FIPS_KERNEL("integer/dense_few_rows", dense_few_rows), false},
-    {FIPS_KERNEL("integer/n_of_4_few_rows", n_of_4_few_rows), false},
-    {FIPS_KERNEL("integer/n_of_4_many_rows", n_of_4_many_rows), kWantsOffset},
-    {FIPS_KERNEL("integer/any_many_rows", any_many_rows), false},
-    {FIPS_KERNEL("integer/any_decoded_rows", any_decoded_rows), false},
-    {FIPS_KERNEL("integer/dense_outer", dense_outer), false},
+    {"integer/bitmap_one_row", bitmap_one_row_supported, bitmap_one_row_scratch_bytes, bitmap_one_row_tile<Vec>},
+    {"integer/dense_one_row", dense_one_row_supported, dense_one_row_scratch_bytes, dense_one_row_tile<Vec>},
+    {"integer/dense_few_rows", dense_few_rows_supported, dense_few_rows_scratch_bytes, dense_few_rows_tile},
+    {"integer/n_of_4_few_rows", n_of_4_few_rows_supported, n_of_4_few_rows_scratch_bytes, n_of_4_few_rows_tile},
+    {"integer/n_of_4_many_rows", n_of_4_many_rows_supported, n_of_4_many_rows_scratch_bytes,
+     n_of_4_many_rows_tile, kWantsOffset},
+    {"integer/any_many_rows", any_many_rows_supported, any_many_rows_scratch_bytes, any_many_rows_tile},
+    {"integer/any_decoded_rows", any_decoded_rows_supported, any_decoded_rows_scratch_bytes, any_decoded_rows_tile},
+    {"integer/dense_outer", dense_outer_supported, dense_outer_scratch_bytes, dense_outer_tile},
 };
 
 // With activations of float32: accuracy_level 0, and what the others leave.
 constexpr Kernel kFloatKernels[] = {
-    {FIPS_KERNEL("float/decoded_bytes", bytes_dot), false},
-    {FIPS_KERNEL("float/decoded_bytes", bytes_outer), false},
-    {FIPS_KERNEL("float/decoded_floats", floats_dot), false},
-    {FIPS_KERNEL("float/decoded_floats", floats_outer), false},
+    {"float/decoded_bytes", bytes_dot_supported, bytes_dot_scratch_bytes, bytes_dot_tile},
+    {"float/decoded_bytes", bytes_outer_supported, bytes_outer_scratch_bytes, bytes_outer_tile},
+    {"float/decoded_floats", floats_dot_supported, floats_dot_scratch_bytes, floats_dot_tile},
+    {"float/decoded_floats", floats_outer_supported, floats_outer_scratch_bytes, floats_outer_tile},
 };
 
 // Null if none does.

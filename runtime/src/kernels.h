@@ -1,4 +1,4 @@
-// The inner loops, compiled once per instruction set (kernels.cpp), and the choice among them (dispatch.cpp).
+// Declares the inner loops, compiled once per instruction set (kernels.cpp), and the choice among them (dispatch.cpp).
 #pragma once
 
 #include <cstddef>

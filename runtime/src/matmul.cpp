@@ -87,9 +87,9 @@ void run(Task task, const Kernels& kernels, const ParallelFor& parallel_for) {
   kernels.add_parts(parts.get(), task.sum_parts, size, y);
 }
 
-// Parts of the sum. Few rows of A and B = S: the bytes of neighbouring rows of the stored matrix follow each other, so a
-// part is read from one end to the other, as memory is fastest, where a range of outputs has pieces of every row. They do
-// not depend on the number of threads, and so neither does the result.
+// Parts of the sum. Few rows of A and B = S: the bytes of neighbouring rows of the stored matrix follow each other, so
+// a part is read from one end to the other, as memory is fastest, where a range of outputs has pieces of every row.
+// They do not depend on the number of threads, and so neither does the result.
 size_t sum_parts_of(const Task& task) {
   const Layout& layout = *task.weight->layout;
   return layout.trans_b || task.m > kFewRows || layout.rows < kSumParts * kRun || is_small(task) ? 1 : kSumParts;

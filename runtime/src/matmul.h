@@ -1,4 +1,4 @@
-// A whole product, independent of ONNX Runtime.
+// Computes a whole product, independent of ONNX Runtime.
 #pragma once
 
 #include <cstddef>

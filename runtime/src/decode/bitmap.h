@@ -1,4 +1,5 @@
-// Bitmap weights to one byte per entry: a stream of codes becomes bytes, and those go where the pattern has its bits.
+// Decodes bitmap weights to one byte per entry: a stream of codes becomes bytes, and those go where the pattern has its
+// bits.
 #pragma once
 
 #include "decode/bitmap_vectors.h"
@@ -12,8 +13,8 @@ constexpr size_t kBitmapEntries = 8192;  // decoded at a time
 
 // `count` codes from bit `bit` of the stream → bytes (Encoding). Writes up to 63 bytes more.
 template <typename V, int bits>
-inline void bytes_of_codes(const uint8_t* codes, const uint8_t* codes_end, uint64_t bit, size_t count, const Encoding& e,
-                           uint8_t* out) {
+inline void bytes_of_codes(const uint8_t* codes, const uint8_t* codes_end, uint64_t bit, size_t count,
+                           const Encoding& e, uint8_t* out) {
   if constexpr (V::kExpands) {
     bytes_of_codes_by_64<V, bits>(codes, codes_end, bit, count, e, out);
   } else {
@@ -21,7 +22,8 @@ inline void bytes_of_codes(const uint8_t* codes, const uint8_t* codes_end, uint6
   }
 }
 
-// `entries` bytes: where the pattern has a bit the next one of `bytes`, else `absent`. May read 63 bytes more than that.
+// `entries` bytes: where the pattern has a bit the next one of `bytes`, else `absent`. May read 63 bytes more than
+// that.
 template <typename V>
 inline void expand_bytes(const uint8_t* bytes, const uint8_t* pattern, size_t entries, uint64_t absent, uint8_t* out) {
   if constexpr (V::kExpands) {
@@ -33,8 +35,8 @@ inline void expand_bytes(const uint8_t* bytes, const uint8_t* pattern, size_t en
   }
 }
 
-// `count` entries, whole bytes of the pattern; the first code of them is number `first_code` of the stream. `kept` (0 or
-// 1) unless null.
+// `count` entries, whole bytes of the pattern; the first code of them is number `first_code` of the stream. `kept` (0
+// or 1) unless null.
 template <int bits>
 void decode_bitmap(const uint8_t* codes, const uint8_t* codes_end, uint64_t first_code, const uint8_t* pattern,
                    size_t count, const Encoding& e, uint8_t* out, uint8_t* kept) {

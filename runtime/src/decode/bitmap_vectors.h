@@ -1,5 +1,5 @@
-// bitmap.h, 64 codes and 64 entries at a time: for CPUs with instructions that spread bits and bytes over a vector. V: Vec, if
-// it has kExpands.
+// Decodes bitmaps 64 codes and 64 entries at a time, on CPUs with instructions that spread bits and bytes over a
+// vector. V is Vec, if it has kExpands.
 #pragma once
 
 #include "simd/vec.h"
@@ -41,7 +41,8 @@ void bytes_of_codes_by_64(const uint8_t* codes, const uint8_t* codes_end, uint64
   }
 }
 
-// 64 entries: where the pattern has a bit the next one of `bytes`, which moves on, else a byte of `others`. Reads 64 bytes.
+// 64 entries: where the pattern has a bit the next one of `bytes`, which moves on, else a byte of `others`. Reads 64
+// bytes.
 template <typename V>
 inline typename V::Bytes expand_chunk(const uint8_t*& bytes, const uint8_t* pattern, typename V::Bytes others) {
   uint64_t word;

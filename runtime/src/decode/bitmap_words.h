@@ -1,4 +1,4 @@
-// bitmap.h, 8 codes at a time, and entries 8 at a time or one by one.
+// Decodes bitmaps 8 codes at a time, and entries 8 at a time or one by one.
 #pragma once
 
 #include "simd/vec.h"
@@ -56,7 +56,9 @@ inline void expand_by_8(const uint8_t* bytes, const uint8_t* pattern, size_t ent
 inline void expand_by_1(const uint8_t* bytes, const uint8_t* pattern, size_t entries, uint64_t absent, uint8_t* out) {
   for (size_t i = 0; i < entries; i += 8) {
     std::memcpy(out + i, &absent, 8);
-    for (unsigned rest = *pattern++; rest; rest &= rest - 1) out[i + static_cast<size_t>(__builtin_ctz(rest))] = *bytes++;
+    for (unsigned rest = *pattern++; rest; rest &= rest - 1) {
+      out[i + static_cast<size_t>(__builtin_ctz(rest))] = *bytes++;
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// Stored codes → one byte per entry, row by row: for the kernels that do not read packed weights directly.
+// Decodes stored codes to one byte per entry, row by row, for the kernels that do not read packed weights directly.
 #pragma once
 
 #include "decode/bitmap.h"

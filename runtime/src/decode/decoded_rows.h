@@ -1,5 +1,5 @@
-// Outputs four at a time, each from a stored row that has been decoded to bytes: for layouts without kernels of their
-// own, and for few rows of float32 activations.
+// Computes outputs four at a time, each from a stored row that has been decoded to bytes: for layouts without kernels
+// of their own, and for few rows of float32 activations.
 #pragma once
 
 #include "decode/decode.h"

@@ -1,5 +1,5 @@
-// Where the codes of 2 and 4 bits are in a vector of the bytes that are stored of a dense row: they fill their bytes, so that
-// several columns can be multiplied at the price of one, without moving their bytes.
+// Says where the codes of 2 and 4 bits are in a vector of the stored bytes of a dense row. They fill their bytes, so
+// that several columns can be multiplied at the price of one, without moving their bytes.
 #pragma once
 
 #include "simd/vec.h"

@@ -1,4 +1,5 @@
-// Few rows of activations of float32 (accuracy_level 0): weights are decoded to bytes, which become floats in registers.
+// Multiplies few rows of float32 activations (accuracy_level 0) with weights that are decoded to bytes, which become
+// floats in registers.
 #pragma once
 
 #include "decode/decode.h"

@@ -1,5 +1,5 @@
-// Products with activations of float32 (accuracy_level 0), of every layout: weights are decoded to a buffer of floats, which
-// rows of activations share.
+// Multiplies float32 activations (accuracy_level 0) with weights of every layout, which are decoded to a buffer of
+// floats that rows of activations share.
 #pragma once
 
 #include "decode/decode.h"
@@ -94,8 +94,8 @@ size_t dot_depth(const Layout& layout) {
   return smaller(depth, layout.columns);
 }
 
-// B = S.T: a row of the stored matrix is one output, so kTurnedOutputs rows at a time are turned to columns. Working memory:
-// the rows, each of dot_depth rounded up to whole vectors, the same turned, and the bytes and marks of one.
+// B = S.T: a row of the stored matrix is one output, so kTurnedOutputs rows at a time are turned to columns. Working
+// memory: the rows, each of dot_depth rounded up to whole vectors, the same turned, and the bytes and marks of one.
 size_t floats_dot_scratch_bytes(const Task& task) {
   const size_t depth = dot_depth(*task.weight->layout);
   return 2 * kTurnedOutputs * round_up(depth, Vec::kLanes) * sizeof(float) + 2 * depth;

@@ -1,5 +1,5 @@
-// Rounded activations times decoded rows, B = S.T: few rows of them with bitmaps, and layouts that the other integer
-// kernels leave.
+// Multiplies rounded activations with decoded rows, B = S.T: few rows of them with bitmaps, and layouts that the other
+// integer kernels leave.
 #pragma once
 
 #include "decode/decoded_rows.h"

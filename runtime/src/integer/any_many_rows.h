@@ -1,5 +1,5 @@
-// Many rows of rounded activations, B = S.T, any layout: they share a block of weights that has been decoded to bytes
-// and turned so that lanes are outputs.
+// Multiplies many rows of rounded activations with any layout, B = S.T: they share a block of weights that has been
+// decoded to bytes and turned so that lanes are outputs.
 #pragma once
 
 #include "decode/decode.h"
@@ -15,7 +15,8 @@ namespace {
 constexpr size_t kTurnedRows = Vec::kRegisters == 32 ? 8 : 4;  // of activations at a time
 
 bool any_many_rows_supported(const Layout& layout, size_t m) {
-  return m > kFewRows && layout.trans_b && bytes_fit(layout) && !layout.needs_mask() && layout.block_size % Vec::kBytes == 0;
+  return m > kFewRows && layout.trans_b && bytes_fit(layout) && !layout.needs_mask() &&
+         layout.block_size % Vec::kBytes == 0;
 }
 
 // A block of `outputs` rows from `row` on, from `column` on, turned. bytes: room for it, decoded.

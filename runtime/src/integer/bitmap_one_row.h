@@ -1,5 +1,6 @@
-// One row of rounded activations times a bitmap weight, B = S.T: codes go to their places in a register and are multiplied
-// there. For CPUs with an instruction that does that; on others whole rows are decoded (any_decoded_rows.h).
+// Multiplies one row of rounded activations with a bitmap weight, B = S.T: codes go to their places in a register and
+// are multiplied there. For CPUs with an instruction that does that; on others whole rows are decoded
+// (any_decoded_rows.h).
 #pragma once
 
 #include "decode/decode.h"

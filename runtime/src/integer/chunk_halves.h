@@ -1,6 +1,6 @@
-// Codes of 2, 3 and 4 bits in vectors of half the size, for CPUs with AVX-512: 16 bytes are loaded twice into 32 at no cost,
-// where into 64 they take the time of an addition. Fields of bytes are multiplied where they are: one shift serves several,
-// and sums of products that are too large by a power of two are shifted afterwards.
+// Reads codes of 2, 3 and 4 bits into vectors of half the size, on CPUs with AVX-512: 16 bytes are loaded twice into 32
+// at no cost, where into 64 they take the time of an addition. Fields of bytes are multiplied where they are: one shift
+// serves several, and sums of products that are too large by a power of two are shifted afterwards.
 #pragma once
 
 #include "simd/vec.h"

@@ -1,4 +1,5 @@
-// Few rows of rounded activations times a dense weight, B = S.T, of which the packed chunks are read directly.
+// Multiplies few rows of rounded activations with a dense weight, B = S.T, of which the packed chunks are read
+// directly.
 #pragma once
 
 #include "decode/decode.h"
@@ -12,9 +13,9 @@ namespace FIPS_ISA {
 namespace {
 
 constexpr size_t kDenseOutputs = 4;  // at a time, at most
-// Rows of up to so many bytes are read side by side, and the next ones are asked for in the order of memory, not of use: a
-// core can have few requests under way, but what looks like one stream is fetched ahead. Longer rows are such a stream
-// themselves, one after the other, which is worth it for one row of A.
+// Rows of up to so many bytes are read side by side, and the next ones are asked for in the order of memory, not of
+// use: a core can have few requests under way, but what looks like one stream is fetched ahead. Longer rows are such a
+// stream themselves, one after the other, which is worth it for one row of A.
 constexpr size_t kShortRow = 1536;
 
 bool dense_few_rows_supported(const Layout& layout, size_t m) {
@@ -29,8 +30,8 @@ struct SegmentRows {
   size_t block_begin, block_end;
 };
 
-// What is asked for beside each block: as many bytes of the next rows, in the order of memory; or, of long rows, the same
-// block of the next ones, if they fit in the first cache beside these.
+// What is asked for beside each block: as many bytes of the next rows, in the order of memory; or, of long rows, the
+// same block of the next ones, if they fit in the first cache beside these.
 class Ahead {
  public:
   Ahead(const uint8_t* b, size_t outputs, size_t row_bytes, size_t block_bytes) : block_bytes_(block_bytes) {
@@ -53,10 +54,10 @@ class Ahead {
   size_t block_bytes_, row_step_, block_step_;
 };
 
-// Adds to sums the products of `rows` rows of A with `outputs` stored rows, over the blocks of one segment.
-// b: the first row, at the segment's first column; the others follow every b_stride bytes (few registers hold all their
-// addresses then). products [rows][outputs][block_stride]: scales of A times those of B. kChunks: of a block, if known at
-// compile time, else 0.
+// Adds to sums the products of `rows` rows of A with `outputs` stored rows, over the blocks of one segment. b: the
+// first row, at the segment's first column; the others follow every b_stride bytes (few registers hold all their
+// addresses then). products [rows][outputs][block_stride]: scales of A times those of B. kChunks: of a block, if known
+// at compile time, else 0.
 template <int bits, size_t rows, size_t outputs, size_t kChunks>
 void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uint8_t* b, size_t b_stride,
                const float* products, Vec::Floats (&sums)[rows][outputs]) {
@@ -73,11 +74,14 @@ void dense_dot(const Task& task, size_t i, const SegmentRows& segment, const uin
   for (size_t block = segment.block_begin; block < segment.block_end; ++block) {
     Vec::Ints totals[rows * outputs];
     ahead.ask<outputs>();
-    sum_in_runs<Vec, 1>(chunks, Vec::Capacity((1 << bits) - 1, 127) / kChunkVectors, totals, [&](size_t chunk, auto& run) {
+    constexpr size_t kChunksPerRun = Vec::Capacity((1 << bits) - 1, 127) / kChunkVectors;
+    sum_in_runs<Vec, 1>(chunks, kChunksPerRun, totals, [&](size_t chunk, auto& run) {
 #pragma GCC unroll 4
       for (size_t v = 0; v < kChunkVectors; ++v) {
         Vec::Bytes codes[rows];
-        for (size_t r = 0; r < rows; ++r) codes[r] = Vec::LoadU(u8, a + (r * chunks + chunk) * kChunk + v * Vec::kBytes);
+        for (size_t r = 0; r < rows; ++r) {
+          codes[r] = Vec::LoadU(u8, a + (r * chunks + chunk) * kChunk + v * Vec::kBytes);
+        }
 #pragma GCC unroll 4
         for (size_t j = 0; j < outputs; ++j) {
           const Vec::Bytes weights = Vec::UnpackChunk<bits>(b + j * b_stride + chunk * (8 * bits), v);

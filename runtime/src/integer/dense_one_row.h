@@ -1,5 +1,5 @@
-// One row of rounded activations times a dense weight of 2, 3 and 4 bits with short rows, B = S.T: four stored rows at a
-// time in vectors of half the size (chunk_halves.h), fields of bytes multiplied where they are.
+// Multiplies one row of rounded activations with a dense weight of 2, 3 and 4 bits with short rows, B = S.T: four
+// stored rows at a time in vectors of half the size (chunk_halves.h), fields of bytes where they are.
 #pragma once
 
 #include "decode/fields.h"
@@ -14,7 +14,8 @@ namespace {
 
 constexpr size_t kQuadRows = 4;
 
-// Products of kBytes bytes of a dense row, which are kColumns codes, with as many activations. V: Vec::Half, if kUseHalves.
+// Products of kBytes bytes of a dense row, which are kColumns codes, with as many activations. V: Vec::Half, if
+// kUseHalves.
 template <typename V, int bits>
 struct RowProducts {
   using Bytes = typename V::Bytes;
@@ -71,8 +72,8 @@ bool dense_one_row_supported(const Layout& layout, size_t m) {
 
 size_t dense_one_row_scratch_bytes(const Task& task) { return (1 + kQuadRows) * task.block_stride * sizeof(float); }
 
-// acc += the products of a segment's blocks. a, b, products: at its first block. b_step: from a row to the next. ahead: bytes
-// that are read soon, in the order of memory. kVectors: of a block, if known at compile time, else 0.
+// acc += the products of a segment's blocks. a, b, products: at its first block. b_step: from a row to the next. ahead:
+// bytes that are read soon, in the order of memory. kSteps: of a block, if known at compile time, else 0.
 template <typename V, int bits, size_t kSteps>
 inline __attribute__((always_inline)) void quad_dot(const int8_t* a, const uint8_t* b, size_t b_step,
                                                     const uint8_t* ahead, const float* products, size_t stride,

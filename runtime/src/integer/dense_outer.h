@@ -1,6 +1,6 @@
-// Activations times a dense weight, B = S, in integers: a row of the stored matrix is one step of the sum. The scales
-// vary along the sum, so the activations are multiplied with them first, and then rounded to 15 bits in runs of kRun
-// rows.
+// Multiplies activations with a dense weight, B = S, in integers: a row of the stored matrix is one step of the sum.
+// The scales vary along the sum, so the activations are multiplied with them first, and then rounded to 15 bits in runs
+// of kRun rows.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ constexpr size_t kGroup = 2 * Vec::kLanes;  // blocks of columns for which activ
 
 bool dense_outer_supported(const Layout& layout, size_t m) {
   // Many rows of A: two sums of bytes are no faster than one of floats without instructions for dot products.
-  const bool pays = Vec::kUnlimited || m <= 4;
+  const bool pays = Vec::kUnlimited || m <= kFewRows;
   return pays && !layout.trans_b && !layout.sparse() && bytes_fit(layout) && layout.block_size % kChunk == 0;
 }
 
@@ -35,11 +35,11 @@ struct Rounded {
 
 // values [kRun] → rounded. maximum: of their magnitudes.
 inline void round_run(const float* values, float maximum, Rounded& out) {
-  const Vec::Floats factor = Vec::Set(f32, maximum > 0.0f ? kLargest / maximum : 0.0f), shift = Vec::Set(f32, kShift);
+  const Vec::Floats factor = Vec::Set(f32, maximum > 0.0f ? kLargest / maximum : 0.0f), shift = Vec::Set(f32, kRounder);
   Vec::Floats sum = Vec::Zero(f32);
   for (size_t k = 0; k < kRun; k += Vec::kLanes) {
     const Vec::Floats shifted = Vec::MulAdd(Vec::LoadU(f32, values + k), factor, shift);
-    const Vec::Ints code = Vec::Sub(Vec::BitCast(i32, shifted), Vec::Set(i32, kShiftBits));
+    const Vec::Ints code = Vec::Sub(Vec::BitCast(i32, shifted), Vec::Set(i32, kRounderBits));
     const Vec::Ints high = Vec::ShiftRight<7>(Vec::Add(code, Vec::Set(i32, 64)));
     Vec::StoreU(Vec::DemoteTo(i8_lane, high), out.high + k);
     Vec::StoreU(Vec::DemoteTo(i8_lane, Vec::Sub(code, Vec::ShiftLeft<7>(high))), out.low + k);
@@ -49,15 +49,16 @@ inline void round_run(const float* values, float maximum, Rounded& out) {
   out.sum = out.scale * Vec::ReduceSum(f32, sum);
 }
 
-// Scales of `count` rows, the first `blocks` of each from `stored` on, a row every `stride` → by block, then zeros. end: of
-// what may be read.
+// Scales of `count` rows, the first `blocks` of each from `stored` on, a row every `stride` → by block, then zeros.
+// end: of what may be read.
 inline void turn_scales(const uint16_t* stored, size_t stride, size_t count, size_t blocks, const uint16_t* end,
                         uint16_t (&scales)[kGroup][kRun]) {
   const size_t read = (kRun - 1) * stride + kGroup;  // by whole vectors
   if (count == kRun && read <= static_cast<size_t>(end - stored)) {
     uint32_t pairs[kGroup / 2][kRun];  // two scales that are neighbours are turned as one
     for (size_t k = 0; k < kRun; k += Vec::kLanes) {
-      Vec::Transpose(reinterpret_cast<const uint8_t*>(stored + k * stride), stride * sizeof(uint16_t), reinterpret_cast<uint8_t*>(pairs[0] + k), sizeof pairs[0]);
+      Vec::Transpose(reinterpret_cast<const uint8_t*>(stored + k * stride), stride * sizeof(uint16_t),
+                     reinterpret_cast<uint8_t*>(pairs[0] + k), sizeof pairs[0]);
     }
     for (size_t block = 0; block < blocks; ++block) {
       for (size_t k = 0; k < kRun; ++k) {
@@ -71,8 +72,8 @@ inline void turn_scales(const uint16_t* stored, size_t stride, size_t count, siz
   }
 }
 
-// Activations a [count] times the scales of each block, rounded: out[block * step]. All maxima come first: the CPU would
-// wait for each of them. A block with a product that is not finite gets the scale NaN.
+// Activations a [count] times the scales of each block, rounded: out[block * step]. All maxima come first: the CPU
+// would wait for each of them. A block with a product that is not finite gets the scale NaN.
 inline void round_scaled(const float* a, size_t count, const uint16_t (&scales)[kGroup][kRun], size_t blocks,
                          Rounded* out, size_t step) {
   float activations[kRun] = {}, scaled[kGroup][kRun];
@@ -115,7 +116,8 @@ inline void add_run(const Vec::Ints (&totals)[4], Vec::Floats scale, Vec::Floats
 
 // --- fields --------------------------------------------------------------------------------------------------------
 
-// Codes that fill their bytes: rows are interleaved as they are stored, and the bytes taken apart after that (decode/fields.h).
+// Codes that fill their bytes: rows are interleaved as they are stored, and the bytes taken apart after that
+// (decode/fields.h).
 
 // Whether a vector holds equal parts of blocks, or of one; of how many then.
 template <int bits>
@@ -182,7 +184,8 @@ void outer_fields(const uint8_t* bytes, size_t row_bytes, const uint8_t* ahead, 
     for (size_t q = 0; q < 4; ++q) {
       const Vec::Ints(&sums)[2 * kSums] = all[q / kVectors];
       const size_t n = q % kVectors * F::kCount + f;
-      totals[q] = Vec::Add(Vec::ShiftLeft<7>(Vec::FieldTotal<bits>(sums[n], f)), Vec::FieldTotal<bits>(sums[kSums + n], f));
+      const Vec::Ints high = Vec::FieldTotal<bits>(sums[n], f), low = Vec::FieldTotal<bits>(sums[kSums + n], f);
+      totals[q] = Vec::Add(Vec::ShiftLeft<7>(high), low);
     }
     add_run(totals, scale, offset, y, [f](size_t i) { return F::column(i * Vec::kLanes, f); });
   }

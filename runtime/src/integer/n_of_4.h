@@ -1,5 +1,5 @@
-// What the kernels of n:m weights with groups of 4 share. A step's 16 activations are a table in a register, from which the
-// index of every kept entry picks its own; so only kept entries are multiplied.
+// Holds what the kernels of n:m weights with groups of 4 share. A step's 16 activations are a table in a register, from
+// which the index of every kept entry picks its own; so only kept entries are multiplied.
 #pragma once
 
 #include "simd/vec.h"
@@ -52,9 +52,9 @@ inline void with_tile(const Weight& w, size_t s, size_t tile, Visit visit) {
   });
 }
 
-// Calls compute(segments from, to, tile) for the stored tiles with outputs of tile number `tile` of the task, which leaves
-// their sums in y [m][kTileRows], and writes the outputs. A stored tile is one of a segment of rows; of all segments, if
-// those are of columns.
+// Calls compute(segments from, to, tile) for the stored tiles with outputs of tile number `tile` of the task, which
+// leaves their sums in y [m][kTileRows], and writes the outputs. A stored tile is one of a segment of rows; of all
+// segments, if those are of columns.
 template <typename Compute>
 inline void for_each_stored_tile(const Task& task, size_t tile, const float* y, Compute compute) {
   const Layout& layout = *task.weight->layout;

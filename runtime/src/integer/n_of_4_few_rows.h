@@ -1,5 +1,5 @@
-// Few rows of rounded activations times an n:m weight with groups of 4, B = S.T, of which the packed chunks are read
-// directly.
+// Multiplies few rows of rounded activations with an n:m weight with groups of 4, B = S.T, of which the packed chunks
+// are read directly.
 #pragma once
 
 #include "integer/n_of_4.h"

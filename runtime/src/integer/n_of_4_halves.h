@@ -1,4 +1,5 @@
-// n_of_4_few_rows.h in vectors of half the size (chunk_halves.h), which is faster where there are such: for CPUs with AVX-512.
+// Does the work of n_of_4_few_rows.h in vectors of half the size (chunk_halves.h), which is faster on CPUs with
+// AVX-512.
 #pragma once
 
 #include "integer/chunk_halves.h"
@@ -8,7 +9,8 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// As tile_dot_vectors. Half 0 has the sums of rows 0 to 3 and 8 to 11, half 1 those of the others. V: Vec, if kUseHalves.
+// As tile_dot_vectors. Half 0 has the sums of rows 0 to 3 and 8 to 11, half 1 those of the others. V: Vec, if
+// kUseHalves.
 template <typename V, int bits, size_t keep, size_t rows, size_t kSteps>
 void tile_dot_halves(const Task& task, size_t i, TileStreams at, const uint16_t* scales, size_t block_begin,
                     size_t block_end, float bias, typename V::Floats (&acc)[rows][kTileVectors]) {
@@ -40,7 +42,8 @@ void tile_dot_halves(const Task& task, size_t i, TileStreams at, const uint16_t*
                                  : Half::template ShiftRight64<0, 0, 4, 4>(pairs);
           const Bytes index = Half::AndOr(places, place_bits, starts);
           for (size_t r = 0; r < rows; ++r) {
-            const Bytes picked = Half::TableLookupBytes(Half::LoadDup128(u8, a + (r * steps + step) * kStepColumns), index);
+            const Bytes table = Half::LoadDup128(u8, a + (r * steps + step) * kStepColumns);
+            const Bytes picked = Half::TableLookupBytes(table, index);
             level_sums[r][v] = Half::SumOfMulQuadAccumulate(i32, levels[v], picked, level_sums[r][v]);
             picked_sums[r][v] = Half::SumOfMulQuadAccumulate(i32, units[v], picked, picked_sums[r][v]);
           }
@@ -54,7 +57,8 @@ void tile_dot_halves(const Task& task, size_t i, TileStreams at, const uint16_t*
     for (size_t r = 0; r < rows; ++r) {
       const typename Half::Floats a_scale = Half::Set(f32, task.scales[(i + r) * task.block_stride + block]);
       for (size_t v = 0; v < kHalves; ++v) {
-        const typename Half::Floats level_sum = Half::MulAdd(Half::ConvertTo(f32, picked_sums[r][v]), Half::Set(f32, -bias), Half::ConvertTo(f32, level_sums[r][v]));
+        const typename Half::Floats level_sum = Half::MulAdd(
+            Half::ConvertTo(f32, picked_sums[r][v]), Half::Set(f32, -bias), Half::ConvertTo(f32, level_sums[r][v]));
         sums[r][v] = Half::MulAdd(level_sum, Half::Mul(Half::PromoteTo(f32, stored[v]), a_scale), sums[r][v]);
       }
     }

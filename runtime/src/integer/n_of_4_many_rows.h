@@ -1,5 +1,5 @@
-// Many rows of rounded activations times an n:m weight with groups of 4, B = S.T: they share a block of weights that has been
-// unpacked.
+// Multiplies many rows of rounded activations with an n:m weight with groups of 4, B = S.T: they share a block of
+// weights that has been unpacked.
 #pragma once
 
 #include "decode/decode.h"
@@ -64,8 +64,11 @@ void unpacked_kernel(const Task& task, size_t i, size_t block, const UnpackedBlo
 #pragma GCC unroll 4
       for (size_t v = 0; v < kTileVectors; ++v) {
         const size_t place = (step * keep + slot) * kChunk + v * Vec::kBytes;
-        const Vec::Bytes index = Vec::LoadU(u8, unpacked.index + place), levels = Vec::LoadU(u8, unpacked.levels + place);
-        for (size_t r = 0; r < rows; ++r) Vec::Accumulate(sums[r * kTileVectors + v], Vec::TableLookupBytes(tables[r], index), levels);
+        const Vec::Bytes index = Vec::LoadU(u8, unpacked.index + place);
+        const Vec::Bytes levels = Vec::LoadU(u8, unpacked.levels + place);
+        for (size_t r = 0; r < rows; ++r) {
+          Vec::Accumulate(sums[r * kTileVectors + v], Vec::TableLookupBytes(tables[r], index), levels);
+        }
       }
     }
   });
@@ -119,11 +122,12 @@ void n_of_4_many_rows_tile(const Task& task, size_t tile, void* scratch) {
   for_each_stored_tile(task, tile, y, [&](size_t first, size_t last, size_t stored) {
     std::memset(y, 0, task.m * kTileRows * sizeof(float));
     for (size_t s = first; s < last; ++s) {
-      with_tile(*task.weight, s, stored, [&](auto width, TileStreams at, auto* scales, size_t begin, size_t end, float) {
+      const auto add = [&](auto width, TileStreams at, const uint16_t* scales, size_t begin, size_t end, float) {
         constexpr int bits = decltype(width)::kValue;
         const auto many_rows = layout.keep == 1 ? tile_many_rows<bits, 1> : tile_many_rows<bits, 2>;
         many_rows(task, at, scales, begin, end, unpacked, y);
-      });
+      };
+      with_tile(*task.weight, s, stored, add);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Steps of rounding floats to integers, for quantize.h and dense_outer.h.
+// Holds the steps of rounding floats to integers that quantize.h and dense_outer.h share.
 #pragma once
 
 #include "simd/vec.h"
@@ -8,8 +8,8 @@ namespace FIPS_ISA {
 namespace {
 
 // Adding 1.5 · 2^23 leaves the nearest integer, half to even, in the lowest bits; these are the float and its bits.
-constexpr float kShift = 12582912.0f;
-constexpr int32_t kShiftBits = 0x4b400000;
+constexpr float kRounder = 12582912.0f;
+constexpr int32_t kRounderBits = 0x4b400000;
 
 // Without their sign, floats are ordered as their bits are as integers; infinities and NaNs come last.
 constexpr int32_t kSignless = 0x7fffffff;

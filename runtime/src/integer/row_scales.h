@@ -1,5 +1,5 @@
-// Before the products of a stored row, B = S.T: its scales times those of the activations, and what the activations add
-// by the bias of its bytes (Encoding).
+// Prepares the products of a stored row, B = S.T: its scales times those of the activations, and what the activations
+// add by the bias of its bytes (Encoding).
 #pragma once
 
 #include "simd/vec.h"
@@ -17,7 +17,8 @@ inline typename V::Floats row_scales(const Weight& w, size_t row, size_t block) 
   return V::PromoteTo(f32, V::LoadN(f16, w.scales + row * blocks + block, blocks - block));
 }
 
-// offsets [m][block_stride]: sums of the activations times minus the bias, for all rows of the segments that hold `row`.
+// offsets [m][block_stride]: sums of the activations times minus the bias, for all rows of the segments that hold
+// `row`.
 inline void write_offsets(const Task& task, size_t row, float* offsets) {
   const Layout& layout = *task.weight->layout;
   const size_t stride = task.block_stride;
@@ -32,8 +33,8 @@ inline void write_offsets(const Task& task, size_t row, float* offsets) {
   });
 }
 
-// Begins the products of `outputs` stored rows, the first of them `row`, the next one row_step further, with `rows` rows
-// of A from row i on. offsets: see above. products [outputs][block_stride], `step` further for each row of A. sums
+// Begins the products of `outputs` stored rows, the first of them `row`, the next one row_step further, with `rows`
+// rows of A from row i on. offsets: see above. products [outputs][block_stride], `step` further for each row of A. sums
 // [rows][outputs]: what the offsets add, in lanes; the caller's own, so that they stay in registers.
 template <typename V, size_t rows, size_t outputs>
 inline void begin_rows(const Task& task, size_t i, size_t row, size_t row_step, const float* offsets, float* products,

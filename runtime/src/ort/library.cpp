@@ -1,4 +1,4 @@
-// The custom operator library: QMatMul, SparseQMatMul and BitmapQMatMul for ONNX Runtime.
+// Registers the operators QMatMul, SparseQMatMul and BitmapQMatMul with ONNX Runtime.
 
 #include <cstdint>
 #include <exception>

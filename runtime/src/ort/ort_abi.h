@@ -1,4 +1,4 @@
-// The part of ONNX Runtime's C interface that a custom operator library needs. The interface only ever grows at its
+// Declares the part of ONNX Runtime's C interface that a custom operator library needs. It only ever grows at its
 // end, so functions are named by their place in its table; every place is in all versions from kApiVersion on.
 #pragma once
 

@@ -1,5 +1,5 @@
-// Prefetching and float16. Like every header of the kernels it is compiled once per instruction set, in a namespace of its
-// own.
+// Holds prefetching and float16. Like every header of the kernels it is compiled once per instruction set, in a
+// namespace of its own.
 #pragma once
 
 #include <cstddef>

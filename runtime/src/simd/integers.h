@@ -1,5 +1,5 @@
-// Arithmetic of sizes and of bits, for the kernels and for what is compiled only once: the unnamed namespace gives every
-// file a copy of its own, made for its instruction set (kernels.cpp).
+// Holds arithmetic of sizes and of bits, for the kernels and for what is compiled only once: the unnamed namespace
+// gives every file a copy of its own, made for its instruction set (kernels.cpp).
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Stored rows → columns, so that the lanes of a vector are outputs.
+// Turns stored rows to columns, so that the lanes of a vector are outputs.
 #pragma once
 
 #include "simd/vec.h"

@@ -1,4 +1,4 @@
-// The widest vectors of the instruction set this is compiled for.
+// Names the widest vectors of the instruction set this is compiled for.
 #pragma once
 
 #if defined(__AVX512VBMI2__)

@@ -1,4 +1,4 @@
-// What vectors of 16 bytes share.
+// Holds what vectors of 16 bytes share.
 #pragma once
 
 #include "simd/vec_base.h"

@@ -1,4 +1,4 @@
-// 16 bytes at a time: NEON, with dot products where the compiler has them.
+// Works on 16 bytes at a time: NEON, with dot products where the compiler has them.
 #pragma once
 
 #include <arm_neon.h>

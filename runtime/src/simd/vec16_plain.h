@@ -1,5 +1,5 @@
-// 16 bytes at a time in plain C++, for every CPU. It says what the members of all vectors mean: those of other instruction
-// sets have the same names.
+// Works on 16 bytes at a time in plain C++, for every CPU. It says what the members of all vectors mean: those of other
+// instruction sets have the same names.
 #pragma once
 
 #include "simd/vec16.h"
@@ -15,8 +15,8 @@ struct PlainVec : Vec16 {
   static constexpr bool kBothSigned = false;        // whether sums read their unsigned bytes as signed ones
   static constexpr bool kEightBits = true;          // whether they take unsigned bytes up to 255
   static constexpr bool kExpands = false;           // whether there are ExpandOr and MultiShift (vec64.h)
-  static constexpr bool kExpands8 = false;          // whether there is ExpandOr8 (vec32.h): 8 bytes of `bytes` or `absent`,
-                                                    // by places below 8, or 0x80 for `absent`
+  static constexpr bool kExpands8 = false;          // whether there is ExpandOr8 (vec32.h): each of 8 bytes is the byte
+                                                    // of `bytes` at its place, or of `absent` if that is 0x80
 
   // Each byte of a table of 16 (in wider vectors: of the same 16 bytes of the table) by its index, below 16.
   static Bytes TableLookupBytes(Bytes table, Bytes index) {

@@ -1,4 +1,5 @@
-// 32 bytes at a time: AVX2 with FMA and F16C, and what AVX-512 adds to vectors of this size where the compiler has it.
+// Works on 32 bytes at a time: AVX2 with FMA and F16C, and what AVX-512 adds to vectors of this size where the compiler
+// has it.
 #pragma once
 
 #include <immintrin.h>
@@ -32,9 +33,13 @@ struct Vec32 : VecBase<32> {
     return wrap(_mm256_blend_epi32(raw(first), raw(LoadDup32(u8, static_cast<const char*>(p) + stride)), 0xf0));
   }
 #if defined(__AVX512VL__)
-  static Bytes AndOr(Bytes a, Bytes b, Bytes o) { return wrap(_mm256_ternarylogic_epi64(raw(a), raw(b), raw(o), 0xea)); }
+  static Bytes AndOr(Bytes a, Bytes b, Bytes o) {
+    return wrap(_mm256_ternarylogic_epi64(raw(a), raw(b), raw(o), 0xea));
+  }
   // The same in the register of o.
-  static Bytes OrAnd(Bytes o, Bytes a, Bytes b) { return wrap(_mm256_ternarylogic_epi64(raw(o), raw(a), raw(b), 0xf8)); }
+  static Bytes OrAnd(Bytes o, Bytes a, Bytes b) {
+    return wrap(_mm256_ternarylogic_epi64(raw(o), raw(a), raw(b), 0xf8));
+  }
   static Halves LoadN(F16, const uint16_t* p, size_t count) {
     const __mmask8 mask = static_cast<__mmask8>((1u << smaller(count, kLanes)) - 1);
     return reinterpret_cast<Halves>(_mm_maskz_loadu_epi16(mask, p));
@@ -155,8 +160,8 @@ struct Vec32 : VecBase<32> {
   }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  // For integer/chunk_halves.h and its users: words of 64 bits, 16 bytes from each of p and p + stride, and the sums of four
-  // vectors' lanes.
+  // For integer/chunk_halves.h and its users: words of 64 bits, 16 bytes from each of p and p + stride, and the sums of
+  // four vectors' lanes.
   static Bytes Set64(U8, uint64_t word) { return wrap(_mm256_set1_epi64x(static_cast<long long>(word))); }
   template <int a, int b, int c, int d>
   static Bytes ShiftRight64(Bytes v) {

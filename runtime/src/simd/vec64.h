@@ -1,4 +1,4 @@
-// 64 bytes at a time: AVX-512 with BW, VL, VNNI, VBMI and VBMI2.
+// Works on 64 bytes at a time: AVX-512 with BW, VL, VNNI, VBMI and VBMI2.
 #pragma once
 
 #include "simd/vec32.h"
@@ -34,7 +34,9 @@ struct Vec64 : VecBase<64> {
     }
     return wrap(all);
   }
-  static Bytes AndOr(Bytes a, Bytes b, Bytes o) { return wrap(_mm512_ternarylogic_epi64(raw(a), raw(b), raw(o), 0xea)); }
+  static Bytes AndOr(Bytes a, Bytes b, Bytes o) {
+    return wrap(_mm512_ternarylogic_epi64(raw(a), raw(b), raw(o), 0xea));
+  }
   static Bytes TableLookupBytes(Bytes table, Bytes index) { return wrap(_mm512_shuffle_epi8(raw(table), raw(index))); }
 
   static Bytes UnpackPairs(const uint8_t* p, size_t) {
@@ -151,9 +153,13 @@ struct Vec64 : VecBase<64> {
   }
   static void StoreN(Bytes v, void* p, size_t count) { _mm512_mask_storeu_epi8(p, low_bits(count), raw(v)); }
   // Each byte of a table of kBytes by its index.
-  static Bytes TableLookupLanes(Bytes table, Bytes index) { return wrap(_mm512_permutexvar_epi8(raw(index), raw(table))); }
+  static Bytes TableLookupLanes(Bytes table, Bytes index) {
+    return wrap(_mm512_permutexvar_epi8(raw(index), raw(table)));
+  }
   // From each word of 64 bits, for each of its bytes, 8 bits from bit number shift[byte] on.
-  static Bytes MultiShift(Bytes words, Bytes shift) { return wrap(_mm512_multishift_epi64_epi8(raw(shift), raw(words))); }
+  static Bytes MultiShift(Bytes words, Bytes shift) {
+    return wrap(_mm512_multishift_epi64_epi8(raw(shift), raw(words)));
+  }
   // Where the mask has a bit the next byte of v, else that of `others`.
   static Bytes ExpandOr(Bytes v, uint64_t mask, Bytes others) {
     return wrap(_mm512_mask_expand_epi8(raw(others), mask, raw(v)));

@@ -1,6 +1,7 @@
-// What the vectors of every instruction set share: the operations that compilers know for vector types of any size. The
-// names are Google Highway's (github.com/google/highway) wherever it has the operation, and so are the tags, which say
-// of what type the result is; Vec::Add(a, b) is hwy's hn::Add(a, b), Vec::Set(f32, 1.0f) its hn::Set(tag, 1.0f).
+// Holds what the vectors of every instruction set share: the operations that compilers know for vector types of any
+// size. The names are Google Highway's (github.com/google/highway) wherever it has the operation, and so are the tags,
+// which say of what type the result is: Vec::Add(a, b) is its hn::Add(a, b), and Vec::Set(f32, 1.0f) its hn::Set(tag,
+// 1.0f).
 #pragma once
 
 #include "simd/common.h"

@@ -1,4 +1,4 @@
-// Which outputs, and which part of the sum, a tile of a product with B = S computes.
+// Says which outputs, and which part of the sum, a tile of a product with B = S computes.
 #pragma once
 
 #include "task/task.h"

@@ -1,4 +1,4 @@
-// From what kernels leave in their working memory to Y.
+// Writes outputs from what kernels leave in their working memory.
 #pragma once
 
 #include "simd/vec.h"

@@ -1,4 +1,4 @@
-// What a kernel is asked for: one product, and the tiles that it is cut into.
+// Says what a kernel is asked for: one product, and the tiles that it is cut into.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ constexpr size_t kFewRows = 4;
 // Rows of the stored matrix, within a segment, that products with B = S round together: a sum may be cut between them.
 constexpr size_t kRun = 64;
 
-// One product Y = A @ B (+ bias), cut into tiles that can run in any order: into ranges of outputs, or, with B = S, into
-// parts of the sum, whose outputs are added afterwards.
+// One product Y = A @ B (+ bias), cut into tiles that can run in any order: into ranges of outputs, or, with B = S,
+// into parts of the sum, whose outputs are added afterwards.
 struct Task {
   const Weight* weight = nullptr;
   size_t m = 0;

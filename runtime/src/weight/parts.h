@@ -1,4 +1,4 @@
-// Which part of the stored matrix lies in which segment, and where its scales are: for the loops of the kernels.
+// Says which part of the stored matrix lies in which segment, and where its scales are, for the loops of the kernels.
 #pragma once
 
 #include "simd/integers.h"

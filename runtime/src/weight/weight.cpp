@@ -1,4 +1,4 @@
-// The checks of attributes and streams.
+// Checks attributes and streams.
 #include "weight/weight.h"
 
 #include <algorithm>

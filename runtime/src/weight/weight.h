@@ -1,4 +1,4 @@
-// Packed weights as the kernels see them: sizes, where each segment's streams start, and the checks that make
+// Describes packed weights as the kernels see them: sizes, where each segment's streams start, and the checks that make
 // reading them safe. The byte formats are specified in fips_ort/packed.py and docs/ops.md.
 #pragma once
 

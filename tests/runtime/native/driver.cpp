@@ -1,15 +1,16 @@
 // Runs the kernels of every instruction set on cases read from a file and compares with the expected results.
 //
 // driver FILE [ISA...]: for each named instruction set prints "ISA cases refused worst": how many products were
-// computed, how many weights refused, and the largest difference in units of the largest expected value.
-// Exits with 1 if one differs by more than its tolerance, if a malformed weight is accepted or a sound one is not.
+// computed, how many weights refused, and the largest difference in units of the largest expected value. Exits with 1
+// if one differs by more than its tolerance, if a malformed weight is accepted or a sound one is not.
+//
 // driver kernels [ISA...]: prints which kernel computes which product (kernel_table.h).
 //
 // A case is 18 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
-// of, M, bytes of codes, bytes of pattern, number of scales, kind), then codes and pattern and, if the kind is 0 (sound),
-// scales float16, A [M, K], bias [N] and the expected Y [M, N] float32. Kind 1 is malformed; kind 2 may be anything: if it
-// is accepted, it is multiplied with zeros, and nothing is expected but that this ends. Every array gets an allocation of
-// its own exact size, so that the address sanitizer sees a read past its end.
+// of, M, bytes of codes, bytes of pattern, number of scales, kind), then codes and pattern and, if the kind is 0
+// (sound), scales float16, A [M, K], bias [N] and the expected Y [M, N] float32. Kind 1 is malformed; kind 2 may be
+// anything: if it is accepted, it is multiplied with zeros, and nothing is expected but that this ends. Every array
+// gets an allocation of its own exact size, so that the address sanitizer sees a read past its end.
 
 #include <cmath>
 #include <cstdio>
@@ -35,7 +36,9 @@ struct File {
   template <typename T>
   std::vector<T> read(size_t count) {
     std::vector<T> values(count);
-    if (count && std::fread(values.data(), sizeof(T), count, handle) != count) throw std::runtime_error("file too short");
+    if (count && std::fread(values.data(), sizeof(T), count, handle) != count) {
+      throw std::runtime_error("file too short");
+    }
     values.shrink_to_fit();
     return values;
   }
