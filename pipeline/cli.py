@@ -33,7 +33,7 @@ Threads = Annotated[int, typer.Option(min=0, help="threads of ONNX Runtime; 0: a
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Show ranks, bytes, memory and disk of a run, without computing any weight."""
+    """Show ranks, bytes, memory, disk and time of a run, without computing any weight."""
     loaded = load_recipe(recipe, overrides)
     from pipeline.estimate import estimate
     from pipeline.estimate.printing import print_estimate
