@@ -14,10 +14,10 @@ import pytest
 import torch
 from finished_run import FinishedRun
 from run_samples import (
-    SHORT_BENCH_SECONDS,
     TINY,
     KillAt,
     artifact_hashes,
+    no_bench,
     run_in_process,
     stages_run_for,
     tiny_recipe,
@@ -57,6 +57,12 @@ STAGES = (
     "validate",
 )
 MEASURED = ("seconds", "speed", "memory", "reused_stages", "disk_bytes")
+
+
+@pytest.fixture(autouse=True)
+def speed_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """:func:`finished_run` has done so."""
+    monkeypatch.setattr(image_classification.ImageClassificationTask, "bench", no_bench)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -123,10 +129,7 @@ def test_artefact_is_sound(finished_run: FinishedRun) -> None:
     assert len({name.rsplit(".", 1)[0] for name in bases}) == 2  # one per group, whatever its number of MLPs
 
 
-def test_second_run_gives_the_same(
-    finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(image_classification, "BENCH_SECONDS", SHORT_BENCH_SECONDS)
+def test_second_run_gives_the_same(finished_run: FinishedRun, tmp_path: Path) -> None:
     run(tiny_recipe(), tmp_path / "again", Progress())
     assert artifact_hashes(tmp_path / "again") == artifact_hashes(finished_run.folder)
     first, second = report_of(finished_run.folder), report_of(tmp_path / "again")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_samples import TINY, StoppingProgress, StopRun, tiny_recipe
+from run_samples import TINY, StoppingProgress, StopRun, no_bench, tiny_recipe
 
 from pipeline.estimate import estimate
 from pipeline.plumbing.errors import InputError
@@ -19,14 +19,9 @@ from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.run import run
 from pipeline.stages.allocate import Measured, best_combination
-from pipeline.tasks import image_classification
+from pipeline.tasks.image_classification import ImageClassificationTask
 
 NOTHING = Choice(None, None, None)
-
-
-@pytest.fixture(autouse=True)
-def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_classification, "BENCH_SECONDS", 0.2)
 
 
 # --- the best combination --------------------------------------------------------------------------------------
@@ -133,7 +128,7 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, A
     """A run that chose; its recipe, folder and report. Not to be changed."""
     recipe, folder = allocating(budgets=[0.9, 0.6], bits=[4, 2]), tmp_path_factory.mktemp("allocated")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_classification, "BENCH_SECONDS", 0.2)
+        patch.setattr(ImageClassificationTask, "bench", no_bench)
         return recipe, folder, run(recipe, folder, Progress())
 
 

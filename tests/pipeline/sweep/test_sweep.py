@@ -149,7 +149,7 @@ def test_pareto_front_is_what_no_other_beats(costs: list[tuple[int, int]]) -> No
 @pytest.fixture(autouse=True, scope="module")
 def quick_points() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "COMMAND", "quick_cli")
+        patch.setattr(runner, "COMMAND", "unmeasured_cli")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(SAMPLES), os.environ.get("PYTHONPATH", "")]))
         yield
 
@@ -263,7 +263,9 @@ def test_ray_gives_the_same(serial: Serial, sweep: Sweep, tmp_path: Path, monkey
 
 def test_a_killed_sweep_resumes_with_the_same_result(serial: Serial, sweep: Sweep, tmp_path: Path) -> None:
     definition = write_sweep(tmp_path / "definition")
-    program = "from pipeline.sweep import runner; runner.COMMAND = 'quick_cli'; from pipeline.cli import main; main()"
+    program = (
+        "from pipeline.sweep import runner; runner.COMMAND = 'unmeasured_cli'; from pipeline.cli import main; main()"
+    )
     out = tmp_path / "out"
     child = subprocess.Popen(
         [sys.executable, "-c", program, "sweep", str(definition), "--out", str(out), "--jobs", "1"],
