@@ -1,6 +1,7 @@
 """A recipe that runs in seconds, and ways to run it: in this process, or in one that can be killed."""
 
 import contextlib
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -229,6 +230,12 @@ class _KillingProgress(Progress):
         yield advance
 
 
+def _prepare_child() -> None:
+    torch.set_num_threads(1)
+    # What was imported before the fork stays: runs collect garbage after each stage, and need not look there.
+    gc.freeze()
+
+
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -244,7 +251,7 @@ def run_in_process(recipe: Recipe, folder: Path, kill_at: KillAt) -> int:
 
 
 def _run_until_bench(recipe: Recipe, folder: Path, kill_at: KillAt) -> None:
-    torch.set_num_threads(1)
+    _prepare_child()
     training_loop.CHECKPOINT_SECONDS = -1.0
     if kill_at.replace is not None:
         _kill_at_replace(kill_at.replace)
@@ -317,7 +324,7 @@ def fips(arguments: list[str], *, file_limit: int | None = None) -> tuple[int, s
 
 def _fips(arguments: list[str], stderr: Connection, file_limit: int | None) -> None:
     os.dup2(stderr.fileno(), 2)
-    torch.set_num_threads(1)
+    _prepare_child()
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = ["fips", *arguments]
