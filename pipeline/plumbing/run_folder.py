@@ -22,10 +22,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
 from pipeline.plumbing.errors import InputError
-from pipeline.plumbing.files import digest, read_json, write_json, writing
+from pipeline.plumbing.files import digest, writing
 from pipeline.plumbing.peak_memory import give_back_memory, peak_rss_bytes
 from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.records import Record, find_record, read_record, write_record
 
 LIBRARIES = ("fips-onnx", "fips-ort", "torch", "torchao", "transformers", "numpy", "onnx", "onnx-ir", "onnxruntime")
 
@@ -36,6 +39,21 @@ class StageResult:
 
     folder: Path
     key: str
+
+
+class _Started(Record):
+    """``started.json``: of a stage that is being computed, or was when the process was killed."""
+
+    key: str
+
+
+class _Done(Record):
+    """``stage.json``. ``files``: bytes of every file of the result, by path."""
+
+    key: str
+    seconds: NonNegativeFloat
+    peak_rss_bytes: PositiveInt
+    files: dict[str, NonNegativeInt]
 
 
 class RunFolder:
@@ -112,33 +130,32 @@ class RunFolder:
         return self._has(self.expected(name, settings, inputs))
 
     def _has(self, result: StageResult) -> bool:
-        done = _read(result.folder / "stage.json")
-        return done.get("key") == result.key and done.get("files") == _file_sizes(result.folder)
+        done = find_record(_Done, result.folder / "stage.json")
+        return done is not None and done.key == result.key and done.files == _file_sizes(result.folder)
 
     def _compute(self, name: str, key: str, folder: Path, compute: Callable[[Path], None]) -> None:
         done, started = folder / "stage.json", folder / "started.json"
-        if _read(started).get("key") != key:
+        if find_record(_Started, started) != _Started(key=key):
             with writing(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-            write_json(started, {"key": key})
+            write_record(started, _Started(key=key))
         done.unlink(missing_ok=True)
         self.progress.say(name)
         begin = time.monotonic()
         with writing(folder):
             compute(folder)
-        self.seconds[name] = round(time.monotonic() - begin, 3)
-        self.peak_rss_bytes[name] = peak_rss_bytes()
-        cost = {"seconds": self.seconds[name], "peak_rss_bytes": self.peak_rss_bytes[name]}
-        write_json(done, {"key": key, **cost, "files": _file_sizes(folder)})
+        seconds = self.seconds[name] = round(time.monotonic() - begin, 3)
+        peak = self.peak_rss_bytes[name] = peak_rss_bytes()
+        write_record(done, _Done(key=key, seconds=seconds, peak_rss_bytes=peak, files=_file_sizes(folder)))
         started.unlink()
         give_back_memory()
 
     def _reuse(self, name: str) -> None:
         """Count a result that is there already, with what it took to compute."""
-        done = _read(self.work / name / "stage.json")
-        self.seconds[name] = done["seconds"]
-        self.peak_rss_bytes[name] = done["peak_rss_bytes"]
+        done = read_record(_Done, self.work / name / "stage.json")
+        self.seconds[name] = done.seconds
+        self.peak_rss_bytes[name] = done.peak_rss_bytes
         self.reused.append(name)
 
     def _wait_for_others(self, name: str, key: str) -> AbstractContextManager[None]:
@@ -203,15 +220,6 @@ def stage_key(name: str, settings: Any, inputs: Sequence[StageResult]) -> str:
     return digest(
         {"stage": name, "settings": settings, "inputs": keys, "code": code_digest(), "versions": versions()}
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A stage's JSON file; empty if it is missing or damaged."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

@@ -6,9 +6,10 @@ about a model (group indices, divisibility, rank) is checked against that model 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
+from pipeline.plumbing.records import Record
 
 PatternName = Literal["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]
 BlockSize = Literal[16, 32, 64, 128, 256]
@@ -27,10 +28,8 @@ class AtKeyError(ValueError):
         self.key = key
 
 
-class Section(BaseModel):
+class Section(Record):
     """A part of a recipe: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # --- model -----------------------------------------------------------------------------------------------------
@@ -371,7 +370,9 @@ class Quantization(Section):
     target_stored_bits: PositiveFloat | None = None
     start: Literal["nearest", "gptq"] = "nearest"
     learned_scales: bool = True
-    training: list[Annotated[LocalTraining | QuantizedEndToEnd, Field(discriminator="objective")]] = []
+    training: list[Annotated[LocalTraining | QuantizedEndToEnd, Field(discriminator="objective")]] = Field(
+        default_factory=list
+    )
     rest: RestOfModel = RestOfModel()
 
     @model_validator(mode="after")

@@ -121,6 +121,16 @@ def test_damaged_result_is_computed_again(folder: RunFolder, damage: Callable[[P
     assert (folder.work / "fit" / "result.txt").read_text(encoding="utf-8") == "result"
 
 
+@pytest.mark.parametrize("change", [{"seconds": None}, {"peak_rss_bytes": "1"}, {"more": 1}])
+def test_stage_file_of_another_form_means_computed_again(folder: RunFolder, change: dict[str, object]) -> None:
+    stage = Recorder()
+    folder.stage("fit", {}, "", stage)
+    path = folder.work / "fit" / "stage.json"
+    write_json(path, read_json(path) | change)
+    folder.stage("fit", {}, "", stage)
+    assert stage.found == [["started.json"]] * 2
+
+
 def test_result_that_does_not_hold_any_more_is_computed_again(folder: RunFolder) -> None:
     stage = Recorder()
     folder.stage("export", {}, [], stage)
