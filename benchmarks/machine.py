@@ -18,7 +18,7 @@ _RELEVANT_FLAGS = ("avx", "amx", "fma", "f16c", "bmi2", "asimd", "sve", "i8mm", 
 def describe_machine() -> dict[str, Any]:
     """Processor, instruction sets, cores, memory, versions, and the kernels asked for with FIPS_ORT_ISA."""
     return {
-        **describe_hardware(),
+        **describe_hardware().model_dump(),
         "instruction_sets": _instruction_sets(),
         "system": platform.platform(),
         "versions": {

@@ -97,7 +97,7 @@ def sweep(
     console.print(verdict(results))
     console.print(f"{folder / 'sweep.html'}, and the same as .png, .md, .csv and .json", markup=False)
     if results.failures:
-        failed = ", ".join(failure.point.name for failure in results.failures)
+        failed = ", ".join(failure.point for failure in results.failures)
         raise StageError(f"points that could not be run: {failed}; why is in {folder / 'sweep.md'}")
 
 
@@ -208,20 +208,18 @@ def _bench_tokens(artifact: Path, threads: int, beside: list[Path]) -> None:
     from pipeline.recipe.reading import parse_recipe
 
     recipe = parse_recipe(read_manifest(artifact).recipe, str(artifact / MANIFEST))
-    measured = bench_recipe(artifact, recipe, threads, beside)
-    speed, memory = measured["speed"], measured["load_rss_by_backend"]
+    speed, memory = bench_recipe(artifact, recipe, threads, beside)
     table = Table("backend", "prefill tokens/s", "decode tokens/s", "decode ratio", "load RSS MB", box=None)
-    for row in speed["rows"]:
+    for row in speed.rows:
         table.add_row(
-            row["backend"],
-            f"{row['prefill_tokens_per_second']:.1f}",
-            f"{row['decode_tokens_per_second']:.1f}",
-            f"{row['decode_ratio_to_int4']:.2f}",
-            f"{memory[row['backend']] / 1e6:.1f}",
+            row.backend,
+            f"{row.prefill_tokens_per_second:.1f}",
+            f"{row.decode_tokens_per_second:.1f}",
+            f"{row.decode_ratio_to_int4:.2f}",
+            f"{memory[row.backend] / 1e6:.1f}",
         )
     console = table_console()
-    prompt, generated = speed["prompt_tokens"], speed["generated_tokens"]
-    console.print(f"prompt of {prompt} tokens, {generated} generated, {threads} threads")
+    console.print(f"prompt of {speed.prompt_tokens} tokens, {speed.generated_tokens} generated, {threads} threads")
     console.print(table)
 
 

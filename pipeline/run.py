@@ -32,6 +32,7 @@ from fips_ort.manifest import sha256
 from fips_ort.native import library_path
 from pipeline.compression.factors import install
 from pipeline.estimate import estimate
+from pipeline.evaluation.measurements import TrainedStage
 from pipeline.plumbing.engines import Engine
 from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
@@ -136,7 +137,7 @@ def _compress(calibrated: Calibrated, evaluations: Evaluations) -> SavedFactors:
     """Factorize, fit and fine-tune as far as the recipe says; returns the factors that quantization starts from."""
     recipe, task, plan = calibrated.recipe, calibrated.task, calibrated.plan
 
-    def evaluate(name: str, factors: SavedFactors) -> None:
+    def evaluate(name: TrainedStage, factors: SavedFactors) -> None:
         evaluations.evaluate(
             name, factors.results, lambda: install(task.model, factors.restore(task.model, plan)), factors.errors()
         )

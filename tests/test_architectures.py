@@ -90,15 +90,15 @@ def test_whole_chain(name: str, images: Path, tmp_path: Path, monkeypatch: pytes
     report = run(recipe, tmp_path / "run", Progress())
     artifact = tmp_path / "run" / "artifact"
     assert all(check.passed for check in validate(artifact))
-    assert report["parity"]["native_vs_torch"]["relative"] <= 1e-3
-    assert report["parity"]["same_predictions"]
-    assert [group["blocks"] for group in report["groups"]] == groups
+    assert report.parity.native_vs_torch.relative <= 1e-3
+    assert report.parity.same_predictions
+    assert [list(group.blocks) for group in report.groups] == groups
     linears_per_mlp = 3 if name == "dinov2-swiglu" else 2
     blocks = sum(map(len, groups))
     assert len(read_manifest(artifact).weights) == len(groups) + linears_per_mlp * blocks
     for block in range(blocks):
         # Training took the sparse, quantized MLPs clearly nearer to the dense ones than zeros are.
-        assert report["reconstruction_error"]["qat"][str(block)] < 0.6
+        assert report.reconstruction_error["qat"][str(block)] < 0.6
 
 
 @pytest.mark.parametrize("weights", ["float16", "float32"])

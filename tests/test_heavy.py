@@ -11,6 +11,7 @@ from run_samples import language_recipe, memory_of_stages
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from pipeline.estimate import estimate
+from pipeline.evaluation.measurements import PerplexityByStage
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.reading import load_recipe
 from pipeline.report.schema import Report
@@ -39,41 +40,41 @@ def test_vit_digits(folder: Path, bits: int, levels: str, points: float) -> None
         for factor in ("basis", "projections")
         for key in (f"bits={bits}", f"levels={levels}")
     ]
-    quality = run_recipe("vit-digits", folder, *factors)["quality"]
-    assert quality["dense"] >= 0.97
-    assert 100 * (quality["dense"] - quality["onnx_native"]) <= points
-    assert quality["onnx_native"] == quality["onnx_portable"]
+    quality = run_recipe("vit-digits", folder, *factors).quality
+    assert quality.dense >= 0.97
+    assert 100 * (quality.dense - quality.onnx_native) <= points
+    assert quality.onnx_native == quality.onnx_portable
 
 
 @pytest.mark.parametrize(("rest", "share"), [("null", 0.5), ("4", 0.3)])
 def test_dinov2_small_digits(folder: Path, rest: str, share: float) -> None:
     report = run_recipe("dinov2-small-digits", folder, f"quantization.rest.linear_bits={rest}")
-    quality, sizes = report["quality"], report["bytes"]
-    assert 100 * (quality["dense"] - quality["onnx_native"]) <= 1.0
-    assert sizes["artifact"] <= share * sizes["dense_float16"]
-    assert report["parity"]["same_predictions"]
+    quality, sizes = report.quality, report.bytes
+    assert 100 * (quality.dense - quality.onnx_native) <= 1.0
+    assert sizes.artifact <= share * sizes.dense_float16
+    assert report.parity.same_predictions
 
 
 def ratio_to_dense(report: Report) -> float:
     """Perplexity of the artefact relative to the dense model's, paired window by window."""
-    ratio: float = report["quality"]["difference_to_dense"]["onnx_native"]["ratio"]
-    return ratio
+    assert isinstance(report.quality, PerplexityByStage)
+    return report.quality.difference_to_dense["onnx_native"].ratio
 
 
 def test_gemma3_270m_in_150_megabytes(folder: Path) -> None:
     report = run_recipe("gemma3-270m-150mb", folder)
-    assert report["bytes"]["artifact"] <= 150e6
+    assert report.bytes.artifact <= 150e6
     assert ratio_to_dense(report) <= 1.25
-    assert report["parity"]["same_predictions"]
-    assert report["memory"]["pipeline_peak_rss_bytes"] <= 12 * 2**30
+    assert report.parity.same_predictions
+    assert report.memory.pipeline_peak_rss_bytes <= 12 * 2**30
 
 
 def test_three_bits_shared_beat_two_bits_at_equal_paper_bits(folder: Path) -> None:
     shared, own = run_recipe("gemma3-270m-w3", folder), run_recipe("baselines/gemma3-270m-dense-w2", folder)
-    assert shared["bits_per_weight"]["paper"] <= own["bits_per_weight"]["paper"] + 0.01
+    assert shared.bits_per_weight.paper <= own.bits_per_weight.paper + 0.01
     assert ratio_to_dense(shared) < 0.9 * ratio_to_dense(own)
     for report in (shared, own):
-        assert report["memory"]["pipeline_peak_rss_bytes"] <= 12 * 2**30
+        assert report.memory.pipeline_peak_rss_bytes <= 12 * 2**30
 
 
 def test_memory_of_gemma2_2b_layer_by_layer(folder: Path) -> None:

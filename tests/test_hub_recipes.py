@@ -225,9 +225,9 @@ def test_language_recipe_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeyp
     report = run(parse_recipe(content, name), tmp_path / "run", Progress())
     assert all(check.passed for check in validate(tmp_path / "run" / "artifact"))
     # Activations are of 8 bits here (accuracy_level 4).
-    assert report["quality"]["onnx_native"] == pytest.approx(report["quality"]["qat"], rel=0.05)
-    assert report["parity"]["native_vs_torch"]["relative"] <= 1e-3
-    assert max(report["reconstruction_error"]["qat"].values()) < 0.5
+    assert report.quality.onnx_native == pytest.approx(report.quality.qat, rel=0.05)
+    assert report.parity.native_vs_torch.relative <= 1e-3
+    assert max(report.reconstruction_error["qat"].values()) < 0.5
 
 
 # --- local folders ---------------------------------------------------------------------------------------------

@@ -35,9 +35,10 @@ from pipeline.evaluation import text_speed
 from pipeline.generate import greedy_tokens
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.records import read_record
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.schema import Recipe
-from pipeline.report.schema import check_report
+from pipeline.report.schema import Report
 from pipeline.run import run
 from pipeline.stages.quantize import QuantizationInputs, open_base, restore_quantized
 from pipeline.stages.results import SavedFactors
@@ -149,9 +150,8 @@ class LanguageRun:
 
 def finish(recipe: Recipe, folder: Path) -> LanguageRun:
     run(recipe, folder, Progress())
-    report = read_json(folder / "report.json")
-    check_report(report)
-    return LanguageRun(recipe, folder, report)
+    read_record(Report, folder / "report.json")  # raises if it contradicts itself
+    return LanguageRun(recipe, folder, read_json(folder / "report.json"))
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,14 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from pipeline.data.images import ImageSplit
+from pipeline.evaluation.measurements import ImageDivergence
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import read_json, write_aside, write_json
+from pipeline.plumbing.progress import OnProgress
 
 
 @dataclass(frozen=True)
-class Quality:
+class Accuracy:
     """Top-1 accuracy as a fraction, with its binomial standard error; ``logits`` float32 [samples, labels]."""
 
     accuracy: float
@@ -25,23 +27,13 @@ class Quality:
     logits: Tensor
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Of a model from the dense one: mean and 99th percentile over samples of KL(dense ‖ model) in nats, and the
-    fraction of samples with the same top label."""
-
-    kl_mean: float
-    kl_p99: float
-    same_top1: float
-
-
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     split: ImageSplit,
     batch_size: int,
     samples: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Quality:
+    progress: OnProgress | None = None,
+) -> Accuracy:
     """Measure the accuracy of ``predict`` (pixel values float32 [B, 3, H, W] → logits [B, labels]) on the first
     ``samples`` images of ``split``, all if None.
 
@@ -67,7 +59,7 @@ def evaluate(
         if progress is not None:
             progress(indices.stop, total, f"{correct / indices.stop:.2%} correct")
     accuracy = correct / total
-    return Quality(accuracy, correct, total, float(np.sqrt(accuracy * (1 - accuracy) / total)), torch.cat(parts))
+    return Accuracy(accuracy, correct, total, float(np.sqrt(accuracy * (1 - accuracy) / total)), torch.cat(parts))
 
 
 def check_samples(split: ImageSplit, samples: int | None) -> int:
@@ -79,7 +71,7 @@ def check_samples(split: ImageSplit, samples: int | None) -> int:
     return total
 
 
-def divergence(logits: Tensor, dense_logits: Tensor) -> Divergence:
+def divergence(logits: Tensor, dense_logits: Tensor) -> ImageDivergence:
     """Compute the divergence of ``logits`` from ``dense_logits``, both [samples, labels], on the same samples. Raises
     ValueError for other shapes."""
     if logits.shape != dense_logits.shape:
@@ -88,17 +80,17 @@ def divergence(logits: Tensor, dense_logits: Tensor) -> Divergence:
     log_q = torch.log_softmax(logits.double(), dim=1)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0.0)
     same = (logits.argmax(dim=1) == dense_logits.argmax(dim=1)).double().mean()
-    return Divergence(float(kl.mean()), float(kl.quantile(0.99)), float(same))
+    return ImageDivergence(kl_mean=float(kl.mean()), kl_p99=float(kl.quantile(0.99)), same_top1=float(same))
 
 
-def save_quality(quality: Quality, folder: Path) -> None:
+def save_quality(quality: Accuracy, folder: Path) -> None:
     """Write ``quality.json`` and the logits beside it into ``folder``."""
     fields = {key: value for key, value in asdict(quality).items() if key != "logits"}
     write_aside(folder / "logits.safetensors", lambda path: save_file({"logits": quality.logits.numpy()}, path))
     write_json(folder / "quality.json", fields)
 
 
-def load_quality(folder: Path) -> Quality:
+def load_quality(folder: Path) -> Accuracy:
     """Read what :func:`save_quality` has written into ``folder``."""
     logits = torch.from_numpy(load_file(folder / "logits.safetensors")["logits"])
-    return Quality(**read_json(folder / "quality.json"), logits=logits)
+    return Accuracy(**read_json(folder / "quality.json"), logits=logits)

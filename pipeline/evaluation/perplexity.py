@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,11 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.data.text import TextSplit
+from pipeline.evaluation.measurements import PairedDifference, TextDivergence
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import create_array, read_json, write_aside, write_json, writing
-
-Report = Callable[[int, int, str], None]
+from pipeline.plumbing.progress import OnProgress
 
 HIDDEN_STATES = "hidden_states.npy"
 _CHUNK_LOGITS = 1 << 24
@@ -35,20 +35,6 @@ class Logits(Protocol):
     """Logits [B, T, vocabulary] of a batch: a tensor, or something that makes slices ``[window, start:stop]``."""
 
     def __getitem__(self, index: tuple[int, slice], /) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Of a model from the dense one, over predicted tokens: mean and percentiles of KL(dense ‖ model) in nats, and
-    the fraction of tokens for which both find the same next token most likely."""
-
-    kl_mean: float
-    kl_median: float
-    kl_p90: float
-    kl_p99: float
-    kl_p999: float
-    kl_max: float
-    same_top1: float
 
 
 @dataclass(frozen=True)
@@ -69,23 +55,12 @@ class Perplexity:
     text: str
     window_nll: Tensor
     window_tokens: Tensor
-    divergence: Divergence | None = None
+    divergence: TextDivergence | None = None
 
     @property
     def perplexity_error(self) -> float:
         """Standard error of the perplexity, to first order."""
         return self.perplexity * self.standard_error
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Of one model from another on the same text: difference of the mean negative log-likelihoods in nats and ratio
-    of the perplexities, each with its standard error over windows."""
-
-    nll: float
-    standard_error: float
-    ratio: float
-    ratio_error: float
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------
@@ -96,7 +71,7 @@ def evaluate_perplexity(
     windows: TextSplit,
     batch_size: int,
     stride: int | None = None,
-    progress: Report | None = None,
+    progress: OnProgress | None = None,
     reference: "DenseReference | None" = None,
 ) -> Perplexity:
     """Measure the perplexity of ``logits_of`` (token ids int64 [B, T] → logits [B, T, vocabulary]) on all ``windows``.
@@ -153,8 +128,7 @@ def paired_difference(model: Perplexity, baseline: Perplexity) -> PairedDifferen
     difference, error = _ratio_of_sums(
         model.window_nll - baseline.window_nll, model.window_tokens, _correlated_windows(model.context, model.stride)
     )
-    ratio = math.exp(difference)
-    return PairedDifference(difference, error, ratio, ratio * error)
+    return PairedDifference(nll=difference, standard_error=error, ratio=math.exp(difference))
 
 
 def check_windows(windows: TextSplit) -> None:
@@ -179,7 +153,7 @@ def _exponential_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
     return maximum, (logits - maximum[:, None]).exp_().sum(dim=-1)
 
 
-def _summarize(sums: Tensor, counts: Tensor, windows: TextSplit, divergence: Divergence | None) -> Perplexity:
+def _summarize(sums: Tensor, counts: Tensor, windows: TextSplit, divergence: TextDivergence | None) -> Perplexity:
     nll, error = _ratio_of_sums(sums, counts, _correlated_windows(windows.context, windows.step))
     text = hashlib.sha256(windows.tokens.numpy().astype("<i4").tobytes()).hexdigest()
     return Perplexity(
@@ -257,7 +231,7 @@ def evaluate_dense(
     batch_size: int,
     stride: int | None,
     folder: Path,
-    progress: Report | None = None,
+    progress: OnProgress | None = None,
 ) -> Perplexity:
     """Measure the perplexity of the dense PyTorch model and leave its final hidden states in ``folder`` for
     :class:`DenseReference`: float32 [predicted tokens, d], in the order of evaluation.
@@ -342,10 +316,17 @@ class _Comparison:
         mean = difference.mul_(weights).sum(dim=-1).double() / total.double()
         self._kl[start:stop] = (mean - (dense_normalizer - normalizer)).clamp(min=0.0)
 
-    def result(self) -> Divergence:
+    def result(self) -> TextDivergence:
         median, p90, p99, p999 = (float(value) for value in np.quantile(self._kl.numpy(), [0.5, 0.9, 0.99, 0.999]))
-        same = float(self._same.double().mean())
-        return Divergence(float(self._kl.mean()), median, p90, p99, p999, float(self._kl.max()), same)
+        return TextDivergence(
+            kl_mean=float(self._kl.mean()),
+            kl_median=median,
+            kl_p90=p90,
+            kl_p99=p99,
+            kl_p999=p999,
+            kl_max=float(self._kl.max()),
+            same_top1=float(self._same.double().mean()),
+        )
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -354,9 +335,10 @@ class _Comparison:
 def save_perplexity(quality: Perplexity, folder: Path) -> None:
     """Write ``perplexity.json`` and what each window counts beside it into ``folder``."""
     tensors = {"nll": quality.window_nll.numpy(), "tokens": quality.window_tokens.numpy()}
-    fields = {key: value for key, value in asdict(quality).items() if key not in ("window_nll", "window_tokens")}
+    fields = {key: value for key, value in vars(quality).items() if key not in ("window_nll", "window_tokens")}
+    divergence = None if quality.divergence is None else quality.divergence.model_dump()
     write_aside(folder / "windows.safetensors", lambda path: save_file(tensors, path))
-    write_json(folder / "perplexity.json", fields)
+    write_json(folder / "perplexity.json", {**fields, "divergence": divergence})
 
 
 def load_perplexity(folder: Path) -> Perplexity:
@@ -368,5 +350,5 @@ def load_perplexity(folder: Path) -> Perplexity:
         **fields,
         window_nll=tensors["nll"],
         window_tokens=tensors["tokens"],
-        divergence=None if divergence is None else Divergence(**divergence),
+        divergence=None if divergence is None else TextDivergence(**divergence),
     )

@@ -21,6 +21,7 @@ from torch import nn
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
+from pipeline.evaluation.measurements import TokenSpeed, TokenSpeedRow
 from pipeline.evaluation.turns import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
 from pipeline.plumbing.errors import InputError
@@ -44,41 +45,42 @@ def bench_causal_lm(
     prompt: Sequence[int],
     threads: int,
     beside: Sequence[Path] = (),
-) -> dict[str, Any]:
-    """The report's ``speed`` of an artefact beside ``dense`` at int4, and memory after loading each.
+) -> tuple[TokenSpeed, dict[str, int]]:
+    """Time an artefact beside ``dense`` at int4. Returns the speed, and by backend the bytes by which loading it raises
+    the resident memory.
 
     ``prompt``: token ids, at least one. ``beside``: folders for onnxruntime-genai to measure in the same run, under
-    their paths as names. Returns ``speed`` (see :mod:`pipeline.report.schema`) and ``load_rss_by_backend``.
+    their paths as names.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folders = {NATIVE: artifact, INT4: Path(temporary)} | {str(folder): folder for folder in beside}
         export_int4(folders[INT4], dense, tokenizer)
         seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
         memory = {name: load_rss(folder) for name, folder in folders.items()}
-    rows: list[dict[str, Any]] = [
-        {
-            "backend": name,
-            "prefill_tokens_per_second": len(prompt) / prefill,
-            "decode_tokens_per_second": 1 / decode,
-        }
+    int4_prefill, int4_decode = seconds[INT4]
+    rows = tuple(
+        TokenSpeedRow(
+            backend=name,
+            prefill_tokens_per_second=len(prompt) / prefill,
+            decode_tokens_per_second=1 / decode,
+            prefill_ratio_to_int4=int4_prefill / prefill,
+            decode_ratio_to_int4=int4_decode / decode,
+        )
         for name, (prefill, decode) in seconds.items()
-    ]
-    int4 = next(row for row in rows if row["backend"] == INT4)
-    for row in rows:
-        for phase in ("prefill", "decode"):
-            key = f"{phase}_tokens_per_second"
-            row[f"{phase}_ratio_to_int4"] = row[key] / int4[key]
-    speed = {
-        "unit": "tokens/s",
-        "prompt_tokens": len(prompt),
-        "generated_tokens": GENERATED_TOKENS,
-        "threads": threads,
-        "rows": rows,
-    }
-    return {"speed": speed, "load_rss_by_backend": memory}
+    )
+    speed = TokenSpeed(
+        unit="tokens/s",
+        prompt_tokens=len(prompt),
+        generated_tokens=GENERATED_TOKENS,
+        threads=threads,
+        rows=rows,
+    )
+    return speed, memory
 
 
-def bench_recipe(artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = ()) -> dict[str, Any]:
+def bench_recipe(
+    artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = ()
+) -> tuple[TokenSpeed, dict[str, int]]:
     """:func:`bench_causal_lm` of an artefact and the dense model that its recipe names, on a text of our own.
 
     Raises InputError if a folder of ``beside`` has no genai_config.json.

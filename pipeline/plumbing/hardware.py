@@ -3,15 +3,17 @@
 import os
 import platform
 from pathlib import Path
-from typing import TypedDict
 
 import psutil
+from pydantic import PositiveInt
+
+from pipeline.plumbing.records import Record
 
 
-class Hardware(TypedDict):
+class Hardware(Record):
     cpu: str
-    cores: int
-    memory_bytes: int
+    cores: PositiveInt
+    memory_bytes: PositiveInt
 
 
 def describe_hardware() -> Hardware:
@@ -23,4 +25,4 @@ def describe_hardware() -> Hardware:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return {"cpu": name, "cores": os.cpu_count() or 1, "memory_bytes": psutil.virtual_memory().total}
+    return Hardware(cpu=name, cores=os.cpu_count() or 1, memory_bytes=psutil.virtual_memory().total)

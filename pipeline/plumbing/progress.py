@@ -12,6 +12,8 @@ from rich.progress import Progress as RichProgress
 _SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[int, str], None]
+OnProgress = Callable[[int, int, str], None]
+"""Called with the steps done so far, the steps in all, and a remark."""
 
 
 class Progress:
@@ -25,8 +27,8 @@ class Progress:
         self.console.print(message, markup=False)
 
     @contextmanager
-    def counter(self, label: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
-        """Like :meth:`task` for code that reports (steps done so far, total, remark)."""
+    def counter(self, label: str, total: int) -> Iterator[OnProgress]:
+        """Like :meth:`task` for code that counts the steps itself."""
         with self.task(label, total) as advance:
             done = 0
 

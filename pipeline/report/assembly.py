@@ -9,17 +9,28 @@ from fips_ort.manifest import read_manifest
 from fips_ort.packed import PackedWeight, unpack
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import kept_values
+from pipeline.evaluation.measurements import Agreement, Benchmark, Stage
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.hardware import describe_hardware
 from pipeline.plumbing.peak_memory import peak_rss_bytes
+from pipeline.plumbing.records import read_record
 from pipeline.plumbing.run_folder import RunFolder, versions
 from pipeline.recipe.plan import GroupPlan, Plan, Segments
 from pipeline.recipe.schema import Recipe
-from pipeline.report.schema import SCHEMA_VERSION, Report
+from pipeline.report.schema import (
+    BitsPerWeight,
+    Bytes,
+    DenseModel,
+    Group,
+    Memory,
+    Method,
+    Report,
+    TrainedStage,
+)
 from pipeline.tasks.base import Task
 
 TOKEN_TABLE = "model.embed_tokens."
-"""What the initializers of a language model's token table are called after."""
+"""Beginning of the names of a language model's initializers for its token table."""
 
 
 def assemble_report(
@@ -30,26 +41,26 @@ def assemble_report(
     packed: PackedModel,
     segments: dict[str, tuple[Segments, Segments]],
     mlps: list[FactorizedMLP],
-    evaluated: dict[str, Path],
-    errors: dict[str, dict[str, float]],
+    evaluated: dict[Stage, Path],
+    errors: dict[TrainedStage, dict[str, float]],
 ) -> Report:
-    """``segments``: of (basis, projections) by group; ``evaluated``: folder of the saved quality by stage;
-    ``errors``: by stage and block."""
+    """Gather the report.
+
+    ``segments``: of (basis, projections) by group; ``evaluated``: folder of the saved quality by stage; ``errors``: by
+    stage and block.
+    """
     recipe, work = task.recipe, folder.work
+    config: Any = task.model.config
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     compressed = sum(group.dense_parameters for group in plan.groups)
-    mlp_parameters = sum(site.width * site.hidden * (len(site.first) + 1) for site in task.sites)
     weights = packed.weights().values()
     mlp_stored = sum(weight.nbytes for weight in weights)
-    values = kept_values(mlps)
-    value_bits = sum(_value_bits(weight) for weight in weights)
     by_part = _bytes_by_part(artifact, packed)
     size = sum(by_part.values())
-    unquantized = 2 * (parameters - compressed + values)
-    factorized_values = sum(group.parameters for group in plan.groups)
-    stage_bytes = {
+    unquantized = 2 * (parameters - compressed + kept_values(mlps))
+    stage_bytes: dict[Stage, int] = {
         "dense": 2 * parameters,
-        "factorized": 2 * (parameters - compressed + factorized_values),
+        "factorized": 2 * (parameters - compressed + sum(group.parameters for group in plan.groups)),
         "fitted": unquantized,
         "finetuned": unquantized,
         "rounded": size,
@@ -57,70 +68,73 @@ def assemble_report(
         "onnx_native": size,
         "onnx_portable": size,
     }
-    memory = read_json(work / "bench" / "memory.json")
-    report: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "recipe": recipe.model_dump(mode="json"),
-        "model": {
-            "name": type(task.model).__name__,
-            "model_type": task.model.config.model_type,  # type: ignore[union-attr]
-            "source": recipe.model.source,
-            "parameters": parameters,
-            "mlp_parameters": mlp_parameters,
-        },
-        "compression": {"method": recipe.compression.method, "start": recipe.quantization.start},
-        "data": task.describe_data(),
-        "versions": versions(),
-        "hardware": describe_hardware(),
-        "groups": [
+    quality, divergence = task.describe_quality(evaluated)
+    benchmark = read_record(Benchmark, work / "bench" / "bench.json")
+    return Report(
+        schema_version=3,
+        recipe=recipe,
+        model=DenseModel(
+            name=type(task.model).__name__,
+            model_type=config.model_type,
+            source=recipe.model.source,
+            parameters=parameters,
+            mlp_parameters=sum(site.width * site.hidden * (len(site.first) + 1) for site in task.sites),
+        ),
+        compression=Method(method=recipe.compression.method, start=recipe.quantization.start),
+        data=task.describe_data(),
+        versions=versions(),
+        hardware=describe_hardware(),
+        groups=tuple(
             _describe_group(plan.recipes[group.name], group, segments[group.name], work) for group in plan.groups
-        ],
-        "dense_blocks": list(plan.dense_blocks),
-        "bytes": {
-            "dense_float16": 2 * parameters,
-            "artifact": size,
-            "mlp_dense_float16": 2 * compressed,
-            "mlp_stored": mlp_stored,
-            "by_part": by_part,
-        },
-        "bits_per_weight": {"paper": value_bits / compressed, "stored": 8 * mlp_stored / compressed},
-        **task.describe_quality(evaluated),
-        "stage_bytes": {stage: stage_bytes[stage] for stage in evaluated},
-        "reconstruction_error": errors,
-        "parity": read_json(work / "validate" / "parity.json"),
-        "speed": read_json(work / "bench" / "speed.json"),
-        "memory": {
-            **memory,
-            "pipeline_peak_rss_bytes": max(*folder.peak_rss_bytes.values(), peak_rss_bytes()),
-            "peak_rss_by_stage": folder.peak_rss_bytes,
-        },
-        "warnings": [],
-        "seconds": folder.seconds,
-        "disk_bytes": sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
-        "reused_stages": folder.reused,
-    }
-    return report  # type: ignore[return-value]
+        ),
+        dense_blocks=tuple(plan.dense_blocks),
+        bytes=Bytes(
+            dense_float16=2 * parameters,
+            artifact=size,
+            mlp_dense_float16=2 * compressed,
+            mlp_stored=mlp_stored,
+            by_part=by_part,
+        ),
+        bits_per_weight=BitsPerWeight(
+            paper=sum(_value_bits(weight) for weight in weights) / compressed, stored=8 * mlp_stored / compressed
+        ),
+        quality=quality,
+        divergence=divergence,
+        stage_bytes={stage: stage_bytes[stage] for stage in evaluated},
+        reconstruction_error=errors,
+        parity=read_record(Agreement, work / "validate" / "parity.json"),
+        speed=benchmark.speed,
+        memory=Memory(
+            **benchmark.memory.model_dump(exclude_unset=True),
+            pipeline_peak_rss_bytes=max(*folder.peak_rss_bytes.values(), peak_rss_bytes()),
+            peak_rss_by_stage=folder.peak_rss_bytes,
+        ),
+        warnings=(),
+        seconds=folder.seconds,
+        disk_bytes=sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
+        reused_stages=tuple(folder.reused),
+    )
 
 
-def _describe_group(
-    recipe: Recipe, group: GroupPlan, segments: tuple[Segments, Segments], work: Path
-) -> dict[str, Any]:
+def _describe_group(recipe: Recipe, group: GroupPlan, segments: tuple[Segments, Segments], work: Path) -> Group:
     is_fips = group.has_basis
-    return {
-        "name": group.name,
-        "blocks": [site.block for site in group.sites],
-        "width": group.width,
-        "columns": group.columns,
-        "rank": group.rank if is_fips else None,
-        "basis_bits": _bits(segments[0]),
-        "projection_bits": _bits(segments[1]),
-        "pattern": recipe.compression.pattern,
-        "singular_values": read_json(work / "factorize" / group.name / "singular_values.json") if is_fips else [],
-    }
+    return Group(
+        name=group.name,
+        blocks=tuple(site.block for site in group.sites),
+        width=group.width,
+        columns=group.columns,
+        rank=group.rank if is_fips else None,
+        basis_bits=_bits(segments[0]),
+        projection_bits=_bits(segments[1]),
+        pattern=recipe.compression.pattern,
+        singular_values=(
+            tuple(read_json(work / "factorize" / group.name / "singular_values.json")) if is_fips else ()
+        ),
+    )
 
 
 def _value_bits(weight: PackedWeight) -> int:
-    """Bits of the stored values alone, without scales and pattern."""
+    """Count the bits of the stored values alone, without scales and pattern."""
     mask = unpack(weight)[2]
     total = 0
     for bits, rows, columns in weight.layout.submatrices():
@@ -134,7 +148,7 @@ def _bits(sizes: tuple[int, ...]) -> dict[str, int]:
 
 
 def _bytes_by_part(artifact: Path, packed: PackedModel) -> dict[str, int]:
-    """Bytes of the artefact's folder by what they are for; adds up to the whole folder."""
+    """Count the bytes of the artefact's folder by what they are for; they add up to the whole folder."""
     bases = set(map(id, packed.bases.values()))
     codes = "projection codes" if bases else "weight codes"
     parts = {"basis codes": 0, codes: 0, "sparsity patterns": 0, "scales": 0}

@@ -6,7 +6,8 @@ differences in points, perplexities by ratios, because a loss in nats is the log
 
 from dataclasses import dataclass
 
-from pipeline.report.schema import Accuracy, Perplexity, Report, Stage
+from pipeline.evaluation.measurements import AccuracyByStage, PerplexityByStage, Stage
+from pipeline.report.schema import Report
 from pipeline.report.units import (
     accuracy_decimals,
     format_percent,
@@ -18,9 +19,9 @@ from pipeline.report.units import (
 
 @dataclass(frozen=True)
 class AccuracyMeasure:
-    """Of images; differences are in percentage points."""
+    """Accuracy on images; differences are in percentage points."""
 
-    quality: Accuracy
+    quality: AccuracyByStage
 
     name = "accuracy"
     better = "higher is better"
@@ -33,11 +34,11 @@ class AccuracyMeasure:
 
     @property
     def _decimals(self) -> int:
-        return accuracy_decimals(self.quality["samples"])
+        return accuracy_decimals(self.quality.samples)
 
     @property
     def extent(self) -> str:
-        return f"{self.quality['samples']:,} test samples"
+        return f"{self.quality.samples:,} test samples"
 
     @property
     def note(self) -> str:
@@ -47,17 +48,17 @@ class AccuracyMeasure:
         )
 
     def value(self, stage: Stage) -> str:
-        return format_percent(self.quality[stage], self._decimals)
+        return format_percent(self.quality.by_stage[stage], self._decimals)
 
     def error(self, stage: Stage) -> str:
-        return f"{100 * self.quality['standard_error'][stage]:.{self._decimals}f}"
+        return f"{100 * self.quality.standard_error[stage]:.{self._decimals}f}"
 
     def measured(self, stage: Stage) -> str:
         """Value and standard error."""
-        return f"{100 * self.quality[stage]:.{self._decimals}f} ± {self.error(stage)} %"
+        return f"{100 * self.quality.by_stage[stage]:.{self._decimals}f} ± {self.error(stage)} %"
 
     def context(self, stage: Stage) -> str:
-        """What to know beside the value."""
+        """Say what to know beside the value."""
         return f"±{self.error(stage)} points; dense: {self.value('dense')}"
 
     def change(self, stage: Stage, since: Stage) -> str:
@@ -65,27 +66,27 @@ class AccuracyMeasure:
 
     def against_dense(self, stage: Stage) -> str:
         """The difference to the dense model beside the standard error it was measured with."""
-        difference = self.quality[stage] - self.quality["dense"]
-        within = abs(difference) <= self.quality["standard_error"][stage]
+        difference = self.quality.by_stage[stage] - self.quality.dense
+        within = abs(difference) <= self.quality.standard_error[stage]
         return (
             f"{self.change(stage, 'dense')} against the dense model, "
             f"{'within' if within else 'more than'} one standard error (±{self.error(stage)} points)"
         )
 
     def cells(self, stage: Stage, before: Stage | None) -> tuple[str, str, str, str]:
-        """Under :attr:`header`; ``before`` is the stage that ``stage`` started from."""
+        """Fill the columns of :attr:`header`; ``before`` is the stage that ``stage`` started from."""
         changes = ("–", "–") if before is None else (self._points(stage, before), self._points(stage, "dense"))
         return self.value(stage), f"±{self.error(stage)}", *changes
 
     def _points(self, stage: Stage, since: Stage) -> str:
-        return format_points(self.quality[stage] - self.quality[since], self._decimals)
+        return format_points(self.quality.by_stage[stage] - self.quality.by_stage[since], self._decimals)
 
 
 @dataclass(frozen=True)
 class PerplexityMeasure:
-    """Of language models; differences are ratios, those to the dense model paired over windows."""
+    """Perplexity of language models; differences are ratios, those to the dense model paired over windows."""
 
-    quality: Perplexity
+    quality: PerplexityByStage
 
     name = "perplexity"
     better = "lower is better"
@@ -95,8 +96,8 @@ class PerplexityMeasure:
     def extent(self) -> str:
         quality = self.quality
         return (
-            f"{quality['tokens']:,} tokens in {quality['windows']:,} windows (context {quality['context']:,}, "
-            f"stride {quality['stride']:,})"
+            f"{quality.tokens:,} tokens in {quality.windows:,} windows (context {quality.context:,}, "
+            f"stride {quality.stride:,})"
         )
 
     @property
@@ -107,10 +108,10 @@ class PerplexityMeasure:
         )
 
     def value(self, stage: Stage) -> str:
-        return format_perplexity(self.quality[stage], self.quality["standard_error"][stage])[0]
+        return format_perplexity(self.quality.by_stage[stage], self.quality.standard_error[stage])[0]
 
     def error(self, stage: Stage) -> str:
-        return format_perplexity(self.quality[stage], self.quality["standard_error"][stage])[1]
+        return format_perplexity(self.quality.by_stage[stage], self.quality.standard_error[stage])[1]
 
     def measured(self, stage: Stage) -> str:
         """Value, standard error and, if not dense itself, the ratio to dense."""
@@ -118,7 +119,7 @@ class PerplexityMeasure:
         return text if stage == "dense" else f"{text} ({self._times(stage, 'dense')} × dense)"
 
     def context(self, stage: Stage) -> str:
-        """What to know beside the value."""
+        """Say what to know beside the value."""
         return f"±{self.error(stage)}; {self._times(stage, 'dense')} × dense ({self.value('dense')})"
 
     def change(self, stage: Stage, since: Stage) -> str:
@@ -126,32 +127,30 @@ class PerplexityMeasure:
 
     def against_dense(self, stage: Stage) -> str:
         """The ratio to the dense model beside the standard error it was measured with."""
-        difference = self.quality["difference_to_dense"][stage]
-        within = abs(difference["nll"]) <= difference["standard_error"]
-        direction = "worse" if difference["nll"] > 0 else "better"
+        difference = self.quality.difference_to_dense[stage]
+        within = abs(difference.nll) <= difference.standard_error
+        direction = "worse" if difference.nll > 0 else "better"
         return f"{self._ratio(stage)} times the dense model's perplexity (paired over windows), " + (
             "within one standard error of equal" if within else f"more than one standard error {direction}"
         )
 
     def cells(self, stage: Stage, before: Stage | None) -> tuple[str, str, str, str]:
-        """Under :attr:`header`; ``before`` is the stage that ``stage`` started from."""
+        """Fill the columns of :attr:`header`; ``before`` is the stage that ``stage`` started from."""
         changes = ("–", "–") if before is None else (self._times(stage, before), self._ratio(stage))
         return self.value(stage), f"±{self.error(stage)}", *changes
 
     def _times(self, stage: Stage, since: Stage) -> str:
-        return format_ratio(self.quality[stage] / self.quality[since])
+        return format_ratio(self.quality.by_stage[stage] / self.quality.by_stage[since])
 
     def _ratio(self, stage: Stage) -> str:
-        """The paired ratio to dense with its standard error (to first order, that of the nats times the ratio)."""
-        difference = self.quality["difference_to_dense"][stage]
-        return format_ratio(difference["ratio"], difference["ratio"] * difference["standard_error"])
+        """The paired ratio to dense with its standard error."""
+        difference = self.quality.difference_to_dense[stage]
+        return format_ratio(difference.ratio, difference.ratio_error)
 
 
 Measure = AccuracyMeasure | PerplexityMeasure
 
 
 def measure_of(report: Report) -> Measure:
-    quality = report["quality"]
-    if quality["metric"] == "perplexity":
-        return PerplexityMeasure(quality)
-    return AccuracyMeasure(quality)
+    quality = report.quality
+    return PerplexityMeasure(quality) if isinstance(quality, PerplexityByStage) else AccuracyMeasure(quality)

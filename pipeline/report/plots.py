@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import blended_transform_factory
 
+from pipeline.evaluation.measurements import TrainedStage
 from pipeline.report.figure_style import (
     BAND,
     FACTORIZED,
@@ -26,15 +27,7 @@ from pipeline.report.figure_style import (
     styled,
 )
 from pipeline.report.measures import measure_of
-from pipeline.report.schema import (
-    MLP_PARTS,
-    PACKAGING_PARTS,
-    Group,
-    Report,
-    TrainedStage,
-    stages_of,
-    trained_stages_of,
-)
+from pipeline.report.schema import MLP_PARTS, PACKAGING_PARTS, Group, Report
 from pipeline.report.sections import block_runs, name_blocks, parts_of, stage_name
 from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent
 
@@ -54,20 +47,20 @@ _STAGE_STYLE: dict[TrainedStage, tuple[str, str]] = {
 @styled
 def stages_figure(report: Report) -> Figure:
     """Quality with its standard error, and bytes of the whole model, one row per stage."""
-    stages = stages_of(report)
-    quality, sizes, measure = report["quality"], report["stage_bytes"], measure_of(report)
+    stages = report.stages
+    quality, sizes, measure = report.quality, report.stage_bytes, measure_of(report)
     rows = np.arange(len(stages))
-    values = np.array([quality[stage] for stage in stages])
-    errors = np.array([quality["standard_error"][stage] for stage in stages])
+    values = np.array([quality.by_stage[stage] for stage in stages])
+    errors = np.array([quality.standard_error[stage] for stage in stages])
     size = np.array([sizes[stage] for stage in stages])
 
     figure = Figure(figsize=(WIDTH, 1.25 + 0.36 * len(stages)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
     left.errorbar(values, rows, xerr=errors, fmt="o", color=FITTED, ecolor=FITTED, elinewidth=1.6, capsize=3)
-    left.axvline(quality["dense"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
+    left.axvline(quality.dense, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
     left.set_title(f"{measure.name.capitalize()} ± standard error")
     left.set_xlabel(f"{measure.name}, {measure.better} (dashed: dense)")
-    if quality["metric"] == "accuracy":
+    if quality.metric == "accuracy":
         left.set_xlim(*padded(values - errors, values + errors, 0.005))
         left.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
@@ -92,12 +85,12 @@ def stages_figure(report: Report) -> Figure:
 @styled
 def reconstruction_figure(report: Report) -> Figure:
     """Relative reconstruction error of every compressed block after each stage, log axis; groups as bands."""
-    errors = report["reconstruction_error"]
+    errors = report.reconstruction_error
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
     axes = figure.subplots()
-    blocks = sorted(block for group in report["groups"] for block in group["blocks"])
+    blocks = sorted(block for group in report.groups for block in group.blocks)
     every = range(blocks[0], blocks[-1] + 1)
-    for stage in trained_stages_of(report):
+    for stage in report.trained_stages:
         found = errors[stage]
         # A gap where a block was left dense, or reproduced up to rounding (an overcomplete basis before sparsity),
         # which would stretch the axis over ten empty decades.
@@ -105,8 +98,8 @@ def reconstruction_figure(report: Report) -> Figure:
         label = stage_name(report, stage) + (f" (below {100 * _EXACT:g} %)" if np.isnan(values).all() else "")
         colour, marker = _STAGE_STYLE[stage]
         axes.plot(every, values, color=colour, marker=marker, label=label)
-    if report["compression"]["method"] == "fips":
-        _mark_groups(axes, report["groups"])
+    if report.compression.method == "fips":
+        _mark_groups(axes, report.groups)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     _few_log_labels(axes)
@@ -125,13 +118,13 @@ def spectrum_figure(report: Report) -> Figure:
 
     For method fips: without a factorization there is no spectrum.
     """
-    groups = report["groups"]
+    groups = report.groups
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(WIDTH, 0.5 + 2.2 * lines), layout=ConstrainedLayoutEngine(wspace=0.04))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    ranks = [group["rank"] or 0 for group in groups]
-    last = max(*ranks, *(len(group["singular_values"]) for group in groups))
+    ranks = [group.rank or 0 for group in groups]
+    last = max(*ranks, *(len(group.singular_values) for group in groups))
     for axes, group, rank in zip(panels.flat, groups, ranks, strict=False):
         _spectrum(axes, group, rank, last)
     for axes in panels.flat[len(groups) :]:
@@ -150,14 +143,14 @@ def spectrum_figure(report: Report) -> Figure:
 @styled
 def bytes_figure(report: Report) -> Figure:
     """The dense float16 model and the artefact as stacked bars, then every part of the artefact on its own."""
-    sizes = report["bytes"]
+    sizes = report.bytes
     parts = parts_of(report)
-    dense_mlp = sizes["mlp_dense_float16"]
+    dense_mlp = sizes.mlp_dense_float16
     by_colour = dict.fromkeys(_PART_KINDS, 0)
     for name, size in parts:
         by_colour[_part_colour(name)] += size
     wholes = [
-        ("dense model, float16", [(FITTED, dense_mlp), (REST, sizes["dense_float16"] - dense_mlp)]),
+        ("dense model, float16", [(FITTED, dense_mlp), (REST, sizes.dense_float16 - dense_mlp)]),
         ("artefact", list(by_colour.items())),
     ]
     bars = wholes + [(name, [(_part_colour(name), size)]) for name, size in parts]
@@ -178,7 +171,7 @@ def bytes_figure(report: Report) -> Figure:
     axes.tick_params(axis="y", length=0)
     totals = [sum(size for _, size in segments) for _, segments in bars]
     _bytes_axis(axes, max(totals), "in brackets: share of the dense float16 model")
-    dense = sizes["dense_float16"]
+    dense = sizes.dense_float16
     _column(axes, rows, [f"{format_bytes(total)} ({format_percent(total / dense)})" for total in totals])
     handles = [Patch(color=colour, label=label) for colour, label in _PART_KINDS.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, handlelength=1.2)
@@ -186,7 +179,7 @@ def bytes_figure(report: Report) -> Figure:
 
 
 def _column(axes: Axes, rows: np.ndarray, texts: Sequence[str]) -> None:
-    """Texts in a column right of the axes, one a row."""
+    """Write texts in a column right of the axes, one a row."""
     transform = blended_transform_factory(axes.transAxes, axes.transData)
     for row, text in zip(rows, texts, strict=True):
         axes.text(1.02, row, text, transform=transform, va="center", ha="left")
@@ -210,18 +203,18 @@ def _few_log_labels(axes: Axes) -> None:
 
 
 def _mark_groups(axes: Axes, groups: Sequence[Group]) -> None:
-    """Each run of neighbouring blocks of one group as a band, every second one shaded, with the group's name above."""
+    """Name each run of neighbouring blocks of one group above the axes, and shade every second one."""
     top = blended_transform_factory(axes.transData, axes.transAxes)
     for index, group in enumerate(groups):
-        for first, last in block_runs(group["blocks"]):
+        for first, last in block_runs(group.blocks):
             if index % 2 == 0:
                 axes.axvspan(first - 0.5, last + 0.5, color=BAND, linewidth=0, zorder=0)
-            name = group["name"] if len(groups) <= 8 else group["name"].removeprefix("group_")
+            name = group.name if len(groups) <= 8 else group.name.removeprefix("group_")
             axes.text((first + last) / 2, 1.01, name, transform=top, ha="center", va="bottom", color=MUTED, fontsize=8)
 
 
 def _spectrum(axes: Axes, group: Group, rank: int, last: int) -> None:
-    values = np.array(group["singular_values"], dtype=np.float64)
+    values = np.array(group.singular_values, dtype=np.float64)
     relative = values / values.max()
     # Rounding noise of a matrix without full rank would stretch the axis over ten empty decades.
     relative[relative < _EXACT] = np.nan
@@ -243,7 +236,7 @@ def _spectrum(axes: Axes, group: Group, rank: int, last: int) -> None:
         color=FACTORIZED,
     )
     axes.set_yscale("log")
-    axes.set_title(f"{group['name']}: {name_blocks(group['blocks'])}, d = {group['width']}")
+    axes.set_title(f"{group.name}: {name_blocks(group.blocks)}, d = {group.width}")
     axes.grid(axis="y")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -8,10 +8,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from pipeline.plumbing.files import write_json, write_text
+from pipeline.plumbing.files import write_text
+from pipeline.plumbing.records import write_record
 from pipeline.report.figure_style import COLOURS, to_svg
 from pipeline.report.plots import bytes_figure, reconstruction_figure, spectrum_figure, stages_figure
-from pipeline.report.schema import Report, check_report
+from pipeline.report.schema import Report
 from pipeline.report.sections import (
     Plot,
     key_figures,
@@ -36,12 +37,10 @@ _JSON, _MARKDOWN, _HTML = "report.json", "report.md", "report.html"
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder``.
 
-    The HTML is one file without scripts or anything to fetch. Equal reports give equal bytes. Raises ValueError,
-    before anything is written, for a report that contradicts itself or holds numbers that are not finite.
+    The HTML is one file without scripts or anything to fetch. Equal reports give equal bytes.
     """
-    check_report(report)
     markdown, html = render_markdown(report), render_html(report)
-    write_json(folder / _JSON, report)
+    write_record(folder / _JSON, report)
     write_text(folder / _MARKDOWN, markdown)
     write_text(folder / _HTML, html)
 
@@ -64,7 +63,7 @@ def render_html(report: Report) -> str:
 
 def _render(template: str, report: Report, **more: object) -> str:
     return template_environment().get_template(template).render(
-        name=report["recipe"]["name"],
+        name=report.recipe.name,
         subtitle=subtitle(report),
         verdict=verdict(report),
         detail=verdict_detail(report),

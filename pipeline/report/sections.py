@@ -6,17 +6,18 @@ from typing import Literal
 
 import yaml
 
-from pipeline.report.measures import Measure, measure_of
-from pipeline.report.schema import (
+from pipeline.evaluation.measurements import (
     FACTOR_STAGES,
-    DivergenceKey,
+    Agreement,
     ImageSpeed,
-    Report,
+    LogitDifference,
     Stage,
+    TextDivergence,
+    TextSamples,
     TokenSpeed,
-    stages_of,
-    trained_stages_of,
 )
+from pipeline.report.measures import Measure, measure_of
+from pipeline.report.schema import Report
 from pipeline.report.units import (
     format_bytes,
     format_error,
@@ -77,26 +78,26 @@ class KeyFigure:
 
 
 def stage_name(report: Report, stage: Stage) -> str:
-    """What a stage is called; codes before training by how they were found."""
+    """Name a stage; codes before training are named by how they were found."""
     name = _STAGE_NAMES[stage]
-    return f"{name} ({_START_NAMES[report['compression']['start']]})" if stage == "rounded" else name
+    return f"{name} ({_START_NAMES[report.compression.start]})" if stage == "rounded" else name
 
 
 def subtitle(report: Report) -> str:
     """The method and the model in one line."""
-    compression, model = report["compression"], report["model"]
-    bits = {int(bits) for group in report["groups"] for bits in (*group["basis_bits"], *group["projection_bits"])}
+    compression, model = report.compression, report.model
+    bits = {int(bits) for group in report.groups for bits in (*group.basis_bits, *group.projection_bits)}
     width = f"{min(bits)}-bit" if len(bits) == 1 else f"{min(bits)}- to {max(bits)}-bit"
     return (
-        f"{_METHOD_NAMES[compression['method']]}, {width} codes, {_START_NAMES[compression['start']]} start · "
-        f"{model['model_type']}, {model['parameters']:,} parameters, {model['source']}"
+        f"{_METHOD_NAMES[compression.method]}, {width} codes, {_START_NAMES[compression.start]} start · "
+        f"{model.model_type}, {model.parameters:,} parameters, {model.source}"
     )
 
 
 def verdict(report: Report) -> str:
     """The run in one line: share of the dense float16 model's bytes, quality before and after."""
-    sizes, measure = report["bytes"], measure_of(report)
-    share = format_percent(sizes["artifact"] / sizes["dense_float16"], 0)
+    sizes, measure = report.bytes, measure_of(report)
+    share = format_percent(sizes.artifact / sizes.dense_float16, 0)
     return f"{share} of the float16 bytes, {measure.name} {measure.value('dense')} → {measure.value('onnx_native')}"
 
 
@@ -107,34 +108,31 @@ def verdict_detail(report: Report) -> str:
 
 
 def key_figures(report: Report) -> list[KeyFigure]:
-    sizes, bits, measure = report["bytes"], report["bits_per_weight"], measure_of(report)
+    sizes, bits, measure = report.bytes, report.bits_per_weight, measure_of(report)
     return [
         KeyFigure(
-            "Artefact", format_bytes(sizes["artifact"]), f"dense float16: {format_bytes(sizes['dense_float16'])}"
+            "Artefact", format_bytes(sizes.artifact), f"dense float16: {format_bytes(sizes.dense_float16)}"
         ),
         KeyFigure(measure.name.capitalize(), measure.value("onnx_native"), measure.context("onnx_native")),
-        KeyFigure("Bits per MLP weight", f"{bits['stored']:.2f}", f"stored; paper bits: {bits['paper']:.2f}"),
+        KeyFigure("Bits per MLP weight", f"{bits.stored:.2f}", f"stored; paper bits: {bits.paper:.2f}"),
         _speed_figure(report),
-        KeyFigure("Cost of the run", format_seconds(sum(report["seconds"].values())), _resources(report)),
+        KeyFigure("Cost of the run", format_seconds(sum(report.seconds.values())), _resources(report)),
     ]
 
 
 def _speed_figure(report: Report) -> KeyFigure:
-    speed = report["speed"]
-    if speed["unit"] == "images/s":
-        return KeyFigure("Speed", f"{speed['rows'][0]['ratio_to_float32']:.2f} ×", "of dense float32")
-    row = speed["rows"][0]
-    beside = f"{row['decode_ratio_to_int4']:.2f} × {_INT4}; " if "decode_ratio_to_int4" in row else ""
-    return KeyFigure(
-        "Decoding, tokens/s",
-        format_rate(row["decode_tokens_per_second"]),
-        f"{beside}prefill: {format_rate(row['prefill_tokens_per_second'])} tokens/s",
-    )
+    speed = report.speed
+    if isinstance(speed, ImageSpeed):
+        return KeyFigure("Speed", f"{speed.ratio_to_dense:.2f} ×", "of dense float32")
+    row = speed.rows[0]
+    beside = f"{speed.ratio_to_dense:.2f} × onnxruntime-genai int4"
+    prefill = f"prefill: {format_rate(row.prefill_tokens_per_second)} tokens/s"
+    return KeyFigure("Decoding, tokens/s", format_rate(row.decode_tokens_per_second), f"{beside}; {prefill}")
 
 
 def _resources(report: Report) -> str:
-    peak = format_bytes(report["memory"]["pipeline_peak_rss_bytes"])
-    return f"{peak} memory, {format_bytes(report['disk_bytes'])} disk"
+    peak = format_bytes(report.memory.pipeline_peak_rss_bytes)
+    return f"{peak} memory, {format_bytes(report.disk_bytes)} disk"
 
 
 def sections(report: Report) -> list[Section]:
@@ -153,16 +151,16 @@ def sections(report: Report) -> list[Section]:
 
 def recipe_text(report: Report) -> str:
     """The whole recipe as YAML."""
-    return yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True).rstrip()
+    return yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def warning_lines(report: Report) -> list[str]:
     """The run's warnings, and what the figures themselves warn of."""
-    lines = list(report["warnings"])
-    if not report["parity"]["same_predictions"]:
+    lines = list(report.warnings)
+    if not report.parity.same_predictions:
         lines.append("The artefact's native kernels and portable functions do not give the same predictions.")
-    lines += [f"{name}: the logits differ by more than the tolerance." for name in _parity_failures(report)]
-    if report["bytes"]["artifact"] >= report["bytes"]["dense_float16"]:
+    lines += [f"{name}: the logits differ by more than the tolerance." for name in _parity_failures(report.parity)]
+    if report.bytes.artifact >= report.bytes.dense_float16:
         lines.append("The artefact is not smaller than the dense model stored as float16.")
     return lines
 
@@ -171,8 +169,8 @@ def warning_lines(report: Report) -> list[str]:
 
 
 def _quality(report: Report) -> Section:
-    sizes, measure = report["stage_bytes"], measure_of(report)
-    stages = stages_of(report)
+    sizes, measure = report.stage_bytes, measure_of(report)
+    stages = report.stages
     rows = [
         (
             stage_name(report, stage),
@@ -187,16 +185,17 @@ def _quality(report: Report) -> Section:
         "on the rest of the model, too, is as it is stored."
     ]
     tables = [Table(("stage", *measure.header, "whole model", "of dense"), tuple(rows))]
-    divergence = report["divergence"]
-    same = format_percent(divergence["same_top1"])
-    if measure.name == "perplexity":
-        header = ("KL divergence from the dense model", *_DIVERGENCES.values())
-        tables.append(Table(header, (("nats per token", *(format_error(divergence[key]) for key in _DIVERGENCES)),)))
+    divergence = report.divergence
+    same = format_percent(divergence.same_top1)
+    if isinstance(divergence, TextDivergence):
+        header = ("KL divergence from the dense model", "mean", "median", "90 %", "99 %", "99.9 %", "largest")
+        nats = (format_error(value) for value in (divergence.kl_mean, *divergence.percentiles))
+        tables.append(Table(header, (("nats per token", *nats),)))
         notes.append(f"The artefact and the dense model have the same most likely next token for {same} of the tokens.")
     else:
         notes.append(
             f"Against the dense model the artefact gives the same top label for {same} of the samples; KL divergence "
-            f"{format_error(divergence['kl_mean'])} nats on average, {format_error(divergence['kl_p99'])} nats at the "
+            f"{format_error(divergence.kl_mean)} nats on average, {format_error(divergence.kl_p99)} nats at the "
             "99th percentile."
         )
     return Section(
@@ -209,18 +208,8 @@ def _quality(report: Report) -> Section:
     )
 
 
-_DIVERGENCES: dict[DivergenceKey, str] = {
-    "kl_mean": "mean",
-    "kl_median": "median",
-    "kl_p90": "90 %",
-    "kl_p99": "99 %",
-    "kl_p999": "99.9 %",
-    "kl_max": "largest",
-}
-
-
 def _where_it_went(measure: Measure, stages: list[Stage], sparse: bool) -> str:
-    """What factorization, quantization and export each changed."""
+    """Say what factorization, quantization and export each changed."""
     unquantized = [stage for stage in stages if stage in ("dense", *FACTOR_STAGES)][-1]
     quantization = measure.change("qat", unquantized)
     if "rounded" in stages:
@@ -233,7 +222,7 @@ def _where_it_went(measure: Measure, stages: list[Stage], sparse: bool) -> str:
 
 
 def _is_sparse(report: Report) -> bool:
-    return any(group["pattern"] != "dense" for group in report["groups"])
+    return any(group.pattern != "dense" for group in report.groups)
 
 
 def _both_forms(stages: list[Stage]) -> str:
@@ -249,18 +238,18 @@ def _stage_before(stage: Stage, stages: list[Stage]) -> Stage | None:
 
 
 def _size(report: Report) -> Section:
-    sizes, bits = report["bytes"], report["bits_per_weight"]
-    total = sizes["artifact"]
-    factorized = report["compression"]["method"] == "fips"
+    sizes, bits = report.bytes, report.bits_per_weight
+    total = sizes.artifact
+    factorized = report.compression.method == "fips"
     parts = parts_of(report)
     rows = [(name, format_bytes(size), format_percent(size / total)) for name, size in (*parts, ("artefact", total))]
-    mlp_share = format_percent(sizes["mlp_stored"] / sizes["mlp_dense_float16"])
+    mlp_share = format_percent(sizes.mlp_stored / sizes.mlp_dense_float16)
     return Section(
         "Size",
         (
-            f"The MLPs take {format_bytes(sizes['mlp_stored'])} instead of {format_bytes(sizes['mlp_dense_float16'])} "
+            f"The MLPs take {format_bytes(sizes.mlp_stored)} instead of {format_bytes(sizes.mlp_dense_float16)} "
             f"in float16 ({mlp_share}), the whole artefact {format_bytes(total)} instead of "
-            f"{format_bytes(sizes['dense_float16'])} ({format_percent(total / sizes['dense_float16'])}).",
+            f"{format_bytes(sizes.dense_float16)} ({format_percent(total / sizes.dense_float16)}).",
         ),
         (
             Table(
@@ -275,13 +264,13 @@ def _size(report: Report) -> Section:
                             if factorized
                             else "the codes, without their scales."
                         ),
-                        f"{bits['paper']:.2f}",
+                        f"{bits.paper:.2f}",
                     ),
                     (
                         "stored bits",
                         "Every byte the file spends on these weights: codes"
                         + (", scales, sparsity patterns and the shared bases." if factorized else " and scales."),
-                        f"{bits['stored']:.2f}",
+                        f"{bits.stored:.2f}",
                     ),
                 ),
                 text_columns=2,
@@ -296,27 +285,27 @@ def _size(report: Report) -> Section:
 
 def parts_of(report: Report) -> list[tuple[str, int]]:
     """The parts of the artefact that it has, largest first."""
-    parts = [(name, size) for name, size in report["bytes"]["by_part"].items() if size]
+    parts = [(name, size) for name, size in report.bytes.by_part.items() if size]
     return sorted(parts, key=lambda part: (-part[1], part[0]))
 
 
 def _groups(report: Report) -> Section:
-    if report["compression"]["method"] == "dense":
+    if report.compression.method == "dense":
         return _quantized_blocks(report)
     rows = [
         (
-            group["name"],
-            format_blocks(group["blocks"]),
-            _bits_text(group["basis_bits"]),
-            _bits_text(group["projection_bits"]),
-            group["pattern"],
-            f"{group['width']:,}",
-            f"{group['columns']:,}",
+            group.name,
+            format_blocks(group.blocks),
+            _bits_text(group.basis_bits),
+            _bits_text(group.projection_bits),
+            group.pattern,
+            f"{group.width:,}",
+            f"{group.columns:,}",
             f"{rank:,}",
-            f"{rank / group['width']:.2f}",
+            f"{rank / group.width:.2f}",
         )
-        for group in report["groups"]
-        if (rank := group["rank"]) is not None
+        for group in report.groups
+        if (rank := group.rank) is not None
     ]
     header = (
         "group",
@@ -346,11 +335,11 @@ def _groups(report: Report) -> Section:
 
 
 def _quantized_blocks(report: Report) -> Section:
-    """Of method dense, with the blocks that are alike in one row."""
+    """Describe the blocks of method dense, those that are alike in one row."""
     alike: dict[tuple[str, ...], list[int]] = {}
-    for group in report["groups"]:
-        cells = (", ".join(group["projection_bits"]), f"{group['width']:,}", f"{group['columns']:,}")
-        alike.setdefault(cells, []).extend(group["blocks"])
+    for group in report.groups:
+        cells = (", ".join(group.projection_bits), f"{group.width:,}", f"{group.columns:,}")
+        alike.setdefault(cells, []).extend(group.blocks)
     return Section(
         "Quantized MLPs",
         ("No factorization: every MLP matrix of a block is quantized as it is.",),
@@ -365,12 +354,12 @@ def _quantized_blocks(report: Report) -> Section:
 
 
 def _left_dense(report: Report) -> list[str]:
-    return [f"Left dense: {name_blocks(report['dense_blocks'])}."] if report["dense_blocks"] else []
+    return [f"Left dense: {name_blocks(report.dense_blocks)}."] if report.dense_blocks else []
 
 
 def _reconstruction(report: Report) -> Section:
-    errors = report["reconstruction_error"]
-    stages = trained_stages_of(report)
+    errors = report.reconstruction_error
+    stages = report.trained_stages
     blocks = sorted(int(block) for block in errors["qat"])
     rows = [(str(block), *(_error_percent(errors[stage][str(block)]) for stage in stages)) for block in blocks]
     means = (sum(errors[stage].values()) / len(errors[stage]) for stage in stages)
@@ -387,27 +376,24 @@ def _reconstruction(report: Report) -> Section:
     )
 
 
-_COMPARISONS = {
-    "native_vs_torch": "ONNX Runtime, native kernels, against PyTorch",
-    "portable_vs_torch": "ONNX Runtime, portable functions, against PyTorch",
-    "native_vs_portable": "native kernels against portable functions",
-}
-
-
 def _parity(report: Report) -> Section:
-    parity = report["parity"]
-    failures = _parity_failures(report)
-    rows = []
-    for key, name in _COMPARISONS.items():
-        difference = parity[key]  # type: ignore[literal-required]
-        agreement = "no" if name in failures else "yes"
-        rows.append((name, agreement, format_error(difference["max_abs"]), format_error(difference["relative"])))
-    same = "All" if parity["same_predictions"] else "Not all"
-    predictions = "predictions" if report["quality"]["metric"] == "accuracy" else "most likely next tokens"
+    parity = report.parity
+    failures = _parity_failures(parity)
+    rows = [
+        (
+            name,
+            "no" if name in failures else "yes",
+            format_error(difference.max_abs),
+            format_error(difference.relative),
+        )
+        for name, difference in _comparisons(parity).items()
+    ]
+    same = "All" if parity.same_predictions else "Not all"
+    predictions = "predictions" if report.quality.metric == "accuracy" else "most likely next tokens"
     return Section(
         "Parity",
         (
-            f"The same model run three ways. Allowed difference: {format_error(parity['tolerance'])} of the largest "
+            f"The same model run three ways. Allowed difference: {format_error(parity.tolerance)} of the largest "
             f"logit. {same} {predictions} are the same with and without the native library.",
         ),
         (
@@ -420,32 +406,38 @@ def _parity(report: Report) -> Section:
     )
 
 
-def _parity_failures(report: Report) -> list[str]:
-    parity = report["parity"]
-    return [name for key, name in _COMPARISONS.items() if parity[key]["relative"] > parity["tolerance"]]  # type: ignore[literal-required]
+def _comparisons(parity: Agreement) -> dict[str, LogitDifference]:
+    return {
+        "ONNX Runtime, native kernels, against PyTorch": parity.native_vs_torch,
+        "ONNX Runtime, portable functions, against PyTorch": parity.portable_vs_torch,
+        "native kernels against portable functions": parity.native_vs_portable,
+    }
 
 
-_INT4 = "onnxruntime-genai int4"
+def _parity_failures(parity: Agreement) -> list[str]:
+    return [
+        name for name, difference in _comparisons(parity).items() if difference.relative > parity.tolerance
+    ]
 
 
 def _speed(report: Report) -> Section:
-    speed, memory = report["speed"], report["memory"]
-    load, comparison, table = _image_speed(speed) if speed["unit"] == "images/s" else _token_speed(speed)
-    threads = _count(speed["threads"], "thread")
-    if resident := memory.get("load_rss_by_backend"):
+    speed, memory = report.speed, report.memory
+    load, comparison, table = _image_speed(speed) if isinstance(speed, ImageSpeed) else _token_speed(speed)
+    threads = _count(speed.threads, "thread")
+    if resident := memory.load_rss_by_backend:
         cells = (format_bytes(resident[name]) if (name := row[0]) in resident else "–" for row in table.rows)
         rows = tuple((*row, cell) for row, cell in zip(table.rows, cells, strict=True))
         table = Table((*table.header, "memory after loading"), rows)
     return Section(
         "Speed and memory",
-        (f"{load}, {threads}, on {report['hardware']['cpu']}.{comparison}",),
+        (f"{load}, {threads}, on {report.hardware.cpu}. A ratio below 1 is slower than {comparison}.",),
         (
             table,
             Table(
                 ("resident memory", "size"),
                 (
-                    ("after loading the artefact", format_bytes(memory["load_rss_bytes"])),
-                    ("peak while running the artefact", format_bytes(memory["peak_rss_bytes"])),
+                    ("after loading the artefact", format_bytes(memory.load_rss_bytes)),
+                    ("peak while running the artefact", format_bytes(memory.peak_rss_bytes)),
                 ),
             ),
         ),
@@ -453,47 +445,45 @@ def _speed(report: Report) -> Section:
 
 
 def _image_speed(speed: ImageSpeed) -> tuple[str, str, Table]:
-    """What was run, what it is compared with, and the table."""
+    """Return what was run, what it is compared with, and the table."""
     rows = [
-        (row["backend"], f"{row['images_per_second']:,.0f}", f"{row['ratio_to_float32']:.2f} ×")
-        for row in speed["rows"]
+        (row.backend, f"{row.images_per_second:,.0f}", f"{row.ratio_to_float32:.2f} ×")
+        for row in speed.rows
     ]
-    comparison = " A ratio below 1 is slower than the dense float32 model."
-    table = Table(("backend", speed["unit"], "of dense float32"), tuple(rows))
-    return f"Batches of {speed['batch']}", comparison, table
+    table = Table(("backend", speed.unit, "of dense float32"), tuple(rows))
+    return f"Batches of {speed.batch}", "the dense float32 model", table
 
 
 def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
-    """As :func:`_image_speed`; compared with nothing where int4 was not measured."""
-    load = f"A prompt of {speed['prompt_tokens']:,} tokens, then {speed['generated_tokens']:,} generated"
-    rates = [
-        (row["backend"], format_rate(row["prefill_tokens_per_second"]), format_rate(row["decode_tokens_per_second"]))
-        for row in speed["rows"]
-    ]
-    if any("decode_ratio_to_int4" not in row for row in speed["rows"]):
-        return load, "", Table(("backend", "prefill, tokens/s", "decode, tokens/s"), tuple(rates))
+    """Return the same as :func:`_image_speed`."""
     rows = [
-        (name, prefill, f"{row['prefill_ratio_to_int4']:.2f} ×", decode, f"{row['decode_ratio_to_int4']:.2f} ×")
-        for (name, prefill, decode), row in zip(rates, speed["rows"], strict=True)
+        (
+            row.backend,
+            format_rate(row.prefill_tokens_per_second),
+            f"{row.prefill_ratio_to_int4:.2f} ×",
+            format_rate(row.decode_tokens_per_second),
+            f"{row.decode_ratio_to_int4:.2f} ×",
+        )
+        for row in speed.rows
     ]
-    comparison = " A ratio below 1 is slower than the same model exported by onnxruntime-genai's builder at int4."
+    load = f"A prompt of {speed.prompt_tokens:,} tokens, then {speed.generated_tokens:,} generated"
     table = Table(("backend", "prefill, tokens/s", "of int4", "decode, tokens/s", "of int4"), tuple(rows))
-    return load, comparison, table
+    return load, "the same model exported by onnxruntime-genai's builder at int4", table
 
 
 def _cost(report: Report) -> Section:
-    reused = set(report["reused_stages"])
-    memory = report["memory"]
+    reused = set(report.reused_stages)
+    memory = report.memory
     stages = [
         (
             stage,
             "earlier run" if stage in reused else "this run",
             format_seconds(seconds),
-            format_bytes(memory["peak_rss_by_stage"][stage]),
+            format_bytes(memory.peak_rss_by_stage[stage]),
         )
-        for stage, seconds in report["seconds"].items()
+        for stage, seconds in report.seconds.items()
     ]
-    total, peak = format_seconds(sum(report["seconds"].values())), format_bytes(memory["pipeline_peak_rss_bytes"])
+    total, peak = format_seconds(sum(report.seconds.values())), format_bytes(memory.pipeline_peak_rss_bytes)
     stages.append(("whole run", "", total, peak))
     return Section(
         "Cost of the run",
@@ -504,7 +494,7 @@ def _cost(report: Report) -> Section:
                 (
                     ("time", total),
                     ("peak of resident memory", peak),
-                    ("disk, the work folder", format_bytes(report["disk_bytes"])),
+                    ("disk, the work folder", format_bytes(report.disk_bytes)),
                 ),
             ),
             Table(("stage", "computed in", "time", "peak of resident memory"), tuple(stages), 2, total=True),
@@ -513,31 +503,31 @@ def _cost(report: Report) -> Section:
 
 
 def _origin(report: Report) -> Section:
-    model, data, hardware = report["model"], report["data"], report["hardware"]
-    if "context" in data:
+    model, data, hardware = report.model, report.data, report.hardware
+    if isinstance(data, TextSamples):
         samples = (
-            f"windows of {data['context']:,} tokens",
-            f"{data['train_samples']:,} to train ({data['train_tokens']:,} tokens), {data['calibration_samples']:,} to "
-            f"calibrate ({data['calibration_tokens']:,}), {data['test_samples']:,} to test ({data['test_tokens']:,})",
+            f"windows of {data.context:,} tokens",
+            f"{data.train_samples:,} to train ({data.train_tokens:,} tokens), {data.calibration_samples:,} to "
+            f"calibrate ({data.calibration_tokens:,}), {data.test_samples:,} to test ({data.test_tokens:,})",
         )
     else:
         samples = (
             "samples",
-            f"{data['train_samples']:,} to train, {data['calibration_samples']:,} to calibrate, "
-            f"{data['test_samples']:,} to test",
+            f"{data.train_samples:,} to train, {data.calibration_samples:,} to calibrate, "
+            f"{data.test_samples:,} to test",
         )
     origin = (
-        ("model", f"{model['name']} ({model['model_type']}), {model['source']}"),
-        ("parameters", f"{model['parameters']:,}, of them {model['mlp_parameters']:,} in MLPs"),
-        ("method", _METHOD_NAMES[report["compression"]["method"]]),
-        ("data", data["source"]),
+        ("model", f"{model.name} ({model.model_type}), {model.source}"),
+        ("parameters", f"{model.parameters:,}, of them {model.mlp_parameters:,} in MLPs"),
+        ("method", _METHOD_NAMES[report.compression.method]),
+        ("data", data.source),
         samples,
-        ("hash of the data", data["hash"]),
+        ("hash of the data", data.hash),
         (
             "machine",
-            f"{hardware['cpu']}, {_count(hardware['cores'], 'core')}, {format_bytes(hardware['memory_bytes'])} memory",
+            f"{hardware.cpu}, {_count(hardware.cores, 'core')}, {format_bytes(hardware.memory_bytes)} memory",
         ),
-        ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     )
     return Section("Where it comes from", (), (Table(("origin", ""), origin, 2),))
 
@@ -570,7 +560,7 @@ def _bits_text(entries: dict[str, int]) -> str:
 
 
 def _error_percent(value: float) -> str:
-    """A relative error in per cent with two significant digits, never in exponents."""
+    """Write a relative error in per cent with two significant digits, never in exponents."""
     decimals = next((digits for digits, limit in enumerate((0.0995, 0.00995, 0.000995)) if value >= limit), 3)
     return format_percent(value, decimals)
 

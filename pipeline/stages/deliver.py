@@ -15,9 +15,11 @@ from exporters.parity import ParityError, check_parity
 from fips_ort.errors import ArtifactError
 from fips_ort.load import load
 from fips_ort.manifest import MANIFEST, read_manifest, sha256
+from pipeline.evaluation.measurements import Agreement, LogitDifference, Stage
 from pipeline.plumbing.errors import InputError, StageError
 from pipeline.plumbing.files import read_json, write_json
 from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.records import write_record
 from pipeline.plumbing.run_folder import versions
 from pipeline.tasks.base import Task
 
@@ -93,28 +95,22 @@ def validate(
         name = f"onnx_{backend}"
         progress.say(f"  {name}: {task.measure(session, out / name, name, progress, against_dense=dense_quality)}")
         del session
-    content = {
-        name: {"max_abs": difference.absolute, "relative": difference.relative}
-        for name, difference in (
-            ("native_vs_torch", parity.native_vs_torch),
-            ("portable_vs_torch", parity.portable_vs_torch),
-            ("native_vs_portable", parity.native_vs_portable),
-            ("rounding", parity.rounding),
-        )
-        if difference is not None
+    differences = {
+        name: LogitDifference(max_abs=difference.absolute, relative=difference.relative)
+        for name in ("native_vs_torch", "portable_vs_torch", "native_vs_portable", "rounding")
+        if (difference := getattr(parity, name)) is not None
     }
     same = parity.native_vs_portable.same_predictions == 1.0
-    write_json(out / "parity.json", {**content, "tolerance": PARITY_TOLERANCE, "same_predictions": same})
+    agreement = Agreement(**differences, tolerance=PARITY_TOLERANCE, same_predictions=same)
+    write_record(out / "parity.json", agreement)
 
 
-def evaluated_backends(validated: Path) -> dict[str, Path]:
+def evaluated_backends(validated: Path) -> dict[Stage, Path]:
     """Folders in which :func:`validate` has saved the artefact's quality, by ``onnx_`` and the backend."""
-    names = (f"onnx_{backend}" for backend in ("native", "portable"))
+    names: tuple[Stage, ...] = ("onnx_native", "onnx_portable")
     return {name: validated / name for name in names if (validated / name).is_dir()}
 
 
 def bench(out: Path, task: Task, artifact: Path) -> None:
     """Speed beside the dense model in ONNX Runtime, and resident memory."""
-    speed, memory = task.bench(artifact)
-    write_json(out / "speed.json", speed)
-    write_json(out / "memory.json", memory)
+    write_record(out / "bench.json", task.bench(artifact))

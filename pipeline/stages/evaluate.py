@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from pipeline.evaluation.measurements import Stage, TrainedStage
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import RunFolder, StageResult
 from pipeline.tasks.base import Task
@@ -14,9 +15,9 @@ class Evaluations:
     """Evaluates forms of the model in PyTorch, and knows where the results are."""
 
     def __init__(self, task: Task, folder: RunFolder, progress: Progress) -> None:
-        self.folders: dict[str, Path] = {}
+        self.folders: dict[Stage, Path] = {}
         """Folder of the saved quality by the report's name of the stage."""
-        self.errors: dict[str, dict[str, float]] = {}
+        self.errors: dict[TrainedStage, dict[str, float]] = {}
         """Relative reconstruction errors by the same names, then by block."""
         self._task, self._folder, self._progress = task, folder, progress
 
@@ -26,7 +27,7 @@ class Evaluations:
 
     def evaluate(
         self,
-        name: str,
+        name: TrainedStage,
         inputs: Sequence[StageResult],
         make_model: Callable[[], nn.Module],
         errors: dict[str, float],
@@ -38,7 +39,7 @@ class Evaluations:
         self._stage(name, inputs, lambda out: self._task.measure(make_model().eval(), out, name, self._progress))
         self.errors[name] = errors
 
-    def _stage(self, name: str, inputs: Sequence[StageResult], measure: Callable[[Path], str]) -> None:
+    def _stage(self, name: Stage, inputs: Sequence[StageResult], measure: Callable[[Path], str]) -> None:
         settings = self._task.recipe.evaluation.model_dump(mode="json")
         result = self._folder.stage(
             f"evaluate/{name}", settings, inputs, lambda out: self._progress.say(f"  {name}: {measure(out)}")

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from pipeline.plumbing.errors import InputError
-from pipeline.plumbing.files import read_json, write_text
+from pipeline.plumbing.files import write_text
+from pipeline.plumbing.records import read_record
 from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent
+from pipeline.sweep.results import Results, Row
 
 _BINARY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -36,30 +39,29 @@ def choose_point(sweep: Path, max_bytes: str | None, max_loss: str | None) -> Ch
     ``sweep``: a sweep's folder or its ``sweep.json``. Of equal points the smaller, or better, is taken. Raises
     InputError if the limits make no sense or no point keeps them, naming the nearest.
     """
-    content = _read(sweep)
+    results = _read(sweep)
     if max_bytes is None and max_loss is None:
         raise InputError("fips choose: give --max-bytes, --max-loss, or both")
     bytes_limit = None if max_bytes is None else parse_bytes(max_bytes)
     loss_limit = None if max_loss is None else parse_percent(max_loss)
-    points = content["points"]
     fitting = [
-        point
-        for point in points
-        if (bytes_limit is None or point["artifact_bytes"] <= bytes_limit)
-        and (loss_limit is None or point["loss"] <= loss_limit)
+        row
+        for row in results.points
+        if (bytes_limit is None or row.artifact_bytes <= bytes_limit)
+        and (loss_limit is None or row.loss <= loss_limit)
     ]
     if not fitting:
-        smallest = min(points, key=lambda point: point["artifact_bytes"])
-        best = min(points, key=lambda point: point["loss"])
+        smallest = min(results.points, key=lambda row: row.artifact_bytes)
+        best = min(results.points, key=lambda row: row.loss)
         raise InputError(
-            f"{sweep}: no point keeps the limits; the smallest is {_describe(smallest, content['metric'])}; the best "
-            f"is {_describe(best, content['metric'])}"
+            f"{sweep}: no point keeps the limits; the smallest is {_describe(smallest, results.metric)}; the best is "
+            f"{_describe(best, results.metric)}"
         )
     if bytes_limit is None:
-        chosen = min(fitting, key=lambda point: (point["artifact_bytes"], point["loss"]))
+        chosen = min(fitting, key=lambda row: (row.artifact_bytes, row.loss))
     else:
-        chosen = min(fitting, key=lambda point: (point["loss"], point["artifact_bytes"]))
-    return Chosen(chosen["point"], chosen["recipe"], _describe(chosen, content["metric"]))
+        chosen = min(fitting, key=lambda row: (row.loss, row.artifact_bytes))
+    return Chosen(chosen.point, chosen.recipe, _describe(chosen, results.metric))
 
 
 def parse_bytes(text: str) -> int:
@@ -79,25 +81,24 @@ def parse_percent(text: str) -> float:
     return float(match[1]) / 100
 
 
-def _describe(point: dict[str, Any], metric: str) -> str:
+def _describe(row: Row, metric: str) -> str:
     if metric == "accuracy":
-        quality = f"accuracy {format_percent(point['value'])} ({100 * point['loss']:+.1f} points lost)"
+        quality = f"accuracy {format_percent(row.value)} ({100 * row.loss:+.1f} points lost)"
     else:
-        quality = f"perplexity {point['value']:.2f} ({1 + point['loss']:.3f} × dense)"
-    return (
-        f"{point['point']}: {quality}, {format_bytes(point['artifact_bytes'])}, {point['stored_bits']:.2f} stored bits"
-    )
+        quality = f"perplexity {row.value:.2f} ({1 + row.loss:.3f} × dense)"
+    return f"{row.point}: {quality}, {format_bytes(row.artifact_bytes)}, {row.stored_bits:.2f} stored bits"
 
 
-def _read(sweep: Path) -> dict[str, Any]:
+def _read(sweep: Path) -> Results:
     path = sweep / "sweep.json" if sweep.is_dir() else sweep
     try:
-        content = read_json(path)
-        if content["schema_version"] != 1 or not content["points"]:
-            raise ValueError
+        return read_record(Results, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; give the folder of a finished sweep") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is not the result of a sweep; give the folder of a finished sweep") from None
-    result: dict[str, Any] = content
-    return result
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(
+            f"{path}: is not the result of a sweep of this version ({where}: {first['msg']}); give the folder of a "
+            "finished sweep, or run it again"
+        ) from None

@@ -40,13 +40,13 @@ _DASHED = (0, (4, 3))
 
 @styled
 def sweep_figure(results: Results) -> Figure:
-    """Four panels. Colour tells the labels of the last axis with several of them, markers those of the first."""
+    """Draw four panels. Colour tells the labels of the last axis with several of them, markers those of the first."""
     coloured, marked = _axes_shown(results)
     figure = Figure(figsize=(WIDTH, 7.4), layout=ConstrainedLayoutEngine(hspace=0.08))
     panels = figure.subplots(2, 2, sharey=True)
-    points = [(row, *_style(results, row, coloured, marked)) for row in results.rows]
+    points = [(row, *_style(results, row, coloured, marked)) for row in results.points]
     for axes, kind in zip(panels.flat, SIZES, strict=False):
-        costs = [row.size(kind) for row in results.rows]
+        costs = [getattr(row, kind) for row in results.points]
         _panel(axes, results, points, costs, _TITLES[kind])
         if kind == "artifact_bytes":
             _bytes(axes, max(costs))
@@ -54,9 +54,9 @@ def sweep_figure(results: Results) -> Figure:
             axes.set_xlabel(
                 "bits, less is better" + (", bases, patterns and scales included" * (kind == "stored_bits"))
             )
-    speeds = [row.speed for row in results.rows]
+    speeds = [row.speed.ratio_to_dense for row in results.points]
     _panel(panels[1, 1], results, points, speeds, _SPEED, rising=True)
-    threads = results.rows[0].report["speed"]["threads"]
+    threads = results.points[0].speed.threads
     panels[1, 1].set_xlabel(f"{speed_label(results)}, {threads} thread{'s' * (threads > 1)}, more is better")
     for axes in panels[:, 0]:
         axes.set_ylabel(_quality_label(results))
@@ -67,20 +67,20 @@ def sweep_figure(results: Results) -> Figure:
 
 
 def speed_label(results: Results) -> str:
-    """What speeds are relative to."""
-    is_text = results.rows[0].report["speed"]["unit"] == "tokens/s"
+    """Say what speeds are relative to."""
+    is_text = results.metric == "perplexity"
     return "decoding, × dense at int4" if is_text else "images/s, × dense at float32"
 
 
 def group_id(row: Row, panel: str) -> str:
-    """Of the SVG group that a point is drawn in."""
-    return f"point-{panel}-{row.point.name}".replace(" ", "-")
+    """Name the SVG group that a point is drawn in."""
+    return f"point-{panel}-{row.point}".replace(" ", "-")
 
 
 def group_ids(results: Results) -> dict[str, Row]:
-    """Every group of :func:`sweep_figure` and its point."""
+    """Map every group of :func:`sweep_figure` to its point."""
     titles = [*_TITLES.values(), _SPEED]
-    return {group_id(row, title): row for row in results.rows for title in titles}
+    return {group_id(row, title): row for row in results.points for title in titles}
 
 
 Drawn = tuple[Row, str, str]
@@ -92,23 +92,24 @@ def _panel(
 ) -> None:
     """Quality over ``costs``; ``rising``: more is better."""
     sign = -1.0 if rising else 1.0
-    front = pareto_front(results.rows, [(sign * cost, row.loss) for cost, row in zip(costs, results.rows, strict=True)])
-    where = {row.point.name: cost for cost, row in zip(costs, results.rows, strict=True)}
+    rows = results.points
+    front = pareto_front(rows, [(sign * cost, row.loss) for cost, row in zip(costs, rows, strict=True)])
+    where = {row.point: cost for cost, row in zip(costs, rows, strict=True)}
     axes.axhline(_quality(results, None)[0], color=MUTED, linewidth=0.9, linestyle=_DASHED, zorder=0.5)
-    shown = _apart(where, {row.point.name: _quality(results, row)[0] for row in results.rows})
-    line = [(where[row.point.name], _quality(results, row)[0]) for row in front]
+    shown = _apart(where, {row.point: _quality(results, row)[0] for row in rows})
+    line = [(where[row.point], _quality(results, row)[0]) for row in front]
     axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1.0, zorder=1)
-    best = {row.point.name for row in front}
+    best = {row.point for row in front}
     for row, colour, marker in points:
         value, error = _quality(results, row)
         drawn = axes.errorbar(
-            shown[row.point.name],
+            shown[row.point],
             value,
             yerr=error,
             fmt=marker,
             color=colour,
-            markeredgecolor=INK if row.point.name in best else colour,
-            markeredgewidth=1.4 if row.point.name in best else 0.0,
+            markeredgecolor=INK if row.point in best else colour,
+            markeredgewidth=1.4 if row.point in best else 0.0,
             markersize=7,
             elinewidth=1.2,
             capsize=2.5,
@@ -117,7 +118,7 @@ def _panel(
         for cap in drawn.lines[1]:
             cap.set_markeredgewidth(1.2)
         drawn.lines[0].set_gid(group_id(row, title))
-    values, errors = (np.array(part) for part in zip(*(_quality(results, row) for row in results.rows), strict=True))
+    values, errors = (np.array(part) for part in zip(*(_quality(results, row) for row in results.points), strict=True))
     dense, dense_error = _quality(results, None)
     if results.metric == "accuracy":
         axes.set_ylim(*padded(np.append(values - errors, dense), np.append(values + errors, dense), 0.3))
@@ -145,18 +146,18 @@ def _apart(costs: Mapping[str, float], values: Mapping[str, float]) -> dict[str,
 
 
 def _quality(results: Results, row: Row | None) -> tuple[float, float]:
-    """What is drawn of a point, or of the dense model (None), with its standard error: accuracy in per cent, or the
-    ratio of perplexities, which is known far better than a perplexity."""
+    """Return what is drawn of a point, or of the dense model (None), with its standard error: accuracy in per cent, or
+    the ratio of perplexities, which is known far better than a perplexity."""
     if results.metric == "accuracy":
-        value, error = (results.dense, results.dense_error) if row is None else (row.value, row.error)
-        return 100 * value, 100 * error
-    return (1.0, 0.0) if row is None else (1.0 + row.loss, row.loss_error)
+        measured = results.dense if row is None else row
+        return 100 * measured.value, 100 * measured.standard_error
+    return (1.0, 0.0) if row is None else (1.0 + row.loss, row.loss_standard_error)
 
 
 def _quality_label(results: Results) -> str:
     if results.metric == "accuracy":
         return "accuracy in %, ± standard error"
-    return f"perplexity ÷ dense ({results.dense:.2f}),\npaired, ± standard error"
+    return f"perplexity ÷ dense ({results.dense.value:.2f}),\npaired, ± standard error"
 
 
 def _bytes(axes: Axes, largest: float) -> None:
@@ -167,7 +168,7 @@ def _bytes(axes: Axes, largest: float) -> None:
 
 def _axes_shown(results: Results) -> tuple[str | None, str | None]:
     """The last and the first axis with several labels."""
-    several = [name for name, labels in results.sweep.axes.items() if len(labels) > 1]
+    several = [name for name, labels in results.axes.items() if len(labels) > 1]
     return several[-1] if several else None, several[0] if len(several) > 1 else None
 
 
@@ -175,16 +176,16 @@ def _style(results: Results, row: Row, coloured: str | None, marked: str | None)
     """Colour and marker of a point."""
 
     def index(axis: str | None) -> int:
-        return 0 if axis is None else results.sweep.axes[axis].index(row.point.labels[axis])
+        return 0 if axis is None else results.axes[axis].index(row.labels[axis])
 
     return _COLOURS[index(coloured) % len(_COLOURS)], _MARKERS[index(marked) % len(_MARKERS)]
 
 
 def _legend(results: Results, coloured: str | None, marked: str | None) -> list[Line2D]:
-    """Two rows of equal length, read column by column."""
+    """Make two rows of equal length, which are read column by column."""
     rows: list[list[Line2D]] = [[], []]
     for handles, axis, styles in zip(rows, (coloured, marked), (_COLOURS, _MARKERS), strict=True):
-        for index, label in enumerate(results.sweep.axes[axis] if axis is not None else ()):
+        for index, label in enumerate(results.axes[axis] if axis is not None else ()):
             style = styles[index % len(styles)]
             colour, marker = (style, "o") if styles is _COLOURS else (MUTED, style)
             text = label if any(letter.isalpha() for letter in label) else f"{axis}: {label}"
@@ -192,7 +193,7 @@ def _legend(results: Results, coloured: str | None, marked: str | None) -> list[
     front = Line2D([], [], color=MUTED, linewidth=1.0, marker="o", markersize=7, label="Pareto front")
     front.set(markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.4)
     rows[0].append(front)
-    dense = f"dense, {format_bytes(results.dense_bytes)} in float16"
+    dense = f"dense, {format_bytes(results.dense.bytes_float16)} in float16"
     rows[1].append(Line2D([], [], color=MUTED, linewidth=0.9, linestyle=_DASHED, label=dense))
     empty = Line2D([], [], linestyle="none", label=" ")
     return [handle for pair in zip_longest(*rows, fillvalue=empty) for handle in pair]

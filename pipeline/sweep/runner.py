@@ -8,17 +8,24 @@ import yaml
 
 from pipeline.plumbing.engines import Command, Engine, run_on_ray, run_side_by_side
 from pipeline.plumbing.errors import StageError
-from pipeline.plumbing.files import digest, read_json, write_json, write_text, writing
+from pipeline.plumbing.files import digest, write_text, writing
 from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.records import Record, find_record, read_record, write_record
 from pipeline.plumbing.run_folder import code_digest, only_one, versions
 from pipeline.report.schema import Report
 from pipeline.sweep.definition import Point, Sweep
 from pipeline.sweep.page import write_results
-from pipeline.sweep.results import Outcome, Results, collect
+from pipeline.sweep.results import Results, gather
 
 POINTS, SHARED = "points", "shared"
 COMMAND = "pipeline.cli"
 """The module that runs a point, as ``python -m``."""
+
+
+class _Finished(Record):
+    """``finished.json``, which stands beside the report of a point."""
+
+    key: str
 
 
 def run_sweep(
@@ -44,14 +51,14 @@ def run_sweep(
         if fresh:
             for name in (POINTS, SHARED):
                 shutil.rmtree(folder / name, ignore_errors=True)
-        outcomes: dict[str, Outcome] = {}
+        outcomes: dict[str, Report | str] = {}
         commands = []
         for point in sweep.points:
             report = finished_report(folder, point)
             if report is None:
                 commands.append(_prepare(folder, point))
             else:
-                outcomes[point.name] = (report, "")
+                outcomes[point.name] = report
         progress.say(f"{sweep.name}: {len(sweep.points)} points, {len(outcomes)} finished before")
         if engine == "ray":
             running = run_on_ray(commands, threads, progress.say)
@@ -61,35 +68,30 @@ def run_sweep(
         for outcome in running:
             point_folder = folder / POINTS / outcome.name
             if outcome.status == 0:
-                write_json(point_folder / "finished.json", {"key": point_key(points[outcome.name])})
-                outcomes[outcome.name] = (read_json(point_folder / "report.json"), "")
+                outcomes[outcome.name] = read_record(Report, point_folder / "report.json")
+                write_record(point_folder / "finished.json", _Finished(key=point_key(points[outcome.name])))
             else:
-                outcomes[outcome.name] = (None, outcome.message)
+                outcomes[outcome.name] = outcome.message
                 progress.say(f"{outcome.name}: failed; the others go on. {outcome.message}")
-        rows, failures = collect(sweep, outcomes)
-        if not rows:
-            complaints = "\n".join(f"{failure.point.name}: {failure.message}" for failure in failures)
+        if not any(isinstance(outcome, Report) for outcome in outcomes.values()):
+            complaints = "\n".join(f"{point.name}: {outcomes[point.name]}" for point in sweep.points)
             raise StageError(f"no point of the sweep could be run\n{complaints}")
-        results = Results(sweep, tuple(rows), tuple(failures))
+        results = gather(sweep, outcomes)
         write_results(results, folder)
     return results
 
 
 def point_key(point: Point) -> str:
-    """What a finished point depends on."""
+    """Hash what a finished point depends on."""
     return digest({"recipe": point.recipe.model_dump(mode="json"), "code": code_digest(), "versions": versions()})
 
 
 def finished_report(folder: Path, point: Point) -> Report | None:
-    """The report of a point that is finished and would come out the same."""
+    """The report of a point that is finished and would come out the same; None if there is none, or a damaged one."""
     point_folder = folder / POINTS / point.name
-    try:
-        if read_json(point_folder / "finished.json")["key"] != point_key(point):
-            return None
-        report: Report = read_json(point_folder / "report.json")
-    except (OSError, ValueError, KeyError, TypeError):
+    if find_record(_Finished, point_folder / "finished.json") != _Finished(key=point_key(point)):
         return None
-    return report
+    return find_record(Report, point_folder / "report.json")
 
 
 def _prepare(folder: Path, point: Point) -> Command:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Literal, Union
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from exporters.artifact import Golden
 from exporters.packed_model import PackedModel
 from pipeline.compression.calibrate import record_activations
+from pipeline.evaluation.measurements import Benchmark, ImageDivergence, Quality, Samples, Stage, TextDivergence
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.plan import MLPSite, Plan
 from pipeline.recipe.schema import EndToEnd, Recipe
@@ -142,12 +143,13 @@ class Task(ABC):
         """Evaluate the dense model as :meth:`measure` does, and leave in ``folder`` what others are compared with."""
 
     @abstractmethod
-    def describe_quality(self, folders: dict[str, Path]) -> dict[str, Any]:
-        """The report's sections ``quality`` and ``divergence`` from the results saved for each stage."""
+    def describe_quality(self, folders: dict[Stage, Path]) -> tuple[Quality, ImageDivergence | TextDivergence]:
+        """Quality by stage, and the artefact's divergence from the dense model, from the saved results of each stage.
+        """
 
     @abstractmethod
-    def describe_data(self) -> dict[str, Any]:
-        """The report's section ``data``."""
+    def describe_data(self) -> Samples:
+        """Where the samples come from, and how many there are."""
 
     # --- delivery ---
 
@@ -179,8 +181,8 @@ class Task(ABC):
         """Write the files of the configuration and of the tokenizer or image processor into an artefact."""
 
     @abstractmethod
-    def bench(self, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The report's sections ``speed``, of the artefact beside the dense model, and ``memory``."""
+    def bench(self, artifact: Path) -> Benchmark:
+        """Time the artefact beside the dense model, and measure its memory."""
 
 
 def products_in(precision: Literal["float32", "bfloat16"]) -> torch.autocast:

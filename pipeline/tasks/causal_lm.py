@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,14 @@ from exporters.rest import quantize_embedding, quantize_linears, round_to_float1
 from fips_ort.causal_lm import prefill_inputs
 from fips_ort.memory import measure_memory
 from pipeline.data.text import load_text_data
+from pipeline.evaluation.measurements import (
+    ArtifactMemory,
+    Benchmark,
+    PerplexityByStage,
+    Stage,
+    TextDivergence,
+    TextSamples,
+)
 from pipeline.evaluation.perplexity import (
     DenseReference,
     Perplexity,
@@ -147,44 +154,40 @@ class CausalLMTask(Task):
     def _evaluated_windows(self) -> int:
         return len(self.data.test.strided(self.recipe.evaluation.stride))
 
-    def describe_quality(self, folders: dict[str, Path]) -> dict[str, Any]:
+    def describe_quality(self, folders: dict[Stage, Path]) -> tuple[PerplexityByStage, TextDivergence]:
         results = {stage: load_perplexity(folder) for stage, folder in folders.items()}
         dense = results["dense"]
-        differences = {
-            stage: paired_difference(result, dense) for stage, result in results.items() if stage != "dense"
-        }
-        quality = {
-            "metric": "perplexity",
-            "unit": "perplexity",
-            "tokens": dense.tokens,
-            "context": dense.context,
-            "stride": dense.stride,
-            "windows": len(dense.window_nll),
-            "standard_error": {stage: result.perplexity_error for stage, result in results.items()},
-            "difference_to_dense": {
-                stage: {"nll": pair.nll, "standard_error": pair.standard_error, "ratio": pair.ratio}
-                for stage, pair in differences.items()
+        quality = PerplexityByStage(
+            metric="perplexity",
+            unit="perplexity",
+            tokens=dense.tokens,
+            context=dense.context,
+            stride=dense.stride,
+            windows=len(dense.window_nll),
+            standard_error={stage: result.perplexity_error for stage, result in results.items()},
+            difference_to_dense={
+                stage: paired_difference(result, dense) for stage, result in results.items() if stage != "dense"
             },
             **{stage: result.perplexity for stage, result in results.items()},
-        }
+        )
         divergence = results["onnx_native"].divergence
         assert divergence is not None
-        return {"quality": quality, "divergence": asdict(divergence)}
+        return quality, divergence
 
-    def describe_data(self) -> dict[str, Any]:
+    def describe_data(self) -> TextSamples:
         context = self.data.train.context
         calibration = min(self.recipe.calibration.samples or self.train_samples, self.train_samples)
-        return {
-            "source": self.recipe.data.source,
-            "hash": self.data_hash,
-            "train_samples": self.train_samples,
-            "calibration_samples": calibration,
-            "test_samples": len(self.data.test),
-            "context": context,
-            "train_tokens": self.train_samples * context,
-            "calibration_tokens": calibration * context,
-            "test_tokens": len(self.data.test) * context,
-        }
+        return TextSamples(
+            source=self.recipe.data.source,
+            hash=self.data_hash,
+            train_samples=self.train_samples,
+            calibration_samples=calibration,
+            test_samples=len(self.data.test),
+            context=context,
+            train_tokens=self.train_samples * context,
+            calibration_tokens=calibration * context,
+            test_tokens=len(self.data.test) * context,
+        )
 
     # --- delivery ---
 
@@ -252,12 +255,12 @@ class CausalLMTask(Task):
     def save_config(self, folder: Path) -> None:
         save_causal_lm_config(folder, self.model, self.tokenizer, self._max_length)
 
-    def bench(self, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def bench(self, artifact: Path) -> Benchmark:
         threads = os.cpu_count() or 1
         prompt = self.data.test.batch([0])[0, :PROMPT_TOKENS].tolist()
-        measured = bench_causal_lm(artifact, self.model, self.tokenizer, prompt, threads)
-        memory = measure_memory(artifact) | {"load_rss_by_backend": measured["load_rss_by_backend"]}
-        return measured["speed"], memory
+        speed, by_backend = bench_causal_lm(artifact, self.model, self.tokenizer, prompt, threads)
+        memory = ArtifactMemory(**measure_memory(artifact), load_rss_by_backend=by_backend)
+        return Benchmark(speed=speed, memory=memory)
 
     @property
     def _max_length(self) -> int:

@@ -3,9 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -21,6 +19,16 @@ from fips_ort.memory import measure_memory
 from pipeline.data.images import load_data
 from pipeline.evaluation.accuracy import check_samples, divergence, evaluate, load_quality, save_quality
 from pipeline.evaluation.image_speed import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
+from pipeline.evaluation.measurements import (
+    AccuracyByStage,
+    ArtifactMemory,
+    Benchmark,
+    ImageDivergence,
+    ImageSpeed,
+    ImageSpeedRow,
+    Samples,
+    Stage,
+)
 from pipeline.models.adapters import find_mlps
 from pipeline.models.image_classifier import load_model, load_preprocessing, model_class
 from pipeline.models.weights import check_finite, hash_model
@@ -130,26 +138,25 @@ class ImageClassificationTask(Task):
     def measure_dense(self, folder: Path, progress: Progress) -> str:
         return self.measure(self.model, folder, "dense", progress)
 
-    def describe_quality(self, folders: dict[str, Path]) -> dict[str, Any]:
+    def describe_quality(self, folders: dict[Stage, Path]) -> tuple[AccuracyByStage, ImageDivergence]:
         results = {stage: load_quality(folder) for stage, folder in folders.items()}
-        quality = {
-            "metric": "accuracy",
-            "unit": "fraction",
-            "samples": results["dense"].samples,
-            "standard_error": {stage: result.standard_error for stage, result in results.items()},
+        quality = AccuracyByStage(
+            metric="accuracy",
+            unit="fraction",
+            samples=results["dense"].samples,
+            standard_error={stage: result.standard_error for stage, result in results.items()},
             **{stage: result.accuracy for stage, result in results.items()},
-        }
-        drift = divergence(results["onnx_native"].logits, results["dense"].logits)
-        return {"quality": quality, "divergence": asdict(drift)}
+        )
+        return quality, divergence(results["onnx_native"].logits, results["dense"].logits)
 
-    def describe_data(self) -> dict[str, Any]:
-        return {
-            "source": self.recipe.data.source,
-            "hash": self.data_hash,
-            "train_samples": self.train_samples,
-            "calibration_samples": min(self.recipe.calibration.samples or self.train_samples, self.train_samples),
-            "test_samples": check_samples(self.data.test, self.recipe.evaluation.samples),
-        }
+    def describe_data(self) -> Samples:
+        return Samples(
+            source=self.recipe.data.source,
+            hash=self.data_hash,
+            train_samples=self.train_samples,
+            calibration_samples=min(self.recipe.calibration.samples or self.train_samples, self.train_samples),
+            test_samples=check_samples(self.data.test, self.recipe.evaluation.samples),
+        )
 
     # --- delivery ---
 
@@ -190,22 +197,22 @@ class ImageClassificationTask(Task):
         self.model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         self.preprocessing.image_processor.save_pretrained(folder)
 
-    def bench(self, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def bench(self, artifact: Path) -> Benchmark:
         threads = os.cpu_count() or 1
         images = self.data.test.batch(range(min(BENCH_BATCH, len(self.data.test))))[0].numpy()
         shape = (3, self.image_size, self.image_size)
         sessions = artefact_sessions(artifact, threads) | dense_sessions(self.model, shape, threads)
         seconds = seconds_per_run(sessions, images, BENCH_SECONDS)
-        rows = [
-            {
-                "backend": name,
-                "images_per_second": len(images) / value,
-                "ratio_to_float32": seconds[DENSE_FLOAT32] / value,
-            }
+        rows = tuple(
+            ImageSpeedRow(
+                backend=name,
+                images_per_second=len(images) / value,
+                ratio_to_float32=seconds[DENSE_FLOAT32] / value,
+            )
             for name, value in seconds.items()
-        ]
-        speed = {"unit": "images/s", "batch": len(images), "threads": threads, "rows": rows}
-        return speed, measure_memory(artifact)
+        )
+        speed = ImageSpeed(unit="images/s", batch=len(images), threads=threads, rows=rows)
+        return Benchmark(speed=speed, memory=ArtifactMemory.model_validate(measure_memory(artifact)))
 
 
 def _session_predictor(session: "onnxruntime.InferenceSession") -> Predict:

@@ -17,6 +17,7 @@ from pipeline.plumbing.progress import Progress
 from pipeline.recipe.choices import Choice, choices_of
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
+from pipeline.report.schema import Report
 from pipeline.run import run
 from pipeline.stages.allocate import Measured, best_combination
 from pipeline.tasks.image_classification import ImageClassificationTask
@@ -124,7 +125,7 @@ def test_a_choice_that_cannot_work_is_refused_before_anything_runs() -> None:
 
 
 @pytest.fixture(scope="module")
-def allocated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Any]:
+def allocated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Report]:
     """A run that chose; its recipe, folder and report. Not to be changed."""
     recipe, folder = allocating(budgets=[0.9, 0.6], bits=[4, 2]), tmp_path_factory.mktemp("allocated")
     with pytest.MonkeyPatch.context() as patch:
@@ -132,40 +133,40 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, A
         return recipe, folder, run(recipe, folder, Progress())
 
 
-def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Path, Any]) -> None:
+def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Path, Report]) -> None:
     recipe, folder, report = allocated
     work = folder / "work/allocate"
     chosen = read_json(work / "chosen.json")
     assert sorted(chosen) == ["group_0", "group_1"]
     total = 0
-    for group in report["groups"]:
-        measured = read_json(work / "measured" / f"{group['name']}.json")
+    for group in report.groups:
+        measured = read_json(work / "measured" / f"{group.name}.json")
         assert [entry["choice"]["budget"] for entry in measured] == [0.9, 0.9, 0.6, 0.6]
-        assert chosen[group["name"]] in measured
-        total += chosen[group["name"]]["stored_bytes"]
+        assert chosen[group.name] in measured
+        total += chosen[group.name]["stored_bytes"]
         by_choice = {(entry["choice"]["budget"], entry["choice"]["bits"]): entry for entry in measured}
         # More bits and more rank cost less quality and more bytes.
         assert by_choice[0.9, 4]["divergence"] < by_choice[0.9, 2]["divergence"]
         assert by_choice[0.9, 4]["stored_bytes"] > by_choice[0.9, 2]["stored_bytes"]
         assert by_choice[0.9, 4]["stored_bytes"] > by_choice[0.6, 4]["stored_bytes"]
-    weights = sum(group["width"] * group["columns"] for group in report["groups"])
+    weights = sum(group.width * group.columns for group in report.groups)
     assert recipe.allocate is not None
     assert 8 * total / weights <= recipe.allocate.target
 
 
-def test_groups_come_out_as_they_were_chosen(allocated: tuple[Recipe, Path, Any]) -> None:
+def test_groups_come_out_as_they_were_chosen(allocated: tuple[Recipe, Path, Report]) -> None:
     recipe, folder, report = allocated
     chosen = read_json(folder / "work/allocate/chosen.json")
-    for group in report["groups"]:
-        choice = Choice(**chosen[group["name"]]["choice"])
-        assert list(group["projection_bits"]) == [str(choice.bits)]
+    for group in report.groups:
+        choice = Choice(**chosen[group.name]["choice"])
+        assert list(group.projection_bits) == [str(choice.bits)]
         alone = estimate(choice.apply(recipe).model_copy(update={"allocate": None})).plan.groups
-        assert group["rank"] == next(plan.rank for plan in alone if plan.name == group["name"])
-    assert report["bits_per_weight"]["stored"] <= 3.0 + 0.1  # bitmaps of the fit keep other entries in other bytes
-    assert report["parity"]["same_predictions"]
+        assert group.rank == next(plan.rank for plan in alone if plan.name == group.name)
+    assert report.bits_per_weight.stored <= 3.0 + 0.1  # bitmaps of the fit keep other entries in other bytes
+    assert report.parity.same_predictions
 
 
-def test_a_killed_allocation_goes_on(allocated: tuple[Recipe, Path, Any], tmp_path: Path) -> None:
+def test_a_killed_allocation_goes_on(allocated: tuple[Recipe, Path, Report], tmp_path: Path) -> None:
     recipe, folder, _ = allocated
     with pytest.raises(StopRun):
         run(recipe, tmp_path, StoppingProgress("factorize/group_0"))

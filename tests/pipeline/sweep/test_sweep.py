@@ -2,8 +2,8 @@
 
 import csv
 import io
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,17 +20,21 @@ from places import RECIPES, SAMPLES
 from run_samples import TINY
 
 from pipeline import cli
+from pipeline.evaluation.measurements import Samples, TokenSpeed, TokenSpeedRow
 from pipeline.plumbing.errors import InputError, StageError
 from pipeline.plumbing.files import read_json
+from pipeline.plumbing.hardware import Hardware
 from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.records import read_record, write_record
 from pipeline.recipe.reading import load_recipe
+from pipeline.report.schema import Memory, Report
 from pipeline.sweep import runner
 from pipeline.sweep.choose import choose_point, parse_bytes, parse_percent
 from pipeline.sweep.definition import Sweep, load_sweep
 from pipeline.sweep.page import hover_text
 from pipeline.sweep.plots import group_ids
-from pipeline.sweep.results import Results, pareto_front
-from pipeline.sweep.runner import run_sweep
+from pipeline.sweep.results import DenseModel, Results, Row, pareto_front
+from pipeline.sweep.runner import finished_report, run_sweep
 
 AXES: dict[str, Any] = {
     "bits": {
@@ -132,15 +136,14 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_pareto_front_is_what_no_other_beats(costs: list[tuple[int, int]]) -> None:
-    rows: list[Any] = list(range(len(costs)))
-    front = pareto_front(rows, [(float(first), float(second)) for first, second in costs])
-    on_front = {costs[index] for index in front}  # type: ignore[index]
+    front = pareto_front(range(len(costs)), [(float(first), float(second)) for first, second in costs])
+    on_front = {costs[index] for index in front}
     beaten = {
         cost for cost in costs if any(other != cost and other[0] <= cost[0] and other[1] <= cost[1] for other in costs)
     }
     assert on_front == set(costs) - beaten
     assert len(on_front) == len(front)  # of equal points, one
-    assert [costs[index][0] for index in front] == sorted(costs[index][0] for index in front)  # type: ignore[index]
+    assert [costs[index][0] for index in front] == sorted(costs[index][0] for index in front)
 
 
 # --- running ---------------------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ Serial = tuple[Path, Results, list[str]]
 
 def test_results_are_those_of_the_points_reports(serial: Serial, sweep: Sweep) -> None:
     folder, results, _ = serial
-    assert [row.point.name for row in results.rows] == [point.name for point in sweep.points]
+    assert [row.point for row in results.points] == [point.name for point in sweep.points]
     assert not results.failures
     lines = list(csv.DictReader(io.StringIO((folder / "sweep.csv").read_text(encoding="utf-8"))))
     content = read_json(folder / "sweep.json")
@@ -219,9 +222,9 @@ def test_pages_show_every_point(serial: Serial) -> None:
     markdown = (folder / "sweep.md").read_text(encoding="utf-8")
     assert "<script" not in html
     assert "src=" not in html
-    for row in results.rows:
-        assert f"| {row.point.name} |" in markdown
-        assert f"<td>{row.point.name}</td>" in html
+    for row in results.points:
+        assert f"| {row.point} |" in markdown
+        assert f"<td>{row.point}</td>" in html
         shown = hover_text(results, row)
         assert f"{row.stored_bits:.2f} stored bits" in shown
     assert html.count("<title>") == 1 + len(group_ids(results))  # the page's own, and one a mark in every panel
@@ -236,6 +239,34 @@ def test_a_finished_sweep_runs_nothing_again(serial: Serial, sweep: Sweep) -> No
     run_sweep(sweep, folder, progress)
     assert progress.lines == ["tiny-sweep: 4 points, 4 finished before"]
     assert {path: path.read_bytes() for path in folder.glob("sweep.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("report.json", b"{}"),
+        ("report.json", b"[1]"),
+        ("report.json", b"\xff"),
+        ("report.json", None),
+        ("finished.json", b'{"key": 1}'),
+        ("finished.json", b'["key"]'),
+        ("finished.json", None),
+    ],
+)
+def test_a_point_without_a_whole_report_is_not_finished(
+    serial: Serial, sweep: Sweep, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    point = sweep.points[0]
+    folder = tmp_path / "points" / point.name
+    folder.mkdir(parents=True)
+    for file in ("report.json", "finished.json"):
+        shutil.copy(serial[0] / "points" / point.name / file, folder)
+    assert finished_report(tmp_path, point) == read_record(Report, folder / "report.json")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    assert finished_report(tmp_path, point) is None
 
 
 def test_points_side_by_side_give_the_same(serial: Serial, sweep: Sweep, tmp_path: Path) -> None:
@@ -311,15 +342,15 @@ def test_a_failed_point_does_not_stop_the_others(tmp_path: Path) -> None:
     axes = {"compression.budget": [0.01, 0.6]}  # the first has no rank left, which only the model tells
     progress = Said()
     results = run_sweep(load_sweep(write_sweep(tmp_path, axes=axes)), tmp_path / "out", progress)
-    assert [row.point.name for row in results.rows] == ["budget_0.6"]
+    assert [row.point for row in results.points] == ["budget_0.6"]
     (failure,) = results.failures
-    assert failure.point.name == "budget_0.01"
+    assert (failure.point, failure.labels) == ("budget_0.01", {"compression.budget": "budget 0.01"})
     assert "compression.budget" in failure.message
     assert any(line.startswith("budget_0.01: failed; the others go on") for line in progress.lines)
     lines = list(csv.DictReader(io.StringIO((tmp_path / "out/sweep.csv").read_text())))
     assert [line["status"] for line in lines] == ["failed", "done"]
     assert "compression.budget" in (tmp_path / "out/sweep.md").read_text()
-    assert read_json(tmp_path / "out/sweep.json")["failures"][0]["point"] == "budget_0.01"
+    assert read_record(Results, tmp_path / "out/sweep.json") == results
 
 
 def test_a_sweep_of_failures_fails(tmp_path: Path) -> None:
@@ -341,19 +372,48 @@ def test_without_ray_the_remedy_is_named(sweep: Sweep, tmp_path: Path, monkeypat
 def chosen_from(tmp_path: Path) -> Path:
     """A sweep's result with four points: (loss, bytes) falling, and one that is beaten."""
     figures = {"a": (0.30, 100_000_000), "b": (0.10, 150_000_000), "c": (0.02, 200_000_000), "d": (0.25, 160_000_000)}
-    points = [
-        {
-            "point": name,
-            "value": 14.0 * (1 + loss),
-            "loss": loss,
-            "artifact_bytes": size,
-            "stored_bits": 3.0,
-            "recipe": {**TINY, "name": f"s-{name}"},
-        }
+    row = TokenSpeedRow(
+        backend="native",
+        prefill_tokens_per_second=100.0,
+        decode_tokens_per_second=50.0,
+        prefill_ratio_to_int4=1.0,
+        decode_ratio_to_int4=1.0,
+    )
+    points = tuple(
+        Row(
+            point=name,
+            labels={"name": name},
+            value=14.0 * (1 + loss),
+            standard_error=0.2,
+            loss=loss,
+            loss_standard_error=0.01,
+            kl_mean=0.1,
+            same_top1=0.8,
+            paper_bits=2.5,
+            stored_bits=3.0,
+            artifact_bytes=size,
+            mlp_bytes=size // 2,
+            speed=TokenSpeed(unit="tokens/s", prompt_tokens=128, generated_tokens=32, threads=1, rows=(row,)),
+            memory=Memory(load_rss_bytes=1, peak_rss_bytes=1, pipeline_peak_rss_bytes=1, peak_rss_by_stage={}),
+            seconds=1.0,
+            overrides={},
+            recipe={**TINY, "name": f"s-{name}"},
+        )
         for name, (loss, size) in figures.items()
-    ]
-    path = tmp_path / "sweep.json"
-    path.write_text(json.dumps({"schema_version": 1, "metric": "perplexity", "points": points}), encoding="utf-8")
+    )
+    results = Results(
+        schema_version=2,
+        name="s",
+        axes={"name": tuple(figures)},
+        metric="perplexity",
+        dense=DenseModel(value=14.0, standard_error=0.2, bytes_float16=500_000_000),
+        data=Samples(source="text", hash="0", train_samples=1, calibration_samples=1, test_samples=1),
+        hardware=Hardware(cpu="Example CPU", cores=1, memory_bytes=2**30),
+        versions={},
+        points=points,
+        failures=(),
+    )
+    write_record(tmp_path / "sweep.json", results)
     return tmp_path
 
 
@@ -429,9 +489,14 @@ def test_limits_that_cannot_be_kept(
 def test_choosing_from_what_is_no_sweep(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"sweep\.json.*cannot be read"):
         choose_point(tmp_path, "1MB", None)
-    (tmp_path / "sweep.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(InputError, match="not the result of a sweep"):
-        choose_point(tmp_path, "1MB", None)
+    for content, problem in (
+        ("[]", "the file: Input should be an object"),
+        ('{"schema_version": 1}', "schema_version: Input should be 2"),
+        ('{"schema_version": 2}', "name: Field required"),
+    ):
+        (tmp_path / "sweep.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=rf"sweep\.json: is not the result .*\({problem}\).*run it again"):
+            choose_point(tmp_path, "1MB", None)
 
 
 @pytest.mark.parametrize(
