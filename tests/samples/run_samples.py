@@ -20,6 +20,7 @@ import yaml
 
 from pipeline import cli
 from pipeline.evaluation.image_speed import NATIVE
+from pipeline.evaluation.measurements import ArtifactMemory, Benchmark, ImageSpeed, ImageSpeedRow
 from pipeline.plumbing import training_loop
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.progress import Advance, Progress
@@ -170,12 +171,12 @@ def stages_run_for(recipe: Recipe, folder: Path, *, until: str = "bench") -> lis
     return [line for line in progress.lines if not line.startswith(" ") and "unchanged" not in line]
 
 
-def no_bench(*_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def no_bench(*_: Any) -> Benchmark:
     """Speed and memory in the place of ``ImageClassificationTask.bench``, for tests of anything else: to measure them,
     a run exports the dense model twice, half of what a tiny one takes."""
-    rows = [{"backend": NATIVE, "images_per_second": 1.0, "ratio_to_float32": 1.0}]
-    speed = {"unit": "images/s", "batch": 8, "threads": 1, "rows": rows}
-    return speed, {"load_rss_bytes": 1, "peak_rss_bytes": 1}
+    row = ImageSpeedRow(backend=NATIVE, images_per_second=1.0, ratio_to_float32=1.0)
+    speed = ImageSpeed(unit="images/s", batch=8, threads=1, rows=(row,))
+    return Benchmark(speed=speed, memory=ArtifactMemory(load_rss_bytes=1, peak_rss_bytes=1))
 
 
 # --- in another process ----------------------------------------------------------------------------------------
