@@ -54,8 +54,8 @@ class Failure(Record):
     message: str
 
 
-class DenseModel(Record):
-    """Quality of the dense model, and the bytes of its weights in float16."""
+class Baseline(Record):
+    """The dense model that points are compared with: its quality, and the bytes of its weights in float16."""
 
     value: float
     standard_error: NonNegativeFloat
@@ -70,7 +70,7 @@ class Results(Record):
     name: str
     axes: dict[str, tuple[str, ...]]
     metric: Literal["accuracy", "perplexity"]
-    dense: DenseModel
+    dense: Baseline
     data: TextSamples | Samples
     hardware: Hardware
     versions: dict[str, str]
@@ -92,7 +92,7 @@ def gather(sweep: Sweep, outcomes: Mapping[str, Report | str]) -> Results:
         name=sweep.name,
         axes={axis: tuple(labels) for axis, labels in sweep.axes.items()},
         metric=first.quality.metric,
-        dense=DenseModel(
+        dense=Baseline(
             value=first.quality.dense,
             standard_error=first.quality.standard_error["dense"],
             bytes_float16=first.bytes.dense_float16,

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -455,6 +457,11 @@ def test_a_report_read_back_is_the_same(report: Report) -> None:
         before = path.read_bytes()
         write_record(path, read)
         assert path.read_bytes() == before
+
+
+def test_reading_a_report_needs_no_pytorch() -> None:
+    code = "import sys, pipeline.report.schema; print(sorted({'torch', 'transformers', 'onnxruntime'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
 
 
 @settings(deadline=None)

@@ -33,7 +33,7 @@ from pipeline.sweep.choose import choose_point, parse_bytes, parse_percent
 from pipeline.sweep.definition import Sweep, load_sweep
 from pipeline.sweep.page import hover_text
 from pipeline.sweep.plots import group_ids
-from pipeline.sweep.results import DenseModel, Results, Row, pareto_front
+from pipeline.sweep.results import Baseline, Results, Row, pareto_front
 from pipeline.sweep.runner import finished_report, run_sweep
 
 AXES: dict[str, Any] = {
@@ -406,7 +406,7 @@ def chosen_from(tmp_path: Path) -> Path:
         name="s",
         axes={"name": tuple(figures)},
         metric="perplexity",
-        dense=DenseModel(value=14.0, standard_error=0.2, bytes_float16=500_000_000),
+        dense=Baseline(value=14.0, standard_error=0.2, bytes_float16=500_000_000),
         data=Samples(source="text", hash="0", train_samples=1, calibration_samples=1, test_samples=1),
         hardware=Hardware(cpu="Example CPU", cores=1, memory_bytes=2**30),
         versions={},
