@@ -10,13 +10,6 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// A row's scales as floats, V::kLanes from block `block`, then zeros: what is stored behind the row need not be finite.
-template <typename V>
-inline typename V::Floats row_scales(const Weight& w, size_t row, size_t block) {
-  const size_t blocks = w.layout->blocks;
-  return V::PromoteTo(f32, V::LoadN(f16, w.scales + row * blocks + block, blocks - block));
-}
-
 // offsets [m][block_stride]: sums of the activations times minus the bias, for all rows of the segments that hold
 // `row`.
 inline void write_offsets(const Task& task, size_t row, float* offsets) {
@@ -33,26 +26,37 @@ inline void write_offsets(const Task& task, size_t row, float* offsets) {
   });
 }
 
-// Begins the products of `outputs` stored rows, the first of them `row`, the next one row_step further, with `rows`
-// rows of A from row i on. offsets: see above. products [outputs][block_stride], `step` further for each row of A. sums
-// [rows][outputs]: what the offsets add, in lanes; the caller's own, so that they stay in registers.
+// Begins the products of `outputs` stored rows, the first of them `row`, the next one row_step further, with `rows` rows
+// of A from row i on. offsets: see above. products [outputs][block_stride], `step` further for each row of A. sums
+// [rows][outputs]: what the offsets add, in lanes.
 template <typename V, size_t rows, size_t outputs>
 inline void begin_rows(const Task& task, size_t i, size_t row, size_t row_step, const float* offsets, float* products,
                        size_t step, typename V::Floats (&sums)[rows * outputs]) {
-  const Weight& w = *task.weight;
-  const size_t blocks = w.layout->blocks, stride = task.block_stride;
-  for (auto& sum : sums) sum = V::Zero(f32);
+  // What is read again and again is in variables of this function: products could be the same memory, so that the
+  // compiler would read it anew after every one of them.
+  const size_t blocks = task.weight->layout->blocks, stride = task.block_stride;
+  const uint16_t* stored = task.weight->scales + row * blocks;
+  const float* scales_of_a = task.scales + i * stride;
+  offsets += i * stride;
+  typename V::Floats acc[rows * outputs];
+  for (auto& sum : acc) sum = V::Zero(f32);
   for (size_t block = 0; block < blocks; block += V::kLanes) {
+    typename V::Floats offset[rows], a_scales[rows];
+    for (size_t r = 0; r < rows; ++r) {
+      offset[r] = V::LoadU(f32, offsets + r * stride + block);
+      a_scales[r] = V::LoadU(f32, scales_of_a + r * stride + block);
+    }
     for (size_t j = 0; j < outputs; ++j) {
-      const typename V::Floats scales = row_scales<V>(w, row + j * row_step, block);
+      // No further than the row's end: a scale there need not be finite.
+      const uint16_t* halves = stored + j * row_step * blocks + block;
+      const typename V::Floats scales = V::PromoteTo(f32, V::LoadN(f16, halves, blocks - block));
       for (size_t r = 0; r < rows; ++r) {
-        const size_t place = (i + r) * stride + block;
-        typename V::Floats& sum = sums[r * outputs + j];
-        sum = V::MulAdd(V::LoadU(f32, offsets + place), scales, sum);
-        V::StoreU(V::Mul(V::LoadU(f32, task.scales + place), scales), products + r * step + j * stride + block);
+        acc[r * outputs + j] = V::MulAdd(offset[r], scales, acc[r * outputs + j]);
+        V::StoreU(V::Mul(a_scales[r], scales), products + r * step + j * stride + block);
       }
     }
   }
+  for (size_t n = 0; n < rows * outputs; ++n) sums[n] = acc[n];
 }
 
 }  // namespace

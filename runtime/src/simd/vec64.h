@@ -15,7 +15,8 @@ struct Vec64 : VecBase<64> {
   static constexpr bool kExpands = true, kExpands8 = false;
 
   static Halves LoadN(F16, const uint16_t* p, size_t count) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << smaller(count, kLanes)) - 1);
+    if (count >= kLanes) return LoadU(f16, p);
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
     return reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(mask, p));
   }
   static Bytes LoadDup128(U8, const void* p) {
