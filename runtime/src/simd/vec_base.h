@@ -62,9 +62,12 @@ struct VecBase {
   // The first `count`, then zeros.
   static Halves LoadN(F16, const uint16_t* p, size_t count) {
     if (count >= kLanes) return LoadU(f16, p);
-    uint16_t padded[kLanes] = {};
-    for (size_t i = 0; i < count; ++i) padded[i] = p[i];
-    return LoadU(f16, padded);
+    Halves v = {};
+#pragma GCC unroll 8  // a loop becomes a call of memcpy
+    for (size_t i = 0; i < kLanes; ++i) {
+      if (i < count) v[i] = p[i];
+    }
+    return v;
   }
   static void StoreU(Bytes v, void* p) { *static_cast<UnalignedBytes*>(p) = v; }
   static void StoreU(Floats v, float* p) { *reinterpret_cast<UnalignedFloats*>(p) = v; }
