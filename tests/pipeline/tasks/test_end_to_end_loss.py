@@ -48,7 +48,7 @@ def trained_factors(task: Task, wanted: EndToEnd, folder: Path) -> nn.Module:
                 projection.add_(3 * torch.randn(projection.shape, generator=generator))
     model = install(task.model, mlps)
     if wanted.steps > 1:
-        train_end_to_end(model, mlps, wanted, task, 0, folder / "checkpoint.pt", "train", Progress())
+        train_end_to_end(model, mlps, wanted, task, 0, folder, "train", Progress())
     return model.eval()
 
 
