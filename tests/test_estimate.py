@@ -136,6 +136,13 @@ def test_work_by_hand() -> None:
     )
 
 
+def test_images_are_trained_in_the_precision_of_the_recipe() -> None:
+    finetune = {"objective": "task", "steps": 5, "precision": "bfloat16"}
+    precisions = {part.key: part.precision for part in estimate(tiny_recipe(finetune=finetune)).work.training}
+    assert precisions["finetune"] == "bfloat16"
+    assert precisions["quantization.training.1"] == "float32"
+
+
 def test_evaluations_are_those_of_a_run(finished_run: FinishedRun) -> None:
     work = finished_run.folder / "work"
     forms = [path for folder in ("evaluate", "validate") for path in (work / folder).iterdir() if path.is_dir()]
@@ -253,6 +260,10 @@ def test_work_of_a_language_model(language: Recipe) -> None:
     assert remainder == 0
     outside = body - 32 * 2 * 4 * 3 * 32 * 64
     assert distill.others == 8 * (3 * outside + body + 5 * 32 * logits)
+    quantization = language.quantization.model_dump(mode="json")
+    quantization["training"][-1]["objective"] = "task"
+    by_text = estimate(parse_recipe(language.model_dump(mode="json") | {"quantization": quantization}, "")).work
+    assert by_text.training[-1].others == 8 * (3 * outside + 3 * 31 * logits)
     content = language.model_dump(mode="json")
     content["evaluation"]["stride"] = 10
     overlapping = estimate(parse_recipe(content, "r.yaml")).work

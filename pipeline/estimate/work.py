@@ -24,6 +24,9 @@ FORWARD_AND_BACKWARD = 3
 DISTILLED_LOGITS = 5
 """Products of hidden states and a part of the token table in a step of distillation (:mod:`qat.losses`): the teacher's
 and the student's logits twice each, as they are computed again in the backward pass, and one for the gradient."""
+PREDICTED_LOGITS = 3
+"""Products of hidden states and the whole token table in a step of training by the text itself: the logits, again in
+the backward pass, and one for the gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,11 @@ def _training(
     if part.objective == "distill":
         others += teacher
     if isinstance(recipe.data, TextSection):
-        vocabulary = min(passed.vocabulary, FREQUENT + SAMPLED)
-        others += DISTILLED_LOGITS * 2 * part.batch_size * recipe.data.context * passed.width * vocabulary
+        distills = part.objective == "distill"
+        vocabulary = min(passed.vocabulary, FREQUENT + SAMPLED) if distills else passed.vocabulary
+        predicted = recipe.data.context - (not distills)  # nothing follows a window's last token
+        products = DISTILLED_LOGITS if distills else PREDICTED_LOGITS
+        others += products * 2 * part.batch_size * predicted * passed.width * vocabulary
     return MLPTraining(
         key=key,
         steps=part.steps,
@@ -149,7 +155,7 @@ def _training(
         mlps=mlps,
         others=others,
         quantized=quantized,
-        precision=part.precision if recipe.is_language_model else "float32",
+        precision=part.precision,
     )
 
 

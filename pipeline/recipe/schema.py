@@ -282,8 +282,8 @@ class Fit(Section):
 class EndToEnd(Section):
     """Training of the factors in the whole model: ``task`` loss, or ``distill`` (KL to the dense logits).
 
-    ``precision`` bfloat16 (language models): products in bfloat16, several times faster where the CPU has
-    instructions for it; factors, scales and the optimizer stay float32."""
+    ``precision`` bfloat16: products in bfloat16, several times faster where the CPU has instructions for it; factors,
+    scales and the optimizer stay float32."""
 
     objective: Literal["task", "distill"]
     steps: Positive
