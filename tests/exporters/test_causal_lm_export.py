@@ -31,7 +31,7 @@ from exporters.parity import ParityError, check_parity
 from fips_ort import causal_lm
 from fips_ort.load import load
 from fips_ort.validate import validate
-from pipeline.generate import Sampling, generate, greedy_tokens
+from pipeline.generate import generate, greedy_tokens
 from pipeline.plumbing.errors import InputError
 
 PROMPT = tokens(3 * WINDOW, seed=7)[0].tolist()
@@ -277,19 +277,12 @@ def test_generated_text_comes_in_pieces(artefacts: dict[str, Path]) -> None:
     runtime = onnxruntime_genai.Tokenizer(str(artefacts["gemma3"])).create_stream()
     assert pieces == [runtime.decode(token) for token in expected if token != 1]
     assert len(pieces) > 3
-    drawn = ["".join(generate(artefacts["gemma3"], prompt, 12, Sampling(2.0, 0.9, seed))) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
 
 
 def test_generation_errors_say_what_to_do(artefacts: dict[str, Path], tmp_path: Path) -> None:
     folder = artefacts["qwen3"]
     with pytest.raises(InputError, match=r"longer than the 128 tokens that the model was exported for; ask for less"):
         generate(folder, "the thing", MAX_LENGTH)
-    with pytest.raises(InputError, match="temperature: -1 is below 0"):
-        generate(folder, "the", 4, Sampling(temperature=-1))
-    with pytest.raises(InputError, match=r"top_p: 0\.0 is not"):
-        generate(folder, "the", 4, Sampling(top_p=0.0))
     with pytest.raises(InputError, match="max_new_tokens: 0"):
         generate(folder, "the", 0)
     with pytest.raises(InputError, match="prompt: it has no tokens"):
