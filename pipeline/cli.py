@@ -155,9 +155,9 @@ def inspect(artifact: ArtifactPath) -> None:
 @app.command()
 def bench(
     artifact: ArtifactPath,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="images in a run; default 1")] = None,
     threads: Threads = 0,
-    seconds: Annotated[float, typer.Option(help="about how long to measure")] = 10.0,
+    seconds: Annotated[float | None, typer.Option(help="about how long to measure images; default 10")] = None,
     beside: Annotated[
         list[Path] | None, typer.Option(help="another onnxruntime-genai folder to measure in the same run; repeatable")
     ] = None,
@@ -171,11 +171,13 @@ def bench(
     manifest = read_manifest(artifact)
     manifest.check_files(artifact)
     if parse_recipe(manifest.recipe, str(artifact / MANIFEST)).is_language_model:
+        if given := [name for name, value in (("--batch", batch), ("--seconds", seconds)) if value is not None]:
+            raise InputError(f"{', '.join(given)}: {artifact} is a language model; only images have such options")
         _bench_tokens(artifact, threads, beside or [])
     elif beside:
         raise InputError(f"--beside: {artifact} is an image classifier; only language models have others beside them")
     else:
-        _bench_images(artifact, batch, threads, seconds)
+        _bench_images(artifact, batch or 1, threads, 10.0 if seconds is None else seconds)
 
 
 def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> None:

@@ -277,6 +277,13 @@ def test_bench_measures_other_folders_in_the_same_run(
     assert ended.value.code == 2
     assert str(other) in capfd.readouterr().err
 
+    monkeypatch.setattr(sys, "argv", ["fips", *arguments, str(other), "--batch", "1", "--seconds", "3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert f"--batch, --seconds: {finished.artifact} is a language model" in capfd.readouterr().err.replace("\n", " ")
+
+    monkeypatch.setattr(sys, "argv", ["fips", *arguments, str(other)])
     shutil.copytree(finished.artifact, other)
     with pytest.raises(SystemExit) as ended:
         cli.main()
