@@ -123,7 +123,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
             out, task, fake_quantized, stored, artifact, evaluations.folders["dense"], progress
         ),
     )
-    evaluations.folders |= deliver.evaluated_backends(validated.folder)
+    evaluations.folders |= deliver.quality_folders(validated.folder)
     folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact))
     segments = load_segments(start.folder)
     report = assemble_report(

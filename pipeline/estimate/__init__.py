@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.estimate.checks import check_inputs, check_rest_blocks
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
-from pipeline.estimate.sizes import largest_size, rest_bytes
+from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import language_model_class, load_language_config
@@ -85,7 +85,7 @@ def estimate(recipe: Recipe) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_rest_blocks(recipe, model, sites)
-    sizes = {group.name: largest_size(recipe, group) for group in plan.groups}
+    sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
     passed = dry_run(recipe, plan, model, config, shapes_only)
     return Estimate(

@@ -13,13 +13,13 @@ _SCALE_BITS = 16
 """Bits of the scale that each block of n-bit weights has: a float16."""
 
 
-def largest_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
+def least_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
     """Bytes of a group's packed factors; those whose bits are left to allocation have 2 each."""
-    basis, projections = largest_segments(recipe, group)
+    basis, projections = least_segments(recipe, group)
     return group_size(recipe, group, basis, projections)
 
 
-def largest_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments, Segments]:
+def least_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments, Segments]:
     """Segments of (basis, projections) of a group; 2 bits for the whole rank axis where they are allocated later."""
     two_bits = (0, 0, 0, group.rank)
     basis, projections = given_segments(recipe, group)
@@ -29,7 +29,7 @@ def largest_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments, Segmen
 def rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
     """Bytes of the weights outside the compressed MLPs; a tied token table is stored once."""
     rest = recipe.quantization.rest
-    compressed = _linear_paths([site for group in plan.groups for site in group.sites])
+    compressed = {path for group in plan.groups for site in group.sites for path in site.linear_paths}
     tables = (model.get_input_embeddings(), model.get_output_embeddings()) if recipe.is_language_model else ()
     total = 0
     seen: set[int] = set()
@@ -52,14 +52,10 @@ def rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
 
 def rest_linears(model: Any, sites: Sequence[MLPSite]) -> dict[str, nn.Linear]:
     """Linear layers outside the MLPs that the rest's bits apply to, not the classifier or output layer, by path."""
-    mlps = _linear_paths(sites)
+    mlps = {path for site in sites for path in site.linear_paths}
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and name != "classifier" and name not in mlps
     }
-
-
-def _linear_paths(sites: Sequence[MLPSite]) -> set[str]:
-    return {f"{site.path}.{name}" for site in sites for name in (*site.first, site.last)}

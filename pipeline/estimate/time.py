@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from pipeline.compression.factorized_mlp import FactorizedMLP
-from pipeline.estimate.sizes import largest_segments
+from pipeline.estimate.sizes import least_segments
 from pipeline.estimate.work import MLPTraining, Work, mlp_operations
-from pipeline.recipe.plan import GroupPlan, MLPSite, Plan, basis_layout, projection_layout
+from pipeline.recipe.plan import GroupPlan, Plan, basis_layout, projection_layout
 from pipeline.recipe.schema import Recipe
 from qat.factor import Factor
 
@@ -104,17 +104,17 @@ def sample_mlp(recipe: Recipe, group: GroupPlan, *, quantized: bool) -> Factoriz
     """The first MLP of ``group`` with random factors, as they are trained before or in quantization."""
     site = group.sites[0]
     no_weights = nn.Linear(site.width, site.hidden, bias=False, device="meta")
-    dense = nn.ModuleDict(dict.fromkeys((*site.first, site.last), no_weights))
+    dense = nn.ModuleDict(dict.fromkeys(site.linears, no_weights))
     dense[site.activation] = nn.GELU()
     basis = Factor(torch.randn(group.rank, group.width)) if group.has_basis else None
     projections = {}
-    for name in (*site.first, site.last):
+    for name in site.linears:
         shape = (group.rank, site.hidden) if name == site.last else (site.hidden, group.rank)
         mask = torch.ones(shape, dtype=torch.bool) if recipe.compression.is_masked and group.has_basis else None
         projections[name] = Factor(torch.randn(shape), mask)
     if quantized:
         learned = recipe.quantization.learned_scales
-        segments = largest_segments(recipe, group)
+        segments = least_segments(recipe, group)
         if basis is not None:
             basis.prepare_to_load(basis_layout(recipe, group, segments[0]), learned_scales=learned)
         for name, projection in projections.items():
@@ -126,14 +126,10 @@ def sample_mlp(recipe: Recipe, group: GroupPlan, *, quantized: bool) -> Factoriz
 def _alone(group: GroupPlan) -> GroupPlan:
     """A group of the first MLP of ``group`` alone, of the same rank."""
     site = group.sites[0]
-    return GroupPlan(group.index, (site,), group.width, _columns(site), group.rank, group.has_basis)
+    return GroupPlan(group.index, (site,), group.width, site.columns, group.rank, group.has_basis)
 
 
 def _dense(group: GroupPlan) -> GroupPlan:
     """The first MLP of ``group`` as it is in the dense model."""
     site = group.sites[0]
-    return GroupPlan(group.index, (site,), group.width, _columns(site), group.width, has_basis=False)
-
-
-def _columns(site: MLPSite) -> int:
-    return site.hidden * (len(site.first) + 1)
+    return GroupPlan(group.index, (site,), group.width, site.columns, group.width, has_basis=False)

@@ -27,7 +27,7 @@ class Accuracy:
     logits: Tensor
 
 
-def evaluate(
+def evaluate_accuracy(
     predict: Callable[[Tensor], Tensor],
     split: ImageSplit,
     batch_size: int,
@@ -83,14 +83,14 @@ def divergence(logits: Tensor, dense_logits: Tensor) -> ImageDivergence:
     return ImageDivergence(kl_mean=float(kl.mean()), kl_p99=float(kl.quantile(0.99)), same_top1=float(same))
 
 
-def save_quality(quality: Accuracy, folder: Path) -> None:
+def save_accuracy(quality: Accuracy, folder: Path) -> None:
     """Write ``quality.json`` and the logits beside it into ``folder``."""
     fields = {key: value for key, value in asdict(quality).items() if key != "logits"}
     write_aside(folder / "logits.safetensors", lambda path: save_file({"logits": quality.logits.numpy()}, path))
     write_json(folder / "quality.json", fields)
 
 
-def load_quality(folder: Path) -> Accuracy:
-    """Read what :func:`save_quality` has written into ``folder``."""
+def load_accuracy(folder: Path) -> Accuracy:
+    """Read what :func:`save_accuracy` has written into ``folder``."""
     logits = torch.from_numpy(load_file(folder / "logits.safetensors")["logits"])
     return Accuracy(**read_json(folder / "quality.json"), logits=logits)

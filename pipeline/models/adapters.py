@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.plan import MLPSite
 
-Task = Literal["image-classification", "text-generation"]
+Purpose = Literal["image-classification", "text-generation"]
 """What a model is for, under the names that transformers' pipelines and optimum have for it."""
 
 
@@ -32,7 +32,7 @@ class _Layout:
     of the layer scale behind the MLP.
     """
 
-    task: Task
+    purpose: Purpose
     blocks: str
     names: _Names
     gated: _Names | None = None
@@ -44,8 +44,8 @@ class _Layout:
 
 _PLAIN = _Names(first=("fc1",), last="fc2", activation="activation_fn")
 _GATED = _Names(first=("gate_proj", "up_proj"), last="down_proj", activation="act_fn")
-_VISION: Task = "image-classification"
-_LANGUAGE: Task = "text-generation"
+_VISION: Purpose = "image-classification"
+_LANGUAGE: Purpose = "text-generation"
 
 _LAYOUTS = {
     "vit": _Layout(_VISION, "layers.*", _PLAIN),
@@ -65,21 +65,21 @@ _SOURCES = {_VISION: "pretrained", _LANGUAGE: "causal_lm"}
 _CONTAINED = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
 
-def supported_model_types(task: Task) -> tuple[str, ...]:
-    """The model types of a task whose MLPs are known, in alphabetical order."""
-    return tuple(sorted(name for name, layout in _LAYOUTS.items() if layout.task == task))
+def supported_model_types(purpose: Purpose) -> tuple[str, ...]:
+    """The model types of a purpose whose MLPs are known, in alphabetical order."""
+    return tuple(sorted(name for name, layout in _LAYOUTS.items() if layout.purpose == purpose))
 
 
-def check_model_type(model_type: str, task: Task) -> None:
-    """Raise InputError unless models of this type have MLPs we know and are for ``task``."""
-    supported = f"supported: {', '.join(supported_model_types(task))}"
+def check_model_type(model_type: str, purpose: Purpose) -> None:
+    """Raise InputError unless models of this type have MLPs we know and are for ``purpose``."""
+    supported = f"supported: {', '.join(supported_model_types(purpose))}"
     layout = _LAYOUTS.get(model_type)
-    if layout is not None and layout.task != task:
+    if layout is not None and layout.purpose != purpose:
         raise InputError(
-            f"model type {model_type!r} is {_DESCRIPTIONS[layout.task]}, not {_DESCRIPTIONS[task]} ({supported}); "
-            f"for it, model.source is {_SOURCES[layout.task]}"
+            f"model type {model_type!r} is {_DESCRIPTIONS[layout.purpose]}, not {_DESCRIPTIONS[purpose]} "
+            f"({supported}); for it, model.source is {_SOURCES[layout.purpose]}"
         )
-    if task == _LANGUAGE and model_type in _CONTAINED:
+    if purpose == _LANGUAGE and model_type in _CONTAINED:
         raise InputError(
             f"model type {model_type!r} reads images too; take a checkpoint of its language model alone, "
             f"model type {_CONTAINED[model_type]!r} ({supported})"
@@ -188,7 +188,7 @@ def _aliases(model: nn.Module, sites: list[MLPSite]) -> list[str]:
     problems = []
     for site in sites:
         mlp = model.get_submodule(site.path)
-        weights = [f"{name}.weight" for name in (*site.first, site.last)]
+        weights = [f"{name}.weight" for name in site.linears]
         parts: list[tuple[str, object]] = [(site.path, mlp)]
         parts += [(f"{site.path}.{name}", mlp.get_parameter(name)) for name in weights]
         for path, part in parts:

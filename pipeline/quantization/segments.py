@@ -55,7 +55,7 @@ def choose_segments(
     order = np.argsort(-energy, kind="stable")
     is_bitmap = recipe.compression.pattern == "bitmap" and given[1] is None
     expected = (1.0 - recipe.compression.target_sparsity) * group.columns * chunk
-    unexpected = _kept_values(group, mlps, chunk)[order] - expected if is_bitmap else np.zeros(order.size)
+    unexpected = _kept_by_chunk(group, mlps, chunk)[order] - expected if is_bitmap else np.zeros(order.size)
 
     def bits_with(extra: int) -> NDArray[np.int64]:
         return allocate_bits(energy[order], 2.0 + extra / energy.size)
@@ -103,7 +103,7 @@ def _basis(mlps: Sequence[FactorizedMLP]) -> Factor:
     return basis
 
 
-def _kept_values(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) -> NDArray[np.int64]:
+def _kept_by_chunk(group: GroupPlan, mlps: Sequence[FactorizedMLP], chunk: int) -> NDArray[np.int64]:
     """Kept values of all projections in each chunk of rank entries: int64 [rank / chunk]."""
     values = np.zeros(group.rank, dtype=np.int64)
     for mlp in mlps:

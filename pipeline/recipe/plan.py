@@ -46,6 +46,11 @@ class MLPSite:
         """Module paths of all linears, in the order of computation."""
         return tuple(f"{self.path}.{name}" for name in self.linears)
 
+    @property
+    def columns(self) -> int:
+        """Columns that the MLP's matrices have side by side, with the model dimension as rows."""
+        return self.hidden * len(self.linears)
+
 
 def group_name(index: int) -> str:
     """Name of the group with number ``index`` in the recipe: in folders, files and reports."""
@@ -154,7 +159,7 @@ def _group_sites(recipe: Recipe, sites: list[MLPSite], problems: list[str]) -> l
 def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list[str]) -> GroupPlan | None:
     compression, quantization = recipe.compression, recipe.quantization
     width = sites[0].width
-    columns = sum(site.hidden * (len(site.first) + 1) for site in sites)
+    columns = sum(site.columns for site in sites)
     block_size = quantization.projections.block_size
     if quantization.basis is not None and width % quantization.basis.block_size:
         problems.append(

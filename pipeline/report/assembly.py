@@ -9,7 +9,7 @@ from fips_ort.manifest import read_manifest
 from fips_ort.packed import PackedWeight, unpack
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import kept_values
-from pipeline.evaluation.measurements import Agreement, Benchmark, Stage
+from pipeline.evaluation.measurements import Agreement, Benchmark, Stage, TrainedStage
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.hardware import describe_hardware
 from pipeline.plumbing.peak_memory import peak_rss_bytes
@@ -25,7 +25,6 @@ from pipeline.report.schema import (
     Memory,
     Method,
     Report,
-    TrainedStage,
 )
 from pipeline.tasks.base import Task
 
@@ -78,7 +77,7 @@ def assemble_report(
             model_type=config.model_type,
             source=recipe.model.source,
             parameters=parameters,
-            mlp_parameters=sum(site.width * site.hidden * (len(site.first) + 1) for site in task.sites),
+            mlp_parameters=sum(site.width * site.columns for site in task.sites),
         ),
         compression=Method(method=recipe.compression.method, start=recipe.quantization.start),
         data=task.describe_data(),

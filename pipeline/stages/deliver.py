@@ -105,7 +105,7 @@ def validate(
     write_record(out / "parity.json", agreement)
 
 
-def evaluated_backends(validated: Path) -> dict[Stage, Path]:
+def quality_folders(validated: Path) -> dict[Stage, Path]:
     """Folders in which :func:`validate` has saved the artefact's quality, by ``onnx_`` and the backend."""
     names: tuple[Stage, ...] = ("onnx_native", "onnx_portable")
     return {name: validated / name for name in names if (validated / name).is_dir()}

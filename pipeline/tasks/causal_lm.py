@@ -44,7 +44,7 @@ from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
 from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
-from pipeline.recipe.plan import MLPSite, make_plan
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelSection, Recipe, TextDataSection
 from pipeline.tasks.base import Dense, Form, Predict, Task, products_in
 from qat.losses import Vocabulary, distillation_loss, next_token_loss
@@ -205,7 +205,7 @@ class CausalLMTask(Task):
         samples, size = self.calibration_samples(), self.recipe.calibration.batch_size
         tables = rest_tables(
             self.model,
-            _linears(self.sites),
+            [path for site in self.sites for path in site.linear_paths],
             lambda input_ids: self.run_dense(input_ids).flatten(0, 1),
             (self.training_batch(samples[first : first + size]) for first in range(0, len(samples), size)),
             rest.linear_bits,
@@ -224,7 +224,7 @@ class CausalLMTask(Task):
         memo: dict[int, object] = {id(mlp): nn.Identity() for mlp in compressed.values()}
         memo |= {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         base = copy.deepcopy(self.model, memo)
-        skip = _linears([site for site in self.sites if site.path not in compressed])
+        skip = [path for site in self.sites if site.path not in compressed for path in site.linear_paths]
         tables = load_tables(folder / REST_TABLES) if self._has_rest_tables else {}
         if rest.linear_bits is not None:
             base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, level, tables)
@@ -266,11 +266,6 @@ class CausalLMTask(Task):
     def _max_length(self) -> int:
         config: Any = self.model.config
         return int(min(MAX_LENGTH, config.max_position_embeddings))
-
-
-def _linears(sites: Sequence[MLPSite]) -> list[str]:
-    """List the paths of the linear layers of MLPs."""
-    return [f"{site.path}.{name}" for site in sites for name in (*site.first, site.last)]
 
 
 def _describe(quality: Perplexity) -> str:

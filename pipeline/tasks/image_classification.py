@@ -17,7 +17,7 @@ from exporters.packed_model import PackedModel
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from fips_ort.memory import measure_memory
 from pipeline.data.images import load_data
-from pipeline.evaluation.accuracy import check_samples, divergence, evaluate, load_quality, save_quality
+from pipeline.evaluation.accuracy import check_samples, divergence, evaluate_accuracy, load_accuracy, save_accuracy
 from pipeline.evaluation.image_speed import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
 from pipeline.evaluation.measurements import (
     AccuracyByStage,
@@ -129,8 +129,8 @@ class ImageClassificationTask(Task):
         config = self.recipe.evaluation
         total = config.samples or len(self.data.test)
         with progress.counter(f"evaluate {label}", total) as report:
-            quality = evaluate(predict, self.data.test, config.batch_size, config.samples, report)
-        save_quality(quality, folder)
+            quality = evaluate_accuracy(predict, self.data.test, config.batch_size, config.samples, report)
+        save_accuracy(quality, folder)
         return (
             f"accuracy {100 * quality.accuracy:.2f} ± {100 * quality.standard_error:.2f} % of {quality.samples} samples"
         )
@@ -139,7 +139,7 @@ class ImageClassificationTask(Task):
         return self.measure(self.model, folder, "dense", progress)
 
     def describe_quality(self, folders: dict[Stage, Path]) -> tuple[AccuracyByStage, ImageDivergence]:
-        results = {stage: load_quality(folder) for stage, folder in folders.items()}
+        results = {stage: load_accuracy(folder) for stage, folder in folders.items()}
         quality = AccuracyByStage(
             metric="accuracy",
             unit="fraction",
@@ -169,7 +169,7 @@ class ImageClassificationTask(Task):
         # Before rounding: what is interpolated here is stored too.
         fix_position_embeddings(base, self.image_size, self.image_size)
         if rest.linear_bits is not None:
-            skip = ["classifier", *(f"{s.path}.{name}" for s in self.sites for name in (*s.first, s.last))]
+            skip = ["classifier", *(path for site in self.sites for path in site.linear_paths)]
             base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, self.recipe.export.accuracy_level)
         return round_to_float16(base) if rest.weights == "float16" else base
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.images import TensorSplit
-from pipeline.evaluation.accuracy import divergence, evaluate
+from pipeline.evaluation.accuracy import divergence, evaluate_accuracy
 from pipeline.plumbing.errors import InputError
 
 
@@ -24,7 +24,7 @@ def predict_index_mod_3(pixel_values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_accuracy_does_not_depend_on_the_batches(batch_size: int) -> None:
-    quality = evaluate(predict_index_mod_3, split([0, 1, 2, 1, 1]), batch_size)
+    quality = evaluate_accuracy(predict_index_mod_3, split([0, 1, 2, 1, 1]), batch_size)
     assert (quality.accuracy, quality.correct, quality.samples) == (0.8, 4, 5)
     assert quality.standard_error == pytest.approx(math.sqrt(0.8 * 0.2 / 5))
     assert quality.logits.argmax(dim=1).tolist() == [0, 1, 2, 0, 1]
@@ -32,7 +32,7 @@ def test_accuracy_does_not_depend_on_the_batches(batch_size: int) -> None:
 
 def test_only_the_first_samples_are_read_and_progress_is_told() -> None:
     seen = []
-    quality = evaluate(predict_index_mod_3, split([0, 1, 2, 1, 1]), 2, 3, lambda *event: seen.append(event))
+    quality = evaluate_accuracy(predict_index_mod_3, split([0, 1, 2, 1, 1]), 2, 3, lambda *event: seen.append(event))
     assert (quality.accuracy, quality.samples) == (1.0, 3)
     assert [event[:2] for event in seen] == [(2, 3), (3, 3)]
 
@@ -40,7 +40,7 @@ def test_only_the_first_samples_are_read_and_progress_is_told() -> None:
 @pytest.mark.parametrize("samples", [0, 6])
 def test_more_samples_than_there_are(samples: int) -> None:
     with pytest.raises(InputError, match=f"{samples} samples asked for, the test split has 5"):
-        evaluate(predict_index_mod_3, split([0] * 5), 2, samples)
+        evaluate_accuracy(predict_index_mod_3, split([0] * 5), 2, samples)
 
 
 def test_logits_that_are_not_finite_name_the_sample() -> None:
@@ -48,12 +48,12 @@ def test_logits_that_are_not_finite_name_the_sample() -> None:
         return predict_index_mod_3(pixel_values).where(pixel_values[:, 0, 0, :1] != 3, torch.inf)
 
     with pytest.raises(InputError, match="test sample 3 are not finite"):
-        evaluate(overflow, split([0] * 5), 2)
+        evaluate_accuracy(overflow, split([0] * 5), 2)
 
 
 def test_logits_can_be_targets_of_distillation() -> None:
     weight = torch.ones(1, requires_grad=True)
-    logits = evaluate(lambda x: predict_index_mod_3(x) * weight, split([0, 1]), 2).logits
+    logits = evaluate_accuracy(lambda x: predict_index_mod_3(x) * weight, split([0, 1]), 2).logits
     (logits * weight).sum().backward()
     assert weight.grad is not None
 
