@@ -28,7 +28,7 @@ def finetune(
     recipe, dense = task.recipe, task.model
     assert recipe.finetune is not None
     mlps = before.restore(dense, plan)
-    train_end_to_end(install(dense, mlps), mlps, recipe.finetune, task, recipe.seed, folder, "fine-tune", progress)
+    _train_end_to_end(install(dense, mlps), mlps, recipe.finetune, task, recipe.seed, folder, "fine-tune", progress)
     save_groups(folder, plan, dense, mlps, calibration)
     (folder / _CHECKPOINT).unlink(missing_ok=True)
 
@@ -96,14 +96,14 @@ def _train_together(
     model = install(open_base(inputs, before), mlps)
     rest = make_rest_trainable(model, mlps) if config.train_rest else None
     trained = [*mlps] if rest is None else [*mlps, rest]
-    train_end_to_end(model, trained, config, inputs.task, seed, folder, label, progress)
+    _train_end_to_end(model, trained, config, inputs.task, seed, folder, label, progress)
     if rest is not None:
         save_rest(rest, folder / REST)
     save_groups(folder, inputs.plan, inputs.dense, mlps, inputs.calibration)
     (folder / _CHECKPOINT).unlink(missing_ok=True)
 
 
-def train_end_to_end(
+def _train_end_to_end(
     model: nn.Module,
     trained: Sequence[nn.Module],
     config: EndToEnd,

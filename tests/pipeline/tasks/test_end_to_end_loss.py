@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from exporters.nbits import NBitsLinear
 from exporters.rest import quantize_embedding
 from pipeline.compression.factors import factorize_group, install
 from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.training_loop import train
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.schema import EndToEnd
-from pipeline.stages.train import train_end_to_end
 from pipeline.tasks import make_task
 from pipeline.tasks.base import Task
 from pipeline.tasks.causal_lm import CausalLMTask
@@ -34,7 +33,7 @@ def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(module.parameters()), materialize_grads=True))
 
 
-def trained_factors(task: Task, wanted: EndToEnd, folder: Path) -> nn.Module:
+def trained_factors(task: Task, wanted: EndToEnd) -> nn.Module:
     """The model with its MLPs factorized, moved far away from where they were, and trained as ``wanted`` says."""
     mlps = [
         mlp
@@ -48,7 +47,15 @@ def trained_factors(task: Task, wanted: EndToEnd, folder: Path) -> nn.Module:
                 projection.add_(3 * torch.randn(projection.shape, generator=generator))
     model = install(task.model, mlps)
     if wanted.steps > 1:
-        train_end_to_end(model, mlps, wanted, task, 0, folder, "train", Progress())
+        train(
+            nn.ModuleList(mlps),
+            task.end_to_end_loss(model, wanted, 0),
+            steps=wanted.steps,
+            learning_rate=wanted.learning_rate,
+            weight_decay=wanted.weight_decay,
+            progress=Progress(),
+            label="train",
+        )
     return model.eval()
 
 
@@ -156,9 +163,7 @@ def test_precision_of_language_models(language_task: Callable[[str], CausalLMTas
     assert all(gradient.dtype == torch.float32 for gradient in gradients(rounded, model.model.layers))
 
 
-def test_training_by_the_task_lowers_cross_entropy(
-    language_task: Callable[[str], CausalLMTask], tmp_path: Path
-) -> None:
+def test_training_by_the_task_lowers_cross_entropy(language_task: Callable[[str], CausalLMTask]) -> None:
     """A model of random weights learns from the text what its own distribution does not know."""
     task = language_task("llama")
     found = {}
@@ -168,7 +173,7 @@ def test_training_by_the_task_lowers_cross_entropy(
         "task in bfloat16": {"steps": 30, "precision": "bfloat16"},
         "distill": {"steps": 30, "objective": "distill"},
     }.items():
-        model = trained_factors(task, config(learning_rate=3e-2, batch_size=8, **changes), tmp_path)
+        model = trained_factors(task, config(learning_rate=3e-2, batch_size=8, **changes))
         with torch.no_grad():
             found[name] = float(own_loss(model, windows(task)))
     assert found["task"] < found["start"] - 0.5
@@ -261,11 +266,11 @@ def test_both_models_are_computed_in_bfloat16(image_task: Callable[[str], ImageC
 
 @pytest.mark.parametrize("objective", ["task", "distill"])
 def test_training_of_classifiers_works_in_bfloat16(
-    image_task: Callable[[str], ImageClassificationTask], tmp_path: Path, objective: str
+    image_task: Callable[[str], ImageClassificationTask], objective: str
 ) -> None:
     task = image_task("vit")
     found = {
-        name: whole_loss(task, trained_factors(task, config(objective=objective, batch_size=64, **changes), tmp_path))
+        name: whole_loss(task, trained_factors(task, config(objective=objective, batch_size=64, **changes)))
         for name, changes in {
             "start": {"steps": 1},
             "float32": {"steps": 40, "learning_rate": 1e-2},
