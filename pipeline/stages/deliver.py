@@ -11,7 +11,7 @@ from torch import nn
 from exporters.artifact import Provenance, write_artifact
 from exporters.audit import AuditError, audit
 from exporters.packed_model import PackedModel
-from exporters.parity import ParityError, check_parity
+from exporters.parity import Difference, Parity, ParityError, check_parity
 from fips_ort.errors import ArtifactError
 from fips_ort.load import load
 from fips_ort.manifest import MANIFEST, read_manifest, sha256
@@ -27,7 +27,10 @@ PARITY_TOLERANCE = 1e-3
 """Allowed difference of logits relative to the largest: float32 sums in another order. Parity is checked with float32
 activations whatever the artefact permits."""
 GOLDEN_TOLERANCE = {0: PARITY_TOLERANCE, 4: 0.2}
-"""The same for the golden outputs of an artefact as it is, by accuracy_level: int8 activations in native kernels."""
+"""Allowed difference of an artefact's golden outputs by its accuracy_level: 4 permits int8 activations."""
+FREEZING_TOLERANCE = 1e-4
+"""Allowed difference of what the stored numbers compute from what the fake-quantized ones do, relative to the largest
+logit: they are the same numbers, summed in another order."""
 
 
 def export(out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path) -> None:
@@ -72,7 +75,8 @@ def validate(
     dense_quality: Path,
     progress: Progress,
 ) -> None:
-    """Fake-quantized ↔ stored numbers ↔ both backends; then the quality of the file itself.
+    """Check that the fake-quantized model, the stored numbers and both backends agree; then measure the quality of the
+    file itself.
 
     An artefact that fails is moved to ``artifact.rejected``, so that nobody takes it for a good one.
     """
@@ -81,7 +85,7 @@ def validate(
     for batch in batches:
         with torch.inference_mode():
             expected, actual = predict_expected(batch), predict_actual(batch)
-        if float((actual - expected).abs().max()) > 1e-4 * float(expected.abs().max()):
+        if float((actual - expected).abs().max()) > FREEZING_TOLERANCE * float(expected.abs().max()):
             raise StageError("the packed codes do not compute what the fake-quantized model computes")
     try:
         parity = check_parity(artifact, stored, batches, PARITY_TOLERANCE)
@@ -95,22 +99,30 @@ def validate(
         name = f"onnx_{backend}"
         progress.say(f"  {name}: {task.measure(session, out / name, name, progress, against_dense=dense_quality)}")
         del session
-    differences = {
-        name: LogitDifference(max_abs=difference.absolute, relative=difference.relative)
-        for name in ("native_vs_torch", "portable_vs_torch", "native_vs_portable", "rounding")
-        if (difference := getattr(parity, name)) is not None
-    }
-    same = parity.native_vs_portable.same_predictions == 1.0
-    agreement = Agreement(**differences, tolerance=PARITY_TOLERANCE, same_predictions=same)
-    write_record(out / "parity.json", agreement)
+    write_record(out / "parity.json", _describe_parity(parity))
+
+
+def _describe_parity(parity: Parity) -> Agreement:
+    def describe(difference: Difference) -> LogitDifference:
+        return LogitDifference(max_abs=difference.absolute, relative=difference.relative)
+
+    rounding = {} if parity.rounding is None else {"rounding": describe(parity.rounding)}
+    return Agreement(
+        native_vs_torch=describe(parity.native_vs_torch),
+        portable_vs_torch=describe(parity.portable_vs_torch),
+        native_vs_portable=describe(parity.native_vs_portable),
+        **rounding,
+        tolerance=PARITY_TOLERANCE,
+        same_predictions=parity.native_vs_portable.same_predictions == 1.0,
+    )
 
 
 def quality_folders(validated: Path) -> dict[Stage, Path]:
-    """Folders in which :func:`validate` has saved the artefact's quality, by ``onnx_`` and the backend."""
+    """Folders in which :func:`validate` has saved the artefact's quality, by the report's name of the stage."""
     names: tuple[Stage, ...] = ("onnx_native", "onnx_portable")
     return {name: validated / name for name in names if (validated / name).is_dir()}
 
 
 def bench(out: Path, task: Task, artifact: Path) -> None:
-    """Speed beside the dense model in ONNX Runtime, and resident memory."""
+    """Measure speed beside the dense model in ONNX Runtime, and resident memory."""
     write_record(out / "bench.json", task.bench(artifact))
