@@ -141,12 +141,12 @@ def load_packed_model(path: Path) -> PackedModel:
             {name: weight(f"{BASES}.{name}", layout) for name, layout in structure["bases"].items()},
             [
                 PackedMLP(
-                    mlp["block"],
-                    mlp["path"],
-                    mlp["basis"],
-                    {child: linear(f"{mlp['path']}.{child}", entry) for child, entry in mlp["first"].items()},
-                    (mlp["last"][0], linear(f"{mlp['path']}.{mlp['last'][0]}", mlp["last"][1])),
-                    mlp["activation"],
+                    block=mlp["block"],
+                    path=mlp["path"],
+                    basis=mlp["basis"],
+                    first={child: linear(f"{mlp['path']}.{child}", entry) for child, entry in mlp["first"].items()},
+                    last=(mlp["last"][0], linear(f"{mlp['path']}.{mlp['last'][0]}", mlp["last"][1])),
+                    activation=mlp["activation"],
                 )
                 for mlp in structure["mlps"]
             ],

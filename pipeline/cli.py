@@ -244,7 +244,7 @@ def evaluate_artifact(
     artifact: ArtifactPath,
     portable: Annotated[bool, typer.Option("--portable", help="use the functions in the model")] = False,
 ) -> None:
-    """Accuracy or perplexity of an artefact on the test data of the recipe it was made from."""
+    """Measure the accuracy or perplexity of an artefact on the test data of the recipe it was made from."""
     from pipeline.evaluate_artifact import evaluate_artifact as evaluate
 
     print(evaluate(artifact, Progress(), native=not portable))

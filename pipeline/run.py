@@ -44,7 +44,7 @@ from pipeline.report.render import remove_report, write_report
 from pipeline.report.schema import Report
 from pipeline.stages import deliver
 from pipeline.stages.evaluate import Evaluations
-from pipeline.stages.groups import Calibrated, calibrate, compute_on_ray, open_dense
+from pipeline.stages.groups import Calibrated, calibrate_and_plan, compute_on_ray, open_dense
 from pipeline.stages.quantize import QuantizationInputs, load_segments, open_base, quantize, restore_quantized
 from pipeline.stages.results import SavedFactors
 from pipeline.stages.train import finetune, train_quantized
@@ -81,7 +81,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
     evaluations = Evaluations(task, folder, progress)
     evaluations.evaluate_dense(dense)
 
-    calibrated = calibrate(task, dense, folder, progress)
+    calibrated = calibrate_and_plan(task, dense, folder, progress)
     if engine == "ray":
         compute_on_ray(calibrated)
     unquantized = _compress(calibrated, evaluations)
@@ -119,15 +119,28 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
         "validate",
         [recipe.export.model_dump(mode="json"), recipe.evaluation.model_dump(mode="json")],
         [exported],
-        lambda out: deliver.validate(
-            out, task, fake_quantized, stored, artifact, evaluations.folders["dense"], progress
+        partial(
+            deliver.validate,
+            task=task,
+            fake_quantized=fake_quantized,
+            stored=stored,
+            artifact=artifact,
+            dense_quality=evaluations.folders["dense"],
+            progress=progress,
         ),
     )
     evaluations.folders |= deliver.quality_folders(validated.folder)
     folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact))
-    segments = load_segments(start.folder)
     report = assemble_report(
-        task, calibrated.plan, folder, artifact, packed, segments, mlps, evaluations.folders, evaluations.errors
+        task,
+        calibrated.plan,
+        folder,
+        artifact=artifact,
+        packed=packed,
+        segments=load_segments(start.folder),
+        mlps=mlps,
+        evaluated=evaluations.folders,
+        errors=evaluations.errors,
     )
     write_report(report, folder.folder)
     return report

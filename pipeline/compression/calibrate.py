@@ -38,9 +38,10 @@ def open_activations(folder: Path, site: MLPSite) -> Activations:
 
 
 def record_activations(
-    predict: Callable[[Tensor], object],
     model: nn.Module,
     sites: Sequence[MLPSite],
+    *,
+    predict: Callable[[Tensor], object],
     batch_of: Callable[[Sequence[int]], Tensor],
     samples: Sequence[int],
     batch_size: int,

@@ -21,6 +21,11 @@ from torch import Tensor
 
 from qat.damping import damped
 
+_MOMENT_DAMPING = 1e-4
+"""Damping of the second moments of what matrices read: calibration may leave some directions without any energy."""
+_ROUNDING = 1e-12
+"""Damping of a moment in float64 that is singular by rounding only."""
+
 
 def svd_factors(W: Tensor, rank: int, *, seed: int, second_moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Shared basis and projections of a group.
@@ -54,7 +59,7 @@ def output_aware_basis(H: Tensor, G: Tensor, K: Tensor, rank: int, *, rounds: in
     eigenvectors of H and those of (M, N).
     """
     d = H.shape[0]
-    H = damped(H.double(), 1e-4)
+    H = damped(H.double(), _MOMENT_DAMPING)
     G, K = G.double(), K.double()
     inputs, directions = torch.linalg.eigh(H)
     # Start: principal directions in a metric halfway between the two, which are H and the identity.
@@ -64,7 +69,7 @@ def output_aware_basis(H: Tensor, G: Tensor, K: Tensor, rank: int, *, rounds: in
     U = torch.linalg.qr(inverse_root @ torch.linalg.eigh(energy)[1].flip(1)[:, :rank])[0]
     for _ in range(rounds if rank < d else 0):
         P, Q = _first_map(U, H), U.T
-        M, N = P @ G @ P.T, damped(Q @ K @ Q.T, 1e-12)
+        M, N = P @ G @ P.T, damped(Q @ K @ Q.T, _ROUNDING)
         right = H @ G @ P.T + K @ Q.T
         lower = torch.linalg.cholesky(N)
         whitened = torch.linalg.solve_triangular(lower, M, upper=False)
@@ -80,11 +85,12 @@ def output_aware_basis(H: Tensor, G: Tensor, K: Tensor, rank: int, *, rounds: in
 
 def first_projection(U: Tensor, H: Tensor, W: Tensor) -> Tensor:
     """V [rank, n] with the smallest error ``tr((W - U V)ᵀ H (W - U V))`` of a first matrix W [d, n]: float64."""
-    return _first_map(U, damped(H.double(), 1e-4)) @ W.double()
+    return _first_map(U, damped(H.double(), _MOMENT_DAMPING)) @ W.double()
 
 
 def finish_factors(U: Tensor, V: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """U [d, r] and V [r, N] with as many entries as ``rank`` says, rows of V of equal RMS: float32."""
+    """U [d, ``rank``] and V [``rank``, N] from U [d, r] and V [r, N] with r of at most ``rank``: float32, with the same
+    product, rows of V of equal RMS."""
     U, V = _equal_rows(U, V)
     if rank > U.shape[1]:
         U, V = _extend(U, V, rank - U.shape[1], seed)
@@ -98,7 +104,7 @@ def _first_map(U: Tensor, H: Tensor) -> Tensor:
 
 def _square_root(moment: Tensor) -> Tensor:
     """Cholesky factor L with L Lᵀ = moment + a little of its mean diagonal, which makes it invertible."""
-    return torch.linalg.cholesky(damped(moment, 1e-4))
+    return torch.linalg.cholesky(damped(moment, _MOMENT_DAMPING))
 
 
 def _equal_rows(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ from qat.factor import Factor
 
 
 class FactorizedMLP(nn.Module):
-    """``basis`` [rank, d] is one module shared by all MLPs of the ``group``; the projections are this MLP's own.
+    """An MLP whose ``basis`` [rank, d] is one module shared by all MLPs of the ``group``, and whose projections are its
+    own.
 
     ``projections`` maps the names of the replaced linears to factors: of a first linear [n, rank], of the last
     [rank, n]. Without a basis (None) they are [n, d] and [d, n]. Input and output: float32 [..., d].
@@ -55,7 +56,7 @@ class FactorizedMLP(nn.Module):
         return self._first(x if self.basis is None else F.linear(x, self.basis()))
 
     def activate(self, first: Sequence[Tensor]) -> Tensor:
-        """What the last linear reads, [..., n], from the outputs of the first ones."""
+        """Compute what the last linear reads, [..., n], from the outputs of the first ones."""
         hidden: Tensor = self.activation(first[0])
         return hidden * first[1] if len(first) == 2 else hidden
 

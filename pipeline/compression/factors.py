@@ -24,7 +24,8 @@ from qat.factor import Factor
 def initial_factors(
     recipe: Recipe, model: nn.Module, group: GroupPlan, calibration: Path
 ) -> tuple[list[FactorizedMLP], Tensor]:
-    """:func:`factorize_group` as ``compression.initialization`` of a recipe says, before any sparsity."""
+    """Factorize a group (:func:`factorize_group`) as ``compression.initialization`` of a recipe says, before any
+    sparsity."""
     compression = recipe.compression
     return factorize_group(
         model,
@@ -162,7 +163,7 @@ def named_factors(mlps: Sequence[FactorizedMLP]) -> dict[str, Factor]:
 
 
 def save_factors(mlps: Sequence[FactorizedMLP], path: Path) -> None:
-    """Weights, gains and masks of all factors, the shared bases once (safetensors)."""
+    """Write weights, gains and masks of all factors, the shared bases once (safetensors)."""
     tensors = {}
     for name, factor in named_factors(mlps).items():
         for key, value in factor.state_dict().items():
@@ -171,7 +172,7 @@ def save_factors(mlps: Sequence[FactorizedMLP], path: Path) -> None:
 
 
 def load_factors(mlps: Sequence[FactorizedMLP], path: Path) -> None:
-    """Inverse of :func:`save_factors`, into factors of the same names and shapes."""
+    """Read what :func:`save_factors` has written into factors of the same names and shapes."""
     tensors = load_file(path)
     for name, factor in named_factors(mlps).items():
         prefix = f"{name}/"
@@ -179,6 +180,6 @@ def load_factors(mlps: Sequence[FactorizedMLP], path: Path) -> None:
 
 
 def kept_values(mlps: Sequence[FactorizedMLP]) -> int:
-    """Values that the factors keep: bases, and unmasked entries of the projections."""
+    """Count the values that the factors keep: bases, and unmasked entries of the projections."""
     factors = named_factors(mlps).values()
     return sum(factor.weight.numel() if factor.mask is None else int(factor.mask.sum()) for factor in factors)

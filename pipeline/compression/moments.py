@@ -14,8 +14,9 @@ from pipeline.recipe.plan import GroupPlan
 MOMENT_TOKENS = 16_384
 """Calibration tokens, evenly spread over the recorded ones, from which matrices of moments are estimated."""
 ENERGY_TOKENS = 4096
-"""The same for what is an average over many tokens already for each neuron."""
+"""Calibration tokens for energies and sensitivities, which are one number for each neuron and need fewer."""
 _CHUNK = 2048
+"""Tokens that pass through an MLP at a time."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ def mlp_moments(mlp: FactorizedMLP, activations: Activations) -> MLPMoments:
         name: (total / sampled * written / energy).float() for name, total in zip(mlp.site.first, slopes, strict=True)
     }
     return MLPMoments(
-        (moment / count).float(),
-        (output / count / energy).float(),
-        energy,
-        (hidden_energy / sampled).float(),
-        sensitivity,
-        activations,
+        input=(moment / count).float(),
+        output=(output / count / energy).float(),
+        output_energy=energy,
+        hidden_energy=(hidden_energy / sampled).float(),
+        sensitivity=sensitivity,
+        activations=activations,
     )
 
 

@@ -88,7 +88,8 @@ class MaskSchedule:
         steps: int,
         importances: Sequence[Tensor] | None = None,
     ) -> None:
-        """``importances``: by which magnitudes are multiplied, broadcast to the projections' shapes; ones if None."""
+        """Make a schedule. ``importances``: factors of the magnitudes, broadcast to the projections' shapes; ones if
+        None."""
         self.projections = projections
         self.importances = importances or [torch.ones(())] * len(projections)
         self.config = config

@@ -216,7 +216,7 @@ def _field(record: Any, field: str, where: str) -> str:
 
 
 def _split(documents: Iterable[str], test_fraction: float, seed: int, where: str) -> tuple[list[str], list[str]]:
-    """(train, test) of distinct documents, both in an order drawn from ``seed``."""
+    """Distinct documents of (train, test), both in an order drawn from ``seed``."""
     distinct = list(dict.fromkeys(document.strip() for document in documents))
     ordered = _shuffled([document for document in distinct if document], seed)
     if len(ordered) < 2:

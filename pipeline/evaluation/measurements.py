@@ -28,7 +28,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Samples(Record):
-    """Images. ``hash``: SHA-256 of everything they can contain."""
+    """The images of a run. ``hash``: SHA-256 of everything they can contain."""
 
     source: str
     hash: str
@@ -38,7 +38,7 @@ class Samples(Record):
 
 
 class TextSamples(Samples):
-    """Windows of text. ``context``: tokens of a window; the others: tokens in all."""
+    """The text of a run, in windows. ``context``: tokens of a window; the others: tokens in all."""
 
     context: PositiveInt
     train_tokens: PositiveInt

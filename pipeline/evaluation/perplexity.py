@@ -39,7 +39,7 @@ class Logits(Protocol):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``perplexity = exp(nll)``; ``nll``: mean negative log-likelihood in nats over ``tokens`` predicted tokens.
+    """Perplexity is exp(``nll``), the mean negative log-likelihood in nats over ``tokens`` predicted tokens.
 
     ``standard_error`` is that of ``nll``, over windows: tokens of a window are not independent. ``context``: tokens
     of a window; ``stride``: tokens between the starts of two. ``text``: SHA-256 of the text's token ids.
@@ -157,7 +157,16 @@ def _summarize(sums: Tensor, counts: Tensor, windows: TextSplit, divergence: Tex
     nll, error = _ratio_of_sums(sums, counts, _correlated_windows(windows.context, windows.step))
     text = hashlib.sha256(windows.tokens.numpy().astype("<i4").tobytes()).hexdigest()
     return Perplexity(
-        _exp(nll), nll, error, int(counts.sum()), windows.context, windows.step, text, sums, counts, divergence
+        perplexity=_exp(nll),
+        nll=nll,
+        standard_error=error,
+        tokens=int(counts.sum()),
+        context=windows.context,
+        stride=windows.step,
+        text=text,
+        window_nll=sums,
+        window_tokens=counts,
+        divergence=divergence,
     )
 
 

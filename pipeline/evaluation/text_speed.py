@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,10 +30,12 @@ NATIVE = "artefact, native kernels"
 INT4 = "int4, onnxruntime-genai's builder"
 INT4_BLOCK = 32
 """Block size of the int4 model: the builder's default."""
-MAX_LENGTH = 1024
+MEASURED_LENGTH = 1024
+"""Tokens for which models make room: more than are measured, as less than a sliding window is refused."""
 PROMPT_TOKENS = 128
 GENERATED_TOKENS = 32
 ROUNDS = 5
+"""Turns that each model has."""
 PROMPT = "The river rises in the hills and flows through three countries before it reaches the sea. "
 
 
@@ -81,7 +82,7 @@ def bench_causal_lm(
 def bench_recipe(
     artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = ()
 ) -> tuple[TokenSpeed, dict[str, int]]:
-    """:func:`bench_causal_lm` of an artefact and the dense model that its recipe names, on a text of our own.
+    """Time an artefact beside the dense model that its recipe names, on a text of our own (:func:`bench_causal_lm`).
 
     Raises InputError if a folder of ``beside`` has no genai_config.json.
     """
@@ -99,9 +100,9 @@ def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
     GatherBlockQuantized with blocks of 32, rounded to nearest."""
     linears = quantize_linears(dense, 4, INT4_BLOCK, [], 4, codes_only=True)
     model = quantize_embedding(linears, 4, INT4_BLOCK, 4, codes_only=True).eval()
-    graph = export_causal_lm(model, MAX_LENGTH)
+    graph = export_causal_lm(model, MEASURED_LENGTH)
     ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
-    save_causal_lm_config(folder, model, tokenizer, MAX_LENGTH)
+    save_causal_lm_config(folder, model, tokenizer, MEASURED_LENGTH)
     path = folder / GENAI_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     del config["model"]["decoder"]["session_options"]["custom_ops_library"]  # it needs none, and has none
@@ -127,7 +128,7 @@ def time_generation(
             parameters = onnxruntime_genai.GeneratorParams(model)
             # Not shorter than a sliding window, which GroupQueryAttention refuses, nor longer than the model permits.
             limit = int(parameters.get_search_options()["max_length"])
-            parameters.set_search_options(max_length=min(MAX_LENGTH, limit), do_sample=False)
+            parameters.set_search_options(max_length=min(MEASURED_LENGTH, limit), do_sample=False)
             generator = onnxruntime_genai.Generator(model, parameters)
             wait_until_idle()
             begin = time.perf_counter()
@@ -149,7 +150,7 @@ def load_rss(folder: Path) -> int:
     """Measure the bytes by which loading the model in ``folder`` raises the resident memory of a new process. Raises
     RuntimeError if that process fails."""
     command = [sys.executable, "-m", "pipeline.evaluation.text_speed", str(folder)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(f"measuring memory of {folder} failed: {child.stderr.strip().splitlines()[-1:]}")
     return int(child.stdout)

@@ -116,7 +116,17 @@ def find_mlps(model: nn.Module) -> list[MLPSite]:
             _check_scale(model, scale, width, problems)
         stage = indices[0] if len(indices) > 1 else 0
         sites.append(
-            MLPSite(block, stage, f"{path}.mlp", names.first, names.last, names.activation, width, hidden, scale)
+            MLPSite(
+                block=block,
+                stage=stage,
+                path=f"{path}.mlp",
+                first=names.first,
+                last=names.last,
+                activation=names.activation,
+                width=width,
+                hidden=hidden,
+                output_scale=scale,
+            )
         )
     problems += _aliases(model, sites)
     if problems:

@@ -24,6 +24,7 @@ def train_classifier(
     forward: Callable[[Tensor], Tensor],
     split: ImageSplit,
     training: Training,
+    *,
     seed: int,
     progress: Progress,
     checkpoint: Path | None = None,

@@ -44,7 +44,8 @@ _GPT2_SPLITS = ("default", "gpt-2")
 
 
 def read_metadata(gguf: Path, string_arrays: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Metadata of a GGUF file by key, of its arrays of strings those in ``string_arrays``; and the tensors' names.
+    """Read the metadata of a GGUF file by key, and the names of its tensors. Of arrays of strings, only those called in
+    ``string_arrays`` are read.
 
     Raises InputError for a file that cannot be read.
     """

@@ -145,10 +145,10 @@ def _train_scratch(
         lambda pixel_values: model(pixel_values=pixel_values).logits,
         data.train,
         section.training,
-        seed,
-        progress,
-        checkpoint,
-        augment,
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
+        augment=augment,
     )
     return model
 
@@ -224,7 +224,7 @@ def train_head(
     progress: Progress,
     checkpoint: Path | None = None,
 ) -> nn.Linear:
-    """A linear classifier on the features that reach ``model.classifier``, which is not changed.
+    """Train a linear classifier on the features that reach ``model.classifier``, which is not changed.
 
     The features [n, f] are computed once and standardised; the standardisation is folded into the returned layer.
     """
@@ -234,7 +234,7 @@ def train_head(
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     split = TensorSplit((features - mean) / deviation, labels)
-    train_classifier(head, head, split, training, seed, progress, checkpoint)
+    train_classifier(head, head, split, training, seed=seed, progress=progress, checkpoint=checkpoint)
     with torch.no_grad():
         head.weight.div_(deviation)
         head.bias.sub_(head.weight @ mean)

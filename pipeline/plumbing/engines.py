@@ -23,8 +23,8 @@ Engine = Literal["local", "ray"]
 
 @dataclass(frozen=True)
 class Command:
-    """``arguments`` after ``python -m``; what it says on standard error goes to the file ``log``. It is run in the
-    folder that this process is in, on whatever machine."""
+    """A command to run: ``arguments`` after ``python -m``. What it says on standard error goes to the file ``log``. It
+    is run in the folder that this process is in, on whatever machine."""
 
     name: str
     arguments: tuple[str, ...]
@@ -34,8 +34,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status``: exit status; negative: the signal that killed it. ``message``: of a command that failed, its last
-    lines from the complaint on, or what killed it."""
+    """How a command ended. ``status``: exit status; negative: the signal that killed it. ``message``: of a command that
+    failed, its last lines from the complaint on, or what killed it."""
 
     name: str
     status: int
@@ -84,7 +84,7 @@ def run_command(command: Command, threads: int, say: Callable[[str], None]) -> O
 def run_side_by_side(
     commands: Sequence[Command], at_once: int, threads: int, say: Callable[[str], None]
 ) -> Iterator[Outcome]:
-    """Outcomes as they come, ``at_once`` commands at a time on this machine."""
+    """Run ``at_once`` commands at a time on this machine; yields outcomes as they come."""
     stop = threading.Event()
 
     def run(command: Command) -> Outcome | None:
@@ -102,7 +102,7 @@ def run_side_by_side(
 
 
 def run_on_ray(commands: Sequence[Command], threads: int, say: Callable[[str], None]) -> Iterator[Outcome]:
-    """Outcomes as they come, from the Ray cluster at ``RAY_ADDRESS``, or one started on this machine.
+    """Run commands on the Ray cluster at ``RAY_ADDRESS``, or one started on this machine; yields outcomes as they come.
 
     Every machine needs the folders of the commands at the same paths, and this package. Raises InputError without Ray.
     """
@@ -131,8 +131,8 @@ def run_on_ray(commands: Sequence[Command], threads: int, say: Callable[[str], N
 
 
 def _print_line(line: str) -> None:
-    """On a Ray worker, which passes its output on. (Ray puts a function of its own in the place of ``print`` while it
-    starts, and the one that was there before cannot be pickled then.)"""
+    """Print a line on a Ray worker, which passes its output on. (Ray puts a function of its own in the place of
+    ``print`` while it starts, and the one that was there before cannot be pickled then.)"""
     print(line, flush=True)
 
 

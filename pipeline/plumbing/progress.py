@@ -23,12 +23,13 @@ class Progress:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
-        """One line."""
+        """Print one line."""
         self.console.print(message, markup=False)
 
     @contextmanager
     def counter(self, label: str, total: int) -> Iterator[OnProgress]:
-        """Like :meth:`task` for code that counts the steps itself."""
+        """Begin a task of ``total`` steps for code that counts them itself: call the result with (done, total,
+        remark)."""
         with self.task(label, total) as advance:
             done = 0
 
@@ -41,7 +42,7 @@ class Progress:
 
     @contextmanager
     def task(self, label: str, total: int, *, start: int = 0) -> Iterator[Advance]:
-        """A task of ``total`` steps of which ``start`` are done; call the result with (steps done, remark)."""
+        """Begin a task of ``total`` steps of which ``start`` are done; call the result with (steps done, remark)."""
         if self.console.is_terminal:
             columns = (
                 TextColumn("  {task.description}"),

@@ -23,12 +23,12 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(kind: type[_Record], path: Path) -> _Record:
-    """Inverse of :func:`write_record`. Raises OSError, and ValueError for what is no ``kind``."""
+    """Read what :func:`write_record` has written. Raises OSError, and ValueError for what is no ``kind``."""
     return kind.model_validate_json(path.read_bytes())
 
 
 def find_record(kind: type[_Record], path: Path) -> _Record | None:
-    """Like :func:`read_record`; None for a file that is missing, damaged or no ``kind``."""
+    """Read a record that may not be there: None for a file that is missing, damaged or no ``kind``."""
     try:
         return read_record(kind, path)
     except (OSError, ValueError):

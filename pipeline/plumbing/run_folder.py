@@ -42,13 +42,14 @@ class StageResult:
 
 
 class _Started(Record):
-    """``started.json``: of a stage that is being computed, or was when the process was killed."""
+    """Content of ``started.json``, which marks a stage that is being computed, or was when the process was killed."""
 
     key: str
 
 
 class _Done(Record):
-    """``stage.json``. ``files``: bytes of every file of the result, by path."""
+    """Content of ``stage.json``, which marks a finished stage. ``files``: bytes of every file of the result, by
+    path."""
 
     key: str
     seconds: NonNegativeFloat
@@ -57,9 +58,10 @@ class _Done(Record):
 
 
 class RunFolder:
-    """``folder``: where artefact, report and ``work/`` go; :meth:`lock` it against a second run.
+    """The folder of a run, in which stages are computed or found; :meth:`lock` it against a second run.
 
-    ``shared``: folder of results by key, on the same file system, for runs that have stages in common.
+    ``folder``: where artefact, report and ``work/`` go. ``shared``: folder of results by key, on the same file system,
+    for runs that have stages in common.
     """
 
     def __init__(self, folder: Path, progress: Progress, *, fresh: bool = False, shared: Path | None = None) -> None:
@@ -122,7 +124,7 @@ class RunFolder:
         return result
 
     def expected(self, name: str, settings: Any, inputs: Sequence[StageResult]) -> StageResult:
-        """What :meth:`stage` gives with these arguments, whether it is there or not."""
+        """Return what :meth:`stage` returns with these arguments, whether it is there or not."""
         return StageResult(self.work / name, stage_key(name, settings, inputs))
 
     def has(self, name: str, settings: Any, inputs: Sequence[StageResult]) -> bool:
@@ -201,7 +203,7 @@ def one_after_another(path: Path, wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Hard links of all files: results are only ever replaced, never written over."""
+    """Make hard links of all files, which is safe: results are only ever replaced, never written over."""
     shutil.copytree(source, target, copy_function=os.link)
 
 

@@ -12,6 +12,13 @@ from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 
 CHECKPOINT_SECONDS = 20.0
+"""A checkpoint is written after the first step that ends so long after the one before."""
+BETAS = (0.9, 0.95)
+"""Decay of AdamW's first and second moments."""
+LARGEST_GRADIENT = 1.0
+"""Norm to which gradients are clipped, all parameters together."""
+WARMUP = 0.05
+"""Part of the steps over which the learning rate rises."""
 
 
 def train(
@@ -31,8 +38,8 @@ def train(
 
     ``loss`` must depend on nothing but the module and the step (draw batches from :func:`step_generator`):
     then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. The learning rate
-    warms up over the first 5 % of the steps and decays to zero by a cosine; weights decay, but not vectors (biases,
-    norms); gradients are clipped to norm 1. Raises FloatingPointError if the loss is not finite.
+    follows :func:`learning_rate_factor`; weights decay, but not vectors (biases, norms); gradients are clipped
+    to norm 1. Raises FloatingPointError if the loss is not finite.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
@@ -40,7 +47,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=learning_rate,
-        betas=(0.9, 0.95),
+        betas=BETAS,
     )
     first, losses = 0, []
     if checkpoint is not None and checkpoint.exists():
@@ -60,7 +67,7 @@ def train(
             value.backward()
             if after_backward is not None:
                 after_backward(step)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
             optimizer.step()
             losses.append(float(value.detach()))
             if not math.isfinite(losses[-1]):
@@ -83,8 +90,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first 5 % of the steps, then a cosine down to zero."""
-    warmup = max(1, round(0.05 * steps))
+    """Factor of the learning rate at ``step``: it rises linearly over the first 5 % of the steps, then falls to zero by
+    a cosine."""
+    warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -11,7 +11,7 @@ from qat.factor import Factor
 
 
 def assert_coverage(model: nn.Module, mlps: Sequence[FactorizedMLP]) -> None:
-    """Every factor of ``model`` is fake-quantized, and exactly these are the ones that get packed.
+    """Assert that every factor of ``model`` is fake-quantized, and that exactly these are the ones that get packed.
 
     (torchao's ``quantize_`` passes over what it does not know without a word.) Raises AssertionError.
     """

@@ -16,8 +16,12 @@ from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.moments import MLPMoments, hidden_moments, reduced_energy
 from qat.damping import damped
 
-DAMPING = 0.01
-"""Of least squares on moments of the activations, relative to their mean diagonal, as in GPTQ."""
+ACTIVATION_DAMPING = 0.01
+"""Damping of least squares on moments of the activations, as in GPTQ."""
+INPUT_DAMPING = 1e-4
+"""Damping of least squares on moments of what the quantized basis passes on."""
+BASIS_DAMPING = 1e-6
+"""Damping of products of the basis with itself, singular where it has more entries than the model dimension."""
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def prepare_with_gptq(
 
 
 def _basis_moment(mlps: Sequence[FactorizedMLP], moments: Mapping[int, MLPMoments]) -> Tensor:
-    """How errors in a basis vector count: float64 [d, d].
+    """Moment by which errors in the basis vectors count: float64 [d, d].
 
     It reads x for the first projections, where its errors count by the second moment of x; and it writes y, where
     they all count alike. Both are summed, weighted by how much of the outputs passes through on each way.
@@ -62,7 +66,7 @@ def _basis_moment(mlps: Sequence[FactorizedMLP], moments: Mapping[int, MLPMoment
 def _prepare_first(
     mlp: FactorizedMLP, moments: MLPMoments, before: Tensor | None, layouts: Mapping[str, Layout], learned_scales: bool
 ) -> None:
-    """The first projections; ``before``: the basis before it was quantized."""
+    """Prepare the first projections; ``before``: the basis before it was quantized."""
     H = moments.input.double()
     for name in mlp.site.first:
         projection = mlp.projection(name)
@@ -71,7 +75,7 @@ def _prepare_first(
             after = mlp.basis().double()
             moment = after @ H @ after.T
             lost = target @ (before - after) @ H @ after.T
-            target = target + torch.linalg.solve(damped(moment, 1e-4), lost.T).T
+            target = target + torch.linalg.solve(damped(moment, INPUT_DAMPING), lost.T).T
         layout = layouts[mlp.factor_name(name)]
         projection.prepare(layout, learned_scales=learned_scales, moment=moment, target=target.float())
 
@@ -79,7 +83,7 @@ def _prepare_first(
 def _prepare_last(
     mlp: FactorizedMLP, moments: MLPMoments, before: Tensor | None, layouts: Mapping[str, Layout], learned_scales: bool
 ) -> None:
-    """The last projection, behind first ones that are quantized."""
+    """Prepare the last projection, behind first ones that are quantized."""
     projection = mlp.projection(mlp.site.last)
     target = projection().double()
     moment, cross = (part.double() for part in hidden_moments(mlp, moments.activations))
@@ -87,9 +91,9 @@ def _prepare_last(
         lost = cross - target @ moment
     else:
         after = mlp.basis().double()
-        gram = damped(after @ after.T, 1e-6)
+        gram = damped(after @ after.T, BASIS_DAMPING)
         target = target + torch.linalg.solve(gram, after @ ((before - after).T @ target))
         lost = torch.linalg.solve(gram, after @ (cross - after.T @ (target @ moment)))
-    target = target + torch.linalg.solve(damped(moment, DAMPING), lost.T).T
+    target = target + torch.linalg.solve(damped(moment, ACTIVATION_DAMPING), lost.T).T
     layout = layouts[mlp.factor_name(mlp.site.last)]
     projection.prepare(layout, learned_scales=learned_scales, moment=moment, target=target.float())

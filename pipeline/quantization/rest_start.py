@@ -23,6 +23,7 @@ moment is that of the hidden states plus this part of their mean energy times th
 bits in blocks of 32: perplexity 15.41 rounded to nearest, 14.76 so, on 12,264 tokens where the dense model has 14.01.
 """
 ROWS_AT_ONCE = 16_384
+"""Rows of a table whose codes are found together: GPTQ makes many copies of them, and vocabularies are large."""
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def linear_moments(
 
 @torch.no_grad()
 def gptq_table(weight: Tensor, moment: Tensor, bits: int, block_size: int) -> NBitsTable:
-    """``weight`` float32 [N, K] at 4 or 8 bits, its codes found by GPTQ for inputs of second ``moment`` [K, K]."""
+    """Store ``weight`` float32 [N, K] at 4 or 8 bits, with codes that GPTQ finds for inputs of ``moment`` [K, K]."""
     values, scales = torch.empty(weight.shape), torch.empty(len(weight), weight.shape[1] // block_size)
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
@@ -82,6 +83,7 @@ def tied_moment(hidden: Tensor) -> Tensor:
 def rest_tables(
     model: Any,
     skip: Iterable[str],
+    *,
     run: Callable[[Tensor], Tensor],
     batches: Iterable[Tensor],
     linear_bits: int | None,
@@ -89,7 +91,7 @@ def rest_tables(
     block_size: int,
     progress: Progress,
 ) -> dict[str, NBitsTable]:
-    """Tables of all linear layers outside the MLPs (``skip``: theirs) and of the token table, by module name.
+    """Find the tables of all linear layers outside the MLPs (``skip``: theirs) and of the token table, by module name.
 
     ``run``: token ids to final hidden states. A table that is only looked up is rounded to nearest and not listed.
     """
@@ -126,7 +128,7 @@ def rest_tables(
 
 
 def save_tables(tables: Mapping[str, NBitsTable], path: Path) -> None:
-    """Levels and scales of tables, by name (safetensors)."""
+    """Write codes and scales of tables, by name (safetensors)."""
     tensors: dict[str, Tensor] = {}
     for name, table in tables.items():
         tensors |= {f"{name}/codes": table.codes, f"{name}/scales": table.scales}
@@ -135,7 +137,7 @@ def save_tables(tables: Mapping[str, NBitsTable], path: Path) -> None:
 
 
 def load_tables(path: Path) -> dict[str, NBitsTable]:
-    """Inverse of :func:`save_tables`."""
+    """Read the tables that :func:`save_tables` has written."""
     with safe_open(path, framework="pt") as file:
         return {
             name: table_of_codes(file.get_tensor(f"{name}/codes"), file.get_tensor(f"{name}/scales"), *json.loads(text))

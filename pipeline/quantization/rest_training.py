@@ -69,7 +69,7 @@ class _InUnits(nn.Module):
 
 
 def _original(module: nn.Module, name: str) -> nn.Parameter:
-    """What a parametrized parameter is computed from."""
+    """The parameter from which a parametrized one is computed."""
     parametrizations = module.parametrizations
     assert isinstance(parametrizations, nn.ModuleDict)
     original = parametrizations[name].original

@@ -255,7 +255,8 @@ def basis_layout(recipe: Recipe, group: GroupPlan, segments: Segments) -> Layout
     """Stored basis: U.T [rank, d], segments along the rows."""
     scheme = recipe.quantization.basis
     assert scheme is not None
-    return Layout(group.rank, group.width, scheme.block_size, segments, 0, scheme.levels == "midrise", DENSE)
+    midrise = scheme.levels == "midrise"
+    return Layout(group.rank, group.width, scheme.block_size, segments, segment_axis=0, midrise=midrise)
 
 
 def projection_layout(recipe: Recipe, group: GroupPlan, site: MLPSite, name: str, segments: Segments) -> Layout:
@@ -264,11 +265,18 @@ def projection_layout(recipe: Recipe, group: GroupPlan, site: MLPSite, name: str
     Without a basis V is the dense matrix and the rank axis the model dimension.
     """
     scheme = recipe.quantization.projections
-    midrise = scheme.levels == "midrise"
-    pattern = Pattern.parse(recipe.compression.pattern)
-    if name == site.last:
-        return Layout(group.rank, site.hidden, scheme.block_size, segments, 0, midrise, pattern)
-    return Layout(site.hidden, group.rank, scheme.block_size, segments, 1, midrise, pattern)
+    rows, columns, rank_axis = (
+        (group.rank, site.hidden, 0) if name == site.last else (site.hidden, group.rank, 1)
+    )
+    return Layout(
+        rows,
+        columns,
+        scheme.block_size,
+        segments,
+        segment_axis=rank_axis,
+        midrise=scheme.levels == "midrise",
+        pattern=Pattern.parse(recipe.compression.pattern),
+    )
 
 
 def _sizes(by_bits: dict[int, int]) -> Segments:

@@ -36,6 +36,7 @@ def assemble_report(
     task: Task,
     plan: Plan,
     folder: RunFolder,
+    *,
     artifact: Path,
     packed: PackedModel,
     segments: dict[str, tuple[Segments, Segments]],
@@ -43,7 +44,7 @@ def assemble_report(
     evaluated: dict[Stage, Path],
     errors: dict[TrainedStage, dict[str, float]],
 ) -> Report:
-    """Gather the report.
+    """Put the report of a run together.
 
     ``segments``: of (basis, projections) by group; ``evaluated``: folder of the saved quality by stage; ``errors``: by
     stage and block.

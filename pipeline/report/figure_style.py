@@ -39,7 +39,7 @@ COLOURS = {
 """Name of the CSS variable (after ``--plot-``) → colour on a light page. Hues after Okabe and Ito."""
 
 WIDTH = 8.6
-"""Of a figure, in inches."""
+"""Width of a figure, in inches."""
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """``notes`` follow the table; ``plot`` is shown between the introduction and the table."""
+    """A section of the page. ``notes`` follow the tables; ``plot`` is shown between the introduction and the tables."""
 
     title: str
     introduction: tuple[str, ...]
@@ -455,7 +455,7 @@ def _image_speed(speed: ImageSpeed) -> tuple[str, str, Table]:
 
 
 def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
-    """Return the same as :func:`_image_speed`."""
+    """Return what was run, what it is compared with, and the table."""
     rows = [
         (
             row.backend,

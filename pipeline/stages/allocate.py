@@ -5,7 +5,6 @@ measured by KL(dense ‖ model) on training samples. What changes of several gro
 for small ones; then the best combination within the target is found exactly.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +97,7 @@ def best_combination(measured: Mapping[str, Sequence[Measured]], budget: float) 
 
 
 def _measure(choice: Choice, task: Task, group: GroupPlan, calibration: Path) -> Measured:
-    """``choice`` on ``group`` alone, in the dense model."""
+    """Try ``choice`` on ``group`` alone, in the dense model."""
     recipe = choice.apply(task.recipe)
     (own,) = (found for found in make_plan(recipe, task.sites).groups if found.index == group.index)
     mlps = _quantized(recipe, task.model, own, calibration)
@@ -108,7 +107,7 @@ def _measure(choice: Choice, task: Task, group: GroupPlan, calibration: Path) ->
 
 
 def _quantized(recipe: Recipe, dense: nn.Module, group: GroupPlan, calibration: Path) -> list[FactorizedMLP]:
-    """A group as quantization starts it; sparse projections by one mask, without a fit."""
+    """The MLPs of a group as quantization starts them; sparse projections get one mask, without a fit."""
     mlps, _ = initial_factors(recipe, dense, group, calibration)
     moments = open_moments(dense, group, calibration)
     if recipe.compression.is_masked:
@@ -130,5 +129,4 @@ def _divergence(task: Task, model: nn.Module) -> float:
 
 
 def _load(path: Path) -> list[Measured]:
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return [Measured(Choice(**entry["choice"]), entry["stored_bytes"], entry["divergence"]) for entry in entries]
+    return [Measured(**entry | {"choice": Choice(**entry["choice"])}) for entry in read_json(path)]

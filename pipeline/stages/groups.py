@@ -37,13 +37,16 @@ class Calibrated:
     ``activations``: the stage that recorded them. ``planned``: the stage that ``plan`` follows from.
     """
 
-    recipe: Recipe
     folder: RunFolder
     progress: Progress
     task: Task
     plan: Plan
     activations: StageResult
     planned: StageResult
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.task.recipe
 
     def factorize(self) -> SavedFactors:
         """Factorize every group: ``W ≈ U V``."""
@@ -123,7 +126,7 @@ class _GroupStage:
 
 
 def open_dense(recipe: Recipe, folder: RunFolder, progress: Progress) -> tuple[Task, StageResult]:
-    """The task with its dense model, and what everything depends on that follows from them."""
+    """Make or find the dense model. Returns the task with it, and its stage, whose key covers where it came from."""
     task = make_task(recipe)
     made = folder.stage(
         "model",
@@ -135,9 +138,9 @@ def open_dense(recipe: Recipe, folder: RunFolder, progress: Progress) -> tuple[T
     return task, StageResult(made.folder, digest([task.source_hash, task.data_hash, made.key]))
 
 
-def calibrate(task: Task, dense: StageResult, folder: RunFolder, progress: Progress) -> Calibrated:
-    """Record what the dense model's MLPs read and write (X and Y), and plan the groups; where the recipe has an
-    allocation, it chooses rank, sparsity and bits of each."""
+def calibrate_and_plan(task: Task, dense: StageResult, folder: RunFolder, progress: Progress) -> Calibrated:
+    """Record what the dense model's MLPs read and write (X and Y), then plan the groups: rank, sparsity and bits of
+    each are as the recipe says or, where it has an allocation, chosen by that."""
     recipe = task.recipe
     plan = make_plan(recipe, task.sites)
     activations = folder.stage(
@@ -151,7 +154,7 @@ def calibrate(task: Task, dense: StageResult, folder: RunFolder, progress: Progr
         partial(task.calibrate, plan=plan, progress=progress),
     )
     if recipe.allocate is None:
-        return Calibrated(recipe, folder, progress, task, plan, activations, activations)
+        return Calibrated(folder, progress, task, plan, activations=activations, planned=activations)
     sections = (recipe.allocate, recipe.compression, recipe.quantization)
     allocated = folder.stage(
         "allocate",
@@ -160,7 +163,7 @@ def calibrate(task: Task, dense: StageResult, folder: RunFolder, progress: Progr
         partial(allocate, task=task, plan=plan, calibration=activations.folder, progress=progress),
     )
     chosen = make_plan(recipe, task.sites, load_chosen(recipe, allocated.folder))
-    return Calibrated(recipe, folder, progress, task, chosen, activations, allocated)
+    return Calibrated(folder, progress, task, chosen, activations=activations, planned=allocated)
 
 
 def compute_on_ray(calibrated: Calibrated) -> None:
@@ -185,12 +188,12 @@ def compute_on_ray(calibrated: Calibrated) -> None:
 
 
 def main() -> None:
-    """Compute one group. The recipe is JSON, as :func:`compute_on_ray` wrote it."""
+    """Compute one group in this process. The recipe is JSON, as :func:`compute_on_ray` wrote it."""
     prepare_process()
     path, folder, name = sys.argv[1:]
     recipe, progress = parse_recipe(read_json(Path(path)), path), Progress()
     run_folder = RunFolder(Path(folder), progress)
-    calibrated = calibrate(*open_dense(recipe, run_folder, progress), run_folder, progress)
+    calibrated = calibrate_and_plan(*open_dense(recipe, run_folder, progress), run_folder, progress)
     (group,) = (group for group in calibrated.plan.groups if group.name == name)
     calibrated.compute_group(group)
 

@@ -21,7 +21,7 @@ from pipeline.tasks.base import Task
 
 SEGMENTS = "segments.json"
 REST = "rest.safetensors"
-"""In the folder of a QAT step: what has been trained outside the MLPs."""
+"""File in the folder of a QAT step with what has been trained outside the MLPs."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,16 @@ def finetune(
     recipe, dense = task.recipe, task.model
     assert recipe.finetune is not None
     mlps = before.restore(dense, plan)
-    _train_end_to_end(install(dense, mlps), mlps, recipe.finetune, task, recipe.seed, folder, "fine-tune", progress)
+    _train_end_to_end(
+        install(dense, mlps),
+        mlps,
+        recipe.finetune,
+        task=task,
+        seed=recipe.seed,
+        folder=folder,
+        label="fine-tune",
+        progress=progress,
+    )
     save_groups(folder, plan, dense, mlps, calibration)
     (folder / _CHECKPOINT).unlink(missing_ok=True)
 
@@ -47,9 +56,9 @@ def train_quantized(
         shutil.copyfile(before / REST, folder / REST)
     label = f"QAT {position + 1}, {config.objective}"
     if isinstance(config, LocalTraining):
-        _train_locally(folder, inputs, mlps, config, seed, label, progress)
+        _train_locally(folder, inputs, mlps, config, seed=seed, label=label, progress=progress)
     else:
-        _train_together(folder, inputs, mlps, config, seed, before, label, progress)
+        _train_together(folder, inputs, mlps, config, before=before, seed=seed, label=label, progress=progress)
 
 
 def _train_locally(
@@ -57,6 +66,7 @@ def _train_locally(
     inputs: QuantizationInputs,
     mlps: Sequence[FactorizedMLP],
     config: LocalTraining,
+    *,
     seed: int,
     label: str,
     progress: Progress,
@@ -87,8 +97,9 @@ def _train_together(
     inputs: QuantizationInputs,
     mlps: Sequence[FactorizedMLP],
     config: QuantizedEndToEnd,
-    seed: int,
+    *,
     before: Path,
+    seed: int,
     label: str,
     progress: Progress,
 ) -> None:
@@ -96,7 +107,9 @@ def _train_together(
     model = install(open_base(inputs, before), mlps)
     rest = make_rest_trainable(model, mlps) if config.train_rest else None
     trained = [*mlps] if rest is None else [*mlps, rest]
-    _train_end_to_end(model, trained, config, inputs.task, seed, folder, label, progress)
+    _train_end_to_end(
+        model, trained, config, task=inputs.task, seed=seed, folder=folder, label=label, progress=progress
+    )
     if rest is not None:
         save_rest(rest, folder / REST)
     save_groups(folder, inputs.plan, inputs.dense, mlps, inputs.calibration)
@@ -107,6 +120,7 @@ def _train_end_to_end(
     model: nn.Module,
     trained: Sequence[nn.Module],
     config: EndToEnd,
+    *,
     task: Task,
     seed: int,
     folder: Path,

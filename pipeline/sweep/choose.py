@@ -19,7 +19,8 @@ _BINARY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 @dataclass(frozen=True)
 class Chosen:
-    """``recipe``: as nested mappings. ``description``: the point and its figures in one line."""
+    """The point that was chosen. ``recipe``: as nested mappings. ``description``: the point and its figures in one
+    line."""
 
     point: str
     recipe: dict[str, Any]
@@ -65,7 +66,7 @@ def choose_point(sweep: Path, max_bytes: str | None, max_loss: str | None) -> Ch
 
 
 def parse_bytes(text: str) -> int:
-    """``150MB`` (10⁶), ``1.5GiB`` (2³⁰), ``800000``. Raises InputError."""
+    """Bytes that ``150MB`` (10⁶), ``1.5GiB`` (2³⁰) or ``800000`` stands for. Raises InputError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     units = {name.lower(): power for name, power in (*BYTE_UNITS, *_BINARY_UNITS)} | {"": 1}
     if match is None or match[2].lower() not in units:
@@ -74,7 +75,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_percent(text: str) -> float:
-    """``2%`` → 0.02. Raises InputError."""
+    """Fraction that per cent stand for: ``2%`` → 0.02. Raises InputError."""
     match = re.fullmatch(r"(-?[0-9]+(?:\.[0-9]+)?)\s*%", text.strip())
     if match is None:
         raise InputError(f"--max-loss {text}: write per cent, as in 2%")

@@ -21,7 +21,8 @@ Overrides = dict[str, Any]
 
 
 class SweepFile(Section):
-    """``recipe``: path of the base recipe, relative to the sweep's file. ``set``: overrides for every point.
+    """A sweep's file. ``recipe``: path of the base recipe, relative to the sweep's file. ``set``: overrides for every
+    point.
 
     ``axes``: name → values, each a label with overrides; or, where the name is itself a key of recipes, a plain list of
     its values. Later axes override earlier ones. ``threads``: of each point; all cores, shared by the points that run
@@ -52,8 +53,9 @@ class SweepFile(Section):
 
 @dataclass(frozen=True)
 class Point:
-    """One combination. ``name`` serves as a folder's name; ``labels``: axis → label; ``overrides``: what its recipe has
-    in place of the base recipe's values; ``content``: the recipe as nested mappings, ``recipe`` the same validated."""
+    """One combination of the axes' values. ``name`` serves as a folder's name; ``labels``: axis → label; ``overrides``:
+    what its recipe has in place of the base recipe's values; ``content``: the recipe as nested mappings, ``recipe`` the
+    same validated."""
 
     name: str
     labels: dict[str, str]
@@ -97,7 +99,8 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def _label(key: str, value: Any) -> str:
-    """Of a value that has none, with the last part of its key, so that labels of several axes can be told apart."""
+    """Label of a value that has none, with the last part of its key, so that labels of several axes can be told
+    apart."""
     text = value if isinstance(value, str | int | float) else "+".join(map(str, _leaves(value)))
     return f"{key.rpartition('.')[2]} {text}"
 

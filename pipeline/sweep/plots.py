@@ -90,7 +90,7 @@ Drawn = tuple[Row, str, str]
 def _panel(
     axes: Axes, results: Results, points: Sequence[Drawn], costs: Sequence[float], title: str, *, rising: bool = False
 ) -> None:
-    """Quality over ``costs``; ``rising``: more is better."""
+    """Draw quality over ``costs``; ``rising``: more is better."""
     sign = -1.0 if rising else 1.0
     rows = results.points
     front = pareto_front(rows, [(sign * cost, row.loss) for cost, row in zip(costs, rows, strict=True)])

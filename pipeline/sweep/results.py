@@ -78,12 +78,12 @@ class Results(Record):
     failures: tuple[Failure, ...]
 
 
-def gather(sweep: Sweep, outcomes: Mapping[str, Report | str]) -> Results:
-    """Gather the results from the ``outcomes`` by name of a point: its report, or why there is none.
+def gather(sweep: Sweep, endings: Mapping[str, Report | str]) -> Results:
+    """Gather the results from the ``endings`` by name of a point: its report, or why there is none.
 
     At least one must be a report. What they have in common (data, dense model, hardware) is taken from the first.
     """
-    reports = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Report)}
+    reports = {name: ending for name, ending in endings.items() if isinstance(ending, Report)}
     rows = [_row(point, reports[point.name]) for point in sweep.points if point.name in reports]
     fronts = {size: pareto_front(rows, [(getattr(row, size), row.loss) for row in rows]) for size in SIZES}
     first = reports[rows[0].point]
@@ -106,14 +106,14 @@ def gather(sweep: Sweep, outcomes: Mapping[str, Report | str]) -> Results:
         failures=tuple(
             Failure(point=point.name, labels=point.labels, message=message)
             for point in sweep.points
-            if isinstance(message := outcomes[point.name], str)
+            if isinstance(message := endings[point.name], str)
         ),
     )
 
 
 def pareto_front(items: Sequence[_Item], costs: Sequence[tuple[float, float]]) -> list[_Item]:
-    """Select of ``items``, each with two ``costs`` (less is better), those that no other matches in both and beats in
-    one; by the first cost, rising."""
+    """Select the ``items``, each with two ``costs`` (less is better), that no other matches in both and beats in one;
+    by the first cost, rising."""
     front: list[_Item] = []
     least = float("inf")
     for (_, second), item in sorted(zip(costs, items, strict=True), key=lambda pair: pair[0]):

@@ -23,7 +23,7 @@ COMMAND = "pipeline.cli"
 
 
 class _Finished(Record):
-    """``finished.json``, which stands beside the report of a point."""
+    """Content of ``finished.json``, which stands beside the report of a point."""
 
     key: str
 
@@ -51,15 +51,15 @@ def run_sweep(
         if fresh:
             for name in (POINTS, SHARED):
                 shutil.rmtree(folder / name, ignore_errors=True)
-        outcomes: dict[str, Report | str] = {}
+        endings: dict[str, Report | str] = {}
         commands = []
         for point in sweep.points:
             report = finished_report(folder, point)
             if report is None:
                 commands.append(_prepare(folder, point))
             else:
-                outcomes[point.name] = report
-        progress.say(f"{sweep.name}: {len(sweep.points)} points, {len(outcomes)} finished before")
+                endings[point.name] = report
+        progress.say(f"{sweep.name}: {len(sweep.points)} points, {len(endings)} finished before")
         if engine == "ray":
             running = run_on_ray(commands, threads, progress.say)
         else:
@@ -68,15 +68,15 @@ def run_sweep(
         for outcome in running:
             point_folder = folder / POINTS / outcome.name
             if outcome.status == 0:
-                outcomes[outcome.name] = read_record(Report, point_folder / "report.json")
+                endings[outcome.name] = read_record(Report, point_folder / "report.json")
                 write_record(point_folder / "finished.json", _Finished(key=point_key(points[outcome.name])))
             else:
-                outcomes[outcome.name] = outcome.message
+                endings[outcome.name] = outcome.message
                 progress.say(f"{outcome.name}: failed; the others go on. {outcome.message}")
-        if not any(isinstance(outcome, Report) for outcome in outcomes.values()):
-            complaints = "\n".join(f"{point.name}: {outcomes[point.name]}" for point in sweep.points)
+        if not any(isinstance(ending, Report) for ending in endings.values()):
+            complaints = "\n".join(f"{point.name}: {endings[point.name]}" for point in sweep.points)
             raise StageError(f"no point of the sweep could be run\n{complaints}")
-        results = gather(sweep, outcomes)
+        results = gather(sweep, endings)
         write_results(results, folder)
     return results
 
@@ -95,7 +95,7 @@ def finished_report(folder: Path, point: Point) -> Report | None:
 
 
 def _prepare(folder: Path, point: Point) -> Command:
-    """``fips run`` on the point's recipe, written to its folder, where anybody can repeat it."""
+    """Write a point's recipe into its folder, where anybody can repeat it; returns the command ``fips run`` on it."""
     point_folder = folder / POINTS / point.name
     (point_folder / "finished.json").unlink(missing_ok=True)
     recipe = point_folder / "recipe.yaml"

@@ -107,14 +107,14 @@ class Task(ABC):
         """Record what the MLPs of the plan read and wrote on training samples, never test samples
         (:mod:`pipeline.compression.calibrate`)."""
         record_activations(
-            self.run_dense,
             self.model,
             [site for group in plan.groups for site in group.sites],
-            self.training_batch,
-            self.calibration_samples(),
-            self.recipe.calibration.batch_size,
-            folder,
-            progress,
+            predict=self.run_dense,
+            batch_of=self.training_batch,
+            samples=self.calibration_samples(),
+            batch_size=self.recipe.calibration.batch_size,
+            folder=folder,
+            progress=progress,
         )
 
     @abstractmethod

@@ -206,12 +206,12 @@ class CausalLMTask(Task):
         tables = rest_tables(
             self.model,
             [path for site in self.sites for path in site.linear_paths],
-            lambda input_ids: self.run_dense(input_ids).flatten(0, 1),
-            (self.training_batch(samples[first : first + size]) for first in range(0, len(samples), size)),
-            rest.linear_bits,
-            rest.embedding_bits,
-            rest.block_size,
-            progress,
+            run=lambda input_ids: self.run_dense(input_ids).flatten(0, 1),
+            batches=(self.training_batch(samples[first : first + size]) for first in range(0, len(samples), size)),
+            linear_bits=rest.linear_bits,
+            embedding_bits=rest.embedding_bits,
+            block_size=rest.block_size,
+            progress=progress,
         )
         save_tables(tables, folder / REST_TABLES)
 

@@ -47,9 +47,13 @@ from pipeline.recipe.schema import (
 from pipeline.tasks.base import Dense, Form, Predict, Task, products_in
 
 GOLDEN_IMAGES = 4
+"""Images whose logits the artefact carries."""
 PARITY_IMAGES = 64
+"""Images on which all forms must agree."""
 BENCH_BATCH = 8
+"""Images in a run that is timed."""
 BENCH_SECONDS = 10.0
+"""About how long speed is measured."""
 
 
 class ImageClassificationTask(Task):

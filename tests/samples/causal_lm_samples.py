@@ -127,7 +127,7 @@ CASES = {
 
 @functools.cache
 def language_sample(kind: str, accuracy_level: int = 0) -> LanguageSample:
-    """Exported once per test process. Not to be changed."""
+    """A sample, exported once per test process. Not to be changed."""
     pattern, has_basis, linear_bits, embedding_bits = CASES[kind]
     dense = tiny_language_model(kind)
     bits = 3 if kind == "qwen3" else 4

@@ -47,7 +47,7 @@ def value_on(cell: str, isa: str) -> str:
 
 
 def row_counts(cell: str) -> range:
-    """Of "any", "1", "1 … 4" or "5 …"."""
+    """Numbers of rows that "any", "1", "1 … 4" or "5 …" stands for."""
     if cell == "any":
         return range(1, sys.maxsize)
     first, to, last = cell.partition(" …")

@@ -77,7 +77,8 @@ class Sample:
 def sample(
     kind: str, pattern: str, *, graded: bool = False, accuracy_level: int = 0, has_basis: bool = True
 ) -> Sample:
-    """Exported once per test process; the rest of the model is float16, attention 4 bits. Not to be changed."""
+    """A sample, exported once per test process; the rest of the model is float16, attention 4 bits. Not to be
+    changed."""
     return _sample(kind, pattern, graded, accuracy_level, has_basis)
 
 

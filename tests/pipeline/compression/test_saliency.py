@@ -80,7 +80,8 @@ def test_entries_of_the_last_projection_count_by_activation_and_basis_vector() -
 
 
 def test_saliency_is_what_dropping_one_entry_costs() -> None:
-    """Of a last projection with independent activations: the squared change of the output, entry by entry."""
+    """The saliency of a last projection with independent activations is the squared change of the output, entry by
+    entry."""
     mlps, moments = sample("vit")
     mlp = mlps[0]
     importance = projection_importances(mlps, moments)[len(mlp.site.first)]

@@ -207,7 +207,7 @@ def test_overlapping_windows_are_not_counted_as_independent() -> None:
 
 
 def test_standard_error_covers_the_truth() -> None:
-    """Of texts drawn from a model, the mean loss is within two standard errors of its expectation about 95 times in
+    """The mean loss of texts drawn from a model is within two standard errors of its expectation about 95 times in
     100."""
     probabilities = torch.softmax(torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0)), dim=0)
     entropy = float(-(probabilities * probabilities.log()).sum())

@@ -1,5 +1,6 @@
 """Training of classifiers in a run: which samples a step sees, and what a killed training goes on from."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.plumbing.progress import Progress
 from pipeline.recipe.schema import Training
 
 TRAINING = Training(steps=30, batch_size=16, learning_rate=3e-2)
+train = partial(train_classifier, training=TRAINING, seed=0, progress=Progress())
 
 
 class KilledError(Exception):
@@ -54,13 +56,13 @@ def test_passes_have_orders_of_their_own() -> None:
 
 def test_it_learns() -> None:
     module, split = linear(), two_clouds()
-    train_classifier(module, module, split, TRAINING, 0, Progress())
+    train(module, module, split)
     assert (module(split.inputs).argmax(dim=1) == split.labels).all()
 
 
 def test_a_killed_training_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = linear()
-    train_classifier(expected, expected, two_clouds(), TRAINING, 0, Progress(), augment=noisy)
+    train(expected, expected, two_clouds(), augment=noisy)
     monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", -1.0)
     killed, calls, checkpoint = linear(), 0, tmp_path / "checkpoint.pt"
 
@@ -72,9 +74,9 @@ def test_a_killed_training_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytes
         return killed(inputs)
 
     with pytest.raises(KilledError):
-        train_classifier(killed, forward, two_clouds(), TRAINING, 0, Progress(), checkpoint, noisy)
+        train(killed, forward, two_clouds(), checkpoint=checkpoint, augment=noisy)
     resumed = linear()
-    train_classifier(resumed, resumed, two_clouds(), TRAINING, 0, Progress(), checkpoint, noisy)
+    train(resumed, resumed, two_clouds(), checkpoint=checkpoint, augment=noisy)
     assert torch.equal(resumed.weight, expected.weight)
     assert torch.equal(resumed.bias, expected.bias)
 
@@ -86,4 +88,4 @@ def noisy(inputs: Tensor, generator: torch.Generator) -> Tensor:
 def test_a_training_that_diverges_names_its_learning_rate() -> None:
     module = linear()
     with pytest.raises(InputError, match=r"diverged; lower its learning_rate, 0\.03 .*the loss is nan at step 1"):
-        train_classifier(module, lambda inputs: module(inputs) * torch.nan, two_clouds(), TRAINING, 0, Progress())
+        train(module, lambda inputs: module(inputs) * torch.nan, two_clouds())

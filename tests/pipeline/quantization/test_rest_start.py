@@ -142,7 +142,14 @@ def test_tables_of_a_model(kind: str, linear_bits: int | None, embedding_bits: i
     model = tiny_language_model(kind)
     mlps = [name for name, module in model.named_modules() if "mlp" in name and isinstance(module, nn.Linear)]
     made = rest_tables(
-        model, mlps, body_of(model), [tokens(24, 4)], linear_bits, embedding_bits, 16, Progress()
+        model,
+        mlps,
+        run=body_of(model),
+        batches=[tokens(24, 4)],
+        linear_bits=linear_bits,
+        embedding_bits=embedding_bits,
+        block_size=16,
+        progress=Progress(),
     )
     attention = {
         f"model.layers.{layer}.self_attn.{name}_proj"

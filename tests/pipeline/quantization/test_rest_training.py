@@ -47,7 +47,7 @@ def prepare(architecture: str) -> tuple[Any, Any, Sequence[FactorizedMLP], Train
 
 
 def disturb(rest: TrainableRest) -> None:
-    """As training would: all parameters moved, each entry by something else."""
+    """Move all parameters as training would, each entry by something else."""
     with torch.no_grad():
         for position, parameter in enumerate(rest.parameters()):
             generator = torch.Generator().manual_seed(position)
@@ -115,7 +115,8 @@ def test_every_vector_outside_the_mlps_is_trained(architecture: str) -> None:
 
 
 def test_gradient_of_scales() -> None:
-    """Of a sum of outputs, in closed form: scale times the levels' products with the inputs, block by block."""
+    """The gradient of a sum of outputs has a closed form: scale times the levels' products with the inputs, block by
+    block."""
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(32, 5, bias=True)
     layer = quantize_linears(nn.Sequential(linear), 4, 16)[0]  # type: ignore[index]
