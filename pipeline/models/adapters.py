@@ -106,7 +106,7 @@ def find_mlps(model: nn.Module) -> list[MLPSite]:
     names = layout.names_for(config)
     problems: list[str] = []
     sites = []
-    for block, (indices, path) in enumerate(_expand(model, root + layout.blocks)):
+    for block, path in enumerate(_expand(model, root + layout.blocks)):
         found = _describe(model, f"{path}.mlp", names, problems)
         scale = f"{path}.{layout.output_scale}" if layout.output_scale else None
         if found is None:
@@ -114,11 +114,9 @@ def find_mlps(model: nn.Module) -> list[MLPSite]:
         width, hidden = found
         if scale is not None:
             _check_scale(model, scale, width, problems)
-        stage = indices[0] if len(indices) > 1 else 0
         sites.append(
             MLPSite(
                 block=block,
-                stage=stage,
                 path=f"{path}.mlp",
                 first=names.first,
                 last=names.last,
@@ -136,21 +134,20 @@ def find_mlps(model: nn.Module) -> list[MLPSite]:
     return sites
 
 
-def _expand(model: nn.Module, pattern: str) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Every (indices, path) of ``pattern`` in ``model``, in the order of the module lists."""
+def _expand(model: nn.Module, pattern: str) -> Iterator[str]:
+    """Every path of ``pattern`` in ``model``, in the order of the module lists."""
     head, star, tail = pattern.partition(".*")
     try:
         module = model.get_submodule(head)
     except AttributeError:
         raise InputError(f"the model has no module {head!r}; is it of another version of transformers?") from None
     if not star:
-        yield (), head
+        yield head
         return
     if not isinstance(module, nn.ModuleList):
         raise InputError(f"expected a module list at {head!r}, found {type(module).__name__}")
     for index in range(len(module)):
-        for deeper, path in _expand(model, f"{head}.{index}{tail}"):
-            yield (index, *deeper), path
+        yield from _expand(model, f"{head}.{index}{tail}")
 
 
 def _describe(model: nn.Module, path: str, names: _Names, problems: list[str]) -> tuple[int, int] | None:

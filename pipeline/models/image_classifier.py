@@ -43,14 +43,11 @@ _FEATURE_BATCH = 64
 class LoadedModel:
     """A dense image classifier in evaluation mode, float32, without dropout.
 
-    ``model(pixel_values=[B, 3, image_size, image_size]).logits`` is float32 [B, len(labels)].
-    ``source_hash``: SHA-256 of configuration and weights, wherever they came from.
+    ``model(pixel_values=float32 [B, 3, H, W]).logits`` is float32 [B, labels]. ``source_hash``: SHA-256 of
+    configuration and weights, wherever they came from.
     """
 
     model: nn.Module
-    image_processor: Any
-    image_size: int
-    labels: list[str]
     source_hash: str
 
 
@@ -74,7 +71,6 @@ def load_preprocessing(model: ImageModelSection, data: ImageDataSection) -> Prep
 
 def load_model(
     section: ImageModelSection,
-    preprocessing: Preprocessing,
     data: ImageData,
     seed: int,
     progress: Progress,
@@ -96,7 +92,7 @@ def load_model(
     config: Any = model.config
     config.id2label = dict(enumerate(data.labels))
     config.label2id = {label: index for index, label in enumerate(data.labels)}
-    return LoadedModel(model, preprocessing.image_processor, preprocessing.image_size, data.labels, hash_model(model))
+    return LoadedModel(model, hash_model(model))
 
 
 # --- scratch ---------------------------------------------------------------------------------------------------

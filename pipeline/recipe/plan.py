@@ -19,15 +19,14 @@ from pipeline.recipe.schema import BlockSize, FactorScheme, OneWidth, Recipe
 class MLPSite:
     """One MLP of a model.
 
-    ``block``: running index over the whole model, in execution order. ``stage``: Swin's stage, 0 elsewhere.
-    ``path``: module path of the MLP. ``first``: child names of the linears that read the input, gate before up.
-    ``last``: child name of the last linear. ``activation``: child name of the activation module.
-    ``width``: model dimension d of this block. ``hidden``: output dimension of each first linear.
-    ``output_scale``: path of the layer-scale parameter [d] that multiplies the MLP's output, if there is one.
+    ``block``: running index over the whole model, in execution order. ``path``: module path of the MLP. ``first``:
+    child names of the linears that read the input, gate before up. ``last``: child name of the last linear.
+    ``activation``: child name of the activation module. ``width``: model dimension d of this block. ``hidden``: output
+    dimension of each first linear. ``output_scale``: path of the layer-scale parameter [d] that multiplies the MLP's
+    output, if there is one.
     """
 
     block: int
-    stage: int
     path: str
     first: tuple[str, ...]
     last: str

@@ -81,13 +81,13 @@ class ImageClassificationTask(Task):
         if isinstance(self.section, PretrainedModel):  # stays where it is, uncopied
             return
         checkpoint = folder / "checkpoint.pt"
-        loaded = load_model(self.section, self.preprocessing, self.data, self.recipe.seed, progress, checkpoint)
+        loaded = load_model(self.section, self.data, self.recipe.seed, progress, checkpoint)
         loaded.model.save_pretrained(folder / "model")  # type: ignore[operator]
         checkpoint.unlink(missing_ok=True)
 
     def load_dense(self, folder: Path) -> Dense:
         if isinstance(self.section, PretrainedModel):
-            loaded = load_model(self.section, self.preprocessing, self.data, self.recipe.seed, Progress())
+            loaded = load_model(self.section, self.data, self.recipe.seed, Progress())
             return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash)
         model = model_class().from_pretrained(folder / "model", attn_implementation="eager").eval()
         check_finite(model)

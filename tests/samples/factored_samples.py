@@ -69,10 +69,10 @@ def dense_recipe(**changes: Any) -> Recipe:
     return parse_recipe(settings, "sample.yaml")
 
 
-def site(block: int, width: int = 32, hidden: int = 64, *, gated: bool = False, stage: int = 0) -> MLPSite:
+def site(block: int, width: int = 32, hidden: int = 64, *, gated: bool = False) -> MLPSite:
     first, last = (("gate_proj", "up_proj"), "down_proj") if gated else (("fc1",), "fc2")
     activation = "act_fn" if gated else "activation_fn"
-    return MLPSite(block, stage, f"layers.{block}.mlp", first, last, activation, width, hidden, None)
+    return MLPSite(block, f"layers.{block}.mlp", first, last, activation, width, hidden, None)
 
 
 def tiny(kind: str, seed: int = 0, *, width: int = 32, layers: int = 2) -> nn.Module:

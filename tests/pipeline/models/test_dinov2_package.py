@@ -107,14 +107,14 @@ def test_classifier_with_a_trained_head() -> None:
     data_section = DigitsData(source="digits", image_size=28)
     preprocessing = load_preprocessing(section(), data_section)
     data = load_data(data_section, preprocessing, 0, train_samples=200, test_samples=100)
-    loaded = load_model(section(), preprocessing, data, 0, Progress())
+    loaded = load_model(section(), data, 0, Progress())
     assert isinstance(data.test, TensorSplit)
     with torch.no_grad():
         logits = loaded.model(pixel_values=data.test.inputs).logits
     assert (logits.argmax(dim=1) == data.test.labels).float().mean() > 0.8
-    assert loaded.labels == list("0123456789")
+    assert list(loaded.model.config.id2label.values()) == list("0123456789")
     assert len(find_mlps(loaded.model)) == 12
-    assert load_model(section(), preprocessing, data, 0, Progress()).source_hash == loaded.source_hash
+    assert load_model(section(), data, 0, Progress()).source_hash == loaded.source_hash
 
 
 def test_head_of_separable_features_and_its_standardisation() -> None:

@@ -30,7 +30,7 @@ def sites(count: int = 4, **options: int) -> list[MLPSite]:
 
 def swin_sites() -> list[MLPSite]:
     widths = [32, 32, 64, 64, 64]
-    return [site(block, width, 2 * width, stage=width // 64) for block, width in enumerate(widths)]
+    return [site(block, width, 2 * width) for block, width in enumerate(widths)]
 
 
 def problems(wanted: Recipe, members: list[MLPSite]) -> list[str]:
