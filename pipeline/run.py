@@ -129,7 +129,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
             progress=progress,
         ),
     )
-    evaluations.folders |= deliver.quality_folders(validated.folder)
+    evaluations.folders |= deliver.quality_folders(validated.folder, task)
     folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact))
     report = assemble_report(
         task,

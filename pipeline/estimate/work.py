@@ -7,16 +7,17 @@ measurements of speed are not counted, nor samples where only the data says how 
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.estimate.memory import FLOAT32_BYTES
+from pipeline.evaluation.measurements import Stage
 from pipeline.recipe.choices import choices_of
 from pipeline.recipe.plan import GroupPlan, Plan
-from pipeline.recipe.schema import EndToEnd, Fit, LocalTraining, Recipe, ScratchModel, TextSection
+from pipeline.recipe.schema import EndToEnd, Fit, LocalTraining, Precision, Recipe, ScratchModel, TextSection
 from qat.losses import FREQUENT, SAMPLED
 
 FORWARD_AND_BACKWARD = 3
@@ -60,7 +61,7 @@ class MLPTraining:
     mlps: int
     others: int
     quantized: bool
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ def trainings(recipe: Recipe) -> dict[str, Fit | EndToEnd | LocalTraining]:
 def evaluations(recipe: Recipe) -> int:
     """How often the whole model passes over the test samples, in one form or another (:mod:`pipeline.run`)."""
     is_fips = recipe.compression.method == "fips"
-    forms = {
+    forms: dict[Stage, bool] = {
         "dense": True,
         "factorized": is_fips,
         "fitted": recipe.fit is not None,

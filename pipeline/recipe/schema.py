@@ -15,6 +15,7 @@ PatternName = Literal["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]
 BlockSize = Literal[16, 32, 64, 128, 256]
 OneWidth = Literal[2, 3, 4]
 """Bits that all values of a factor can have; segments of the rank axis can have 8, too."""
+Precision = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -290,7 +291,7 @@ class EndToEnd(Section):
     batch_size: Positive = 128
     learning_rate: PositiveFloat = 1e-4
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
 
 class QuantizedEndToEnd(EndToEnd):

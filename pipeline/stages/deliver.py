@@ -31,6 +31,8 @@ GOLDEN_TOLERANCE = {0: PARITY_TOLERANCE, 4: 0.2}
 FREEZING_TOLERANCE = 1e-4
 """Allowed difference of what the stored numbers compute from what the fake-quantized ones do, relative to the largest
 logit: they are the same numbers, summed in another order."""
+_STAGES: dict[str, Stage] = {"native": "onnx_native", "portable": "onnx_portable"}
+"""Backend → the report's name of the artefact on it."""
 
 
 def export(out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path) -> None:
@@ -96,7 +98,7 @@ def validate(
         raise StageError(f"{error}; the artefact was moved to {rejected}") from None
     for backend in task.evaluated_backends:
         session = load(artifact, native=backend == "native", verify=backend == "native")
-        name = f"onnx_{backend}"
+        name = _STAGES[backend]
         progress.say(f"  {name}: {task.measure(session, out / name, name, progress, against_dense=dense_quality)}")
         del session
     write_record(out / "parity.json", _describe_parity(parity))
@@ -117,10 +119,9 @@ def _describe_parity(parity: Parity) -> Agreement:
     )
 
 
-def quality_folders(validated: Path) -> dict[Stage, Path]:
+def quality_folders(validated: Path, task: Task) -> dict[Stage, Path]:
     """Folders in which :func:`validate` has saved the artefact's quality, by the report's name of the stage."""
-    names: tuple[Stage, ...] = ("onnx_native", "onnx_portable")
-    return {name: validated / name for name in names if (validated / name).is_dir()}
+    return {_STAGES[backend]: validated / _STAGES[backend] for backend in task.evaluated_backends}
 
 
 def bench(out: Path, task: Task, artifact: Path) -> None:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Union
+from typing import Union
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from pipeline.compression.calibrate import record_activations
 from pipeline.evaluation.measurements import Benchmark, ImageDivergence, Quality, Samples, Stage, TextDivergence
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.plan import MLPSite, Plan
-from pipeline.recipe.schema import EndToEnd, Recipe
+from pipeline.recipe.schema import EndToEnd, Precision, Recipe
 
 Predict = Callable[[Tensor], Tensor]
 """A PyTorch model as a function of a batch of samples: logits, float32."""
@@ -185,7 +185,7 @@ class Task(ABC):
         """Time the artefact beside the dense model, and measure its memory."""
 
 
-def products_in(precision: Literal["float32", "bfloat16"]) -> torch.autocast:
+def products_in(precision: Precision) -> torch.autocast:
     """Make a context in which a model's matrix products are computed in ``precision``; its weights and their gradients
     stay float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,3 +1,5 @@
+// Rounds the activations, cuts a product into tiles for the threads, and adds what the parts of a sum give.
+
 #include "matmul.h"
 
 #include <algorithm>
