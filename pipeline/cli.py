@@ -186,12 +186,13 @@ def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> N
     from fips_ort.manifest import read_manifest
     from fips_ort.memory import measure_memory
     from pipeline.evaluation.image_speed import artefact_sessions, seconds_per_run
+    from pipeline.evaluation.measurements import NATIVE
 
     golden = np.load(artifact / read_manifest(artifact).golden.inputs["pixel_values"])
     pixel_values = np.resize(golden, (batch, *golden.shape[1:]))
     table = Table("backend", "images/s", "ms per run", "load RSS MB", "peak RSS MB", box=None)
     for name, value in seconds_per_run(artefact_sessions(artifact, threads), pixel_values, seconds).items():
-        memory = measure_memory(artifact, native="native" in name)
+        memory = measure_memory(artifact, native=name == NATIVE)
         table.add_row(
             name,
             f"{batch / value:.1f}",

@@ -32,6 +32,7 @@ from pipeline import cli
 from pipeline.compression.factors import install, named_factors
 from pipeline.evaluate_artifact import evaluate_artifact
 from pipeline.evaluation import text_speed
+from pipeline.evaluation.measurements import NATIVE
 from pipeline.generate import greedy_tokens
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.progress import Progress
@@ -289,7 +290,7 @@ def test_bench_measures_other_folders_in_the_same_run(
         cli.main()
     assert not ended.value.code
     lines = capfd.readouterr().out.splitlines()
-    for name in (text_speed.NATIVE, text_speed.INT4, str(other)):
+    for name in (NATIVE, text_speed.INT4, str(other)):
         figures = next(line for line in lines if name in line).split()[-4:]
         assert all(float(figure) > 0 for figure in figures)
 

@@ -14,11 +14,11 @@ from torch import nn
 from exporters.image_classifier import export_image_classifier
 from exporters.rest import quantize_linears
 from fips_ort.load import load
+from pipeline.evaluation.measurements import NATIVE
 from pipeline.evaluation.turns import interleave
 
 DENSE_FLOAT32 = "dense float32, onnxruntime"
 DENSE_INT4 = "dense MatMulNBits 4 bit, onnxruntime"
-NATIVE = "artefact, native kernels"
 PORTABLE = "artefact, portable functions"
 
 

@@ -197,6 +197,9 @@ class Agreement(Record):
 
 # --- speed and memory ------------------------------------------------------------------------------------------
 
+NATIVE = "artefact, native kernels"
+"""Name of the backend that every speed is about, in the first of its rows."""
+
 
 class ImageSpeedRow(Record):
     """Speed of one backend. The ratio is to the dense model at float32."""

@@ -20,13 +20,12 @@ from torch import nn
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
-from pipeline.evaluation.measurements import TokenSpeed, TokenSpeedRow
+from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
 from pipeline.evaluation.turns import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import Recipe
 
-NATIVE = "artefact, native kernels"
 INT4 = "int4, onnxruntime-genai's builder"
 INT4_BLOCK = 32
 """Block size of the int4 model: the builder's default."""

@@ -33,8 +33,9 @@ from pipeline.recipe.schema import (
     Training,
 )
 
-# Plain MatMul and Softmax nodes: exports to any opset and gives the same bits on every run.
-_ATTENTION = "eager"
+ATTENTION = "eager"
+"""Transformers' name of attention in plain MatMul and Softmax nodes: exports to any opset and gives the same bits on
+every run."""
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
 _FEATURE_BATCH = 64
 
@@ -131,7 +132,7 @@ def _train_scratch(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model = model_class().from_config(config, attn_implementation=_ATTENTION)
+            model = model_class().from_config(config, attn_implementation=ATTENTION)
         except CONFIG_ERRORS as error:
             raise InputError(f"model.config: {' '.join(str(error).split())}") from None
     model.train()
@@ -177,7 +178,7 @@ def _pretrained(section: PretrainedModel) -> nn.Module:
         partial(_from_hub, section, model_class().from_pretrained, config=config),
         f"model.path: {section.path}",
         "a fine-tuned image classifier",
-        attention=_ATTENTION,
+        attention=ATTENTION,
     )
     return model
 
@@ -206,7 +207,7 @@ def _packaged_with_head(
 ) -> nn.Module:
     path = package_file(section.package, section.file, "model")
     model = load_classifier(path, section.image_size, len(data.labels))
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(ATTENTION)
     model.eval()
     model.classifier = train_head(model, data, section.head, seed, progress, checkpoint)
     return model

@@ -30,7 +30,7 @@ from pipeline.evaluation.measurements import (
     Stage,
 )
 from pipeline.models.adapters import find_mlps
-from pipeline.models.image_classifier import load_model, load_preprocessing, model_class
+from pipeline.models.image_classifier import ATTENTION, load_model, load_preprocessing, model_class
 from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
@@ -89,7 +89,7 @@ class ImageClassificationTask(Task):
         if isinstance(self.section, PretrainedModel):
             loaded = load_model(self.section, self.data, self.recipe.seed, Progress())
             return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash)
-        model = model_class().from_pretrained(folder / "model", attn_implementation="eager").eval()
+        model = model_class().from_pretrained(folder / "model", attn_implementation=ATTENTION).eval()
         check_finite(model)
         return Dense(model, find_mlps(model), hash_model(model))
 

@@ -19,8 +19,7 @@ import torch
 import yaml
 
 from pipeline import cli
-from pipeline.evaluation.image_speed import NATIVE
-from pipeline.evaluation.measurements import ArtifactMemory, Benchmark, ImageSpeed, ImageSpeedRow
+from pipeline.evaluation.measurements import NATIVE, ArtifactMemory, Benchmark, ImageSpeed, ImageSpeedRow
 from pipeline.plumbing import training_loop
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.progress import Advance, Progress
