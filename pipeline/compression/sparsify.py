@@ -1,6 +1,6 @@
 """Sparsification of the projections during the fit: GMP, RigL, static magnitude; bitmap or n:m patterns.
 
-FiPS, section 3.2 and appendix. All three algorithms act on masks only, between optimiser steps:
+FiPS, section 3.2 and appendix. The algorithms act on masks only, between optimiser steps:
 
 - static magnitude: the final mask at once, before the first step, and never again.
 - GMP (Zhu & Gupta, arXiv 1710.01878): sparsity rises along ``s(t) = s_f + (s_0 - s_f)(1 - t)³``, smallest

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from pipeline.quantization.prepare import prepare_factors
 from pipeline.quantization.segments import choose_segments
 from pipeline.recipe.plan import GroupPlan, MLPSite, Segments, make_plan
 from pipeline.recipe.reading import parse_recipe
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import Recipe, Sparsifier
 
+ALGORITHMS: tuple[str, ...] = get_args(Sparsifier.model_fields["algorithm"].annotation)
+"""All sparsifiers that a recipe can ask for."""
 CONTENT: dict[str, Any] = {
     "name": "sample",
     "model": {

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from factored_samples import ALGORITHMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -176,7 +177,7 @@ def test_gmp_prunes_along_the_schedule_and_never_back(seed: int, ranking: str) -
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", N_OF_M)
-@pytest.mark.parametrize("algorithm", ["gmp", "static", "rigl"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(("steps", "end"), [(40, 0.75), (7, 0.5), (3, 0.99), (2, 0.01), (1, 0.75)])
 def test_every_algorithm_ends_on_the_pattern(seed: int, name: str, algorithm: str, steps: int, end: float) -> None:
     pattern = Pattern.parse(name)
@@ -189,7 +190,7 @@ def test_every_algorithm_ends_on_the_pattern(seed: int, name: str, algorithm: st
         assert torch.all(kept_in_groups(projection.mask, pattern) == pattern.keep)
 
 
-@pytest.mark.parametrize("algorithm", ["gmp", "static", "rigl"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("ranking", ["layer", "group"])
 @pytest.mark.parametrize(("steps", "end"), [(40, 0.75), (10, 0.99), (1, 0.75)])
 def test_every_algorithm_ends_at_the_exact_sparsity(algorithm: str, ranking: str, steps: int, end: float) -> None:
@@ -259,7 +260,7 @@ def test_rigl_swaps_by_the_cosine_and_grows_by_gradient(name: str) -> None:
     assert swaps > 30
 
 
-@pytest.mark.parametrize("algorithm", ["gmp", "static", "rigl"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", ["bitmap", "1:4"])
 @pytest.mark.parametrize("killed_at", [1, 5, 6, 15, 29, 31])
 def test_resumed_schedule_gives_the_same_masks(algorithm: str, name: str, killed_at: int) -> None:
