@@ -95,7 +95,12 @@ const Kernels* find_kernels(const char* name) {
 const Kernels& select_kernels() {
   if (const char* name = std::getenv("FIPS_ORT_ISA")) {
     if (const Kernels* kernels = find_kernels(name)) return *kernels;
-    throw std::invalid_argument(std::string("FIPS_ORT_ISA=") + name + ": unknown, or this CPU lacks it");
+    std::string runnable;
+    for (const InstructionSet& set : kInstructionSets) {
+      if (set.supported()) runnable += std::string(runnable.empty() ? "" : ", ") + set.kernels->name;
+    }
+    throw std::invalid_argument(std::string("FIPS_ORT_ISA=") + name + ": unknown, or this CPU lacks it; it has " +
+                                runnable);
   }
   for (const InstructionSet& set : kInstructionSets) {
     if (set.supported()) return *set.kernels;
