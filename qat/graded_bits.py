@@ -11,7 +11,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from fips_ort.layout import BIT_WIDTHS
+from fips_ort.layout import BIT_WIDTHS, Segments, segments_with
 
 # Mean squared error of the best uniform quantizer of a unit Gaussian with 2**bits levels (Max 1960, table II).
 _DISTORTION = {2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.0001}
@@ -21,8 +21,8 @@ def allocate_bits(energy: NDArray[np.float64], budget: float) -> NDArray[np.int6
     """Bits for each of n equally large chunks of the rank axis.
 
     ``energy``: float64 [n], mean squared contribution of a chunk to the output. ``budget``: mean bits per value
-    over all chunks. Returns int64 [n] out of 2, 3, 4, 8, falling along the order of falling energy, whose mean is
-    at most ``budget``. Raises ValueError if the budget is below the smallest bit-width.
+    over all chunks. Returns int64 [n], each one of ``BIT_WIDTHS``, falling along the order of falling energy, with a
+    mean of at most ``budget``. Raises ValueError if the budget is below the smallest bit-width.
     """
     widths = sorted(BIT_WIDTHS)
     if budget < widths[0]:
@@ -53,7 +53,6 @@ def allocate_bits(energy: NDArray[np.float64], budget: float) -> NDArray[np.int6
     return falling
 
 
-def segments_of(bits: NDArray[np.int64], chunk: int) -> tuple[int, int, int, int]:
-    """Sizes of the 8-, 4-, 3- and 2-bit segments for chunks of ``chunk`` rank entries with the given bits."""
-    sizes = [int((bits == width).sum()) * chunk for width in BIT_WIDTHS]
-    return sizes[0], sizes[1], sizes[2], sizes[3]
+def segments_of(bits: NDArray[np.int64], chunk: int) -> Segments:
+    """Segments of the rank axis for chunks of ``chunk`` rank entries with the given bits, int64 [chunks]."""
+    return segments_with({width: int((bits == width).sum()) * chunk for width in BIT_WIDTHS})

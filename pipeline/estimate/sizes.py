@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.recipe.plan import GroupPlan, GroupSize, MLPSite, Plan, Segments, given_segments, group_size
+from fips_ort.layout import Segments, segments_with
+from pipeline.recipe.plan import GroupPlan, GroupSize, MLPSite, Plan, given_segments, group_size
 from pipeline.recipe.schema import Recipe
 
 _SCALE_BITS = 16
@@ -21,7 +22,7 @@ def least_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
 
 def least_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments, Segments]:
     """Segments of (basis, projections) of a group; 2 bits for the whole rank axis where they are allocated later."""
-    two_bits = (0, 0, 0, group.rank)
+    two_bits = segments_with({2: group.rank})
     basis, projections = given_segments(recipe, group)
     return basis or two_bits, projections or two_bits
 

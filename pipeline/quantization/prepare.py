@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import nn
 
-from fips_ort.layout import Layout
+from fips_ort.layout import Layout, Segments
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import empty_group, load_factors, named_factors
 from pipeline.compression.moments import MLPMoments
 from pipeline.quantization.group_start import prepare_with_gptq
 from pipeline.quantization.segments import choose_segments, sort_rank_entries
-from pipeline.recipe.plan import GroupPlan, Segments, basis_layout, projection_layout
+from pipeline.recipe.plan import GroupPlan, basis_layout, projection_layout
 from pipeline.recipe.schema import Recipe
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fips_ort.layout import BIT_WIDTHS
+from fips_ort.layout import BIT_WIDTHS, Segments, segments_with
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.moments import MLPMoments, reduced_energy
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.plan import GroupPlan, Segments, given_segments, group_size
+from pipeline.recipe.plan import GroupPlan, given_segments, group_size
 from pipeline.recipe.schema import Recipe
 from qat.factor import Factor
 from qat.graded_bits import allocate_bits, segments_of
@@ -36,7 +36,7 @@ def choose_segments(
     given = given_segments(recipe, group)
     if given[0] is not None and given[1] is not None:
         return given[0], given[1]
-    at_two_bits = (0, 0, 0, group.rank)
+    at_two_bits = segments_with({2: group.rank})
     base = group_size(recipe, group, given[0] or at_two_bits, given[1] or at_two_bits)
     assert quantization.target_stored_bits is not None
     least = 8 * base.stored

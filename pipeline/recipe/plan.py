@@ -10,7 +10,7 @@ from typing import get_args
 
 import numpy as np
 
-from fips_ort.layout import BIT_WIDTHS, DENSE, Layout, Pattern
+from fips_ort.layout import DENSE, Layout, Pattern, Segments, segments_with
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import BlockSize, FactorScheme, OneWidth, Recipe
 
@@ -217,18 +217,16 @@ def kept_parameters(rank: int, width: int, columns: int, sparsity: float) -> flo
 
 # --- layouts ---------------------------------------------------------------------------------------------------
 
-Segments = tuple[int, int, int, int]
-
 
 def scheme_segments(scheme: FactorScheme, group: GroupPlan, chunk: int) -> Segments | None:
-    """Sizes of the 8-, 4-, 3- and 2-bit segments of a group's rank axis, multiples of ``chunk``.
+    """Segments of a group's rank axis, multiples of ``chunk``.
 
     None if the scheme leaves them to the allocation. The last segment takes what rounding leaves.
     """
     if scheme.bits == "allocate":
         return None
     if isinstance(scheme.bits, int):
-        return _sizes({scheme.bits: group.rank})
+        return segments_with({scheme.bits: group.rank})
     sizes: dict[int, int] = {}
     left = group.rank
     for grade in scheme.bits[:-1]:
@@ -236,7 +234,7 @@ def scheme_segments(scheme: FactorScheme, group: GroupPlan, chunk: int) -> Segme
         sizes[grade.bits] = size
         left -= size
     sizes[scheme.bits[-1].bits] = left
-    return _sizes(sizes)
+    return segments_with(sizes)
 
 
 def given_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments | None, Segments | None]:
@@ -246,7 +244,7 @@ def given_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments | None, S
     """
     quantization = recipe.quantization
     chunk = quantization.projections.block_size
-    basis = (0, 0, 0, 0) if quantization.basis is None else scheme_segments(quantization.basis, group, chunk)
+    basis = segments_with({}) if quantization.basis is None else scheme_segments(quantization.basis, group, chunk)
     return basis, scheme_segments(quantization.projections, group, chunk)
 
 
@@ -276,11 +274,6 @@ def projection_layout(recipe: Recipe, group: GroupPlan, site: MLPSite, name: str
         midrise=scheme.levels == "midrise",
         pattern=Pattern.parse(recipe.compression.pattern),
     )
-
-
-def _sizes(by_bits: dict[int, int]) -> Segments:
-    sizes = [by_bits.get(bits, 0) for bits in BIT_WIDTHS]
-    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------

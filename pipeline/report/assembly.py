@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.packed_model import PackedModel
-from fips_ort.layout import BIT_WIDTHS
+from fips_ort.layout import BIT_WIDTHS, Segments
 from fips_ort.manifest import read_manifest
 from fips_ort.packed import PackedWeight, unpack
 from pipeline.compression.factorized_mlp import FactorizedMLP
@@ -15,7 +15,7 @@ from pipeline.plumbing.hardware import describe_hardware
 from pipeline.plumbing.peak_memory import peak_rss_bytes
 from pipeline.plumbing.records import read_record
 from pipeline.plumbing.run_folder import RunFolder, versions
-from pipeline.recipe.plan import GroupPlan, Plan, Segments
+from pipeline.recipe.plan import GroupPlan, Plan
 from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import (
     BitsPerWeight,

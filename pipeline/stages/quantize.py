@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fips_ort.layout import Segments
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import install
 from pipeline.compression.moments import open_moments
@@ -14,7 +15,7 @@ from pipeline.plumbing.progress import Progress
 from pipeline.quantization.freeze import assert_coverage
 from pipeline.quantization.prepare import restore_prepared, start_quantization
 from pipeline.quantization.rest_training import open_trained_rest
-from pipeline.recipe.plan import Plan, Segments
+from pipeline.recipe.plan import Plan
 from pipeline.recipe.schema import Recipe
 from pipeline.stages.results import FACTORS, SavedFactors, save_groups
 from pipeline.tasks.base import Task

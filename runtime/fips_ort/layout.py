@@ -6,13 +6,15 @@ cut into up to four *segments* stored with 8, 4, 3 and 2 bits, always in this or
 entries can be permuted freely, so sorting them by bit-width loses nothing).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fips_ort.bits import packed_size
 
 BIT_WIDTHS = (8, 4, 3, 2)
 """Bit-widths of the segments, in the order in which they are stored."""
+Segments = tuple[int, ...]
+"""How many entries along an axis each of :data:`BIT_WIDTHS` has, in this order."""
 TILE_ROWS = 16
 """Rows whose entries lie together in n:m weights."""
 STEP_GROUPS = 4
@@ -32,16 +34,15 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if (self.keep, self.of) not in _PATTERN_NAMES:
-            supported = ", ".join(_PATTERN_NAMES.values())
-            raise ValueError(f"unsupported pattern {self.keep}:{self.of}; supported: {supported}")
+            raise ValueError(f"unsupported pattern {self.keep}:{self.of}; supported: {', '.join(PATTERNS)}")
 
     @classmethod
     def parse(cls, name: str) -> "Pattern":
-        """The pattern called ``name``: 'dense', 'bitmap', '1:4', '2:4', '1:8' or '2:8'."""
+        """The pattern called ``name``, one of :data:`PATTERNS`. Raises ValueError for others."""
         for key, known in _PATTERN_NAMES.items():
             if known == name:
                 return cls(*key)
-        raise ValueError(f"unsupported pattern {name!r}; supported: {', '.join(_PATTERN_NAMES.values())}")
+        raise ValueError(f"unsupported pattern {name!r}; supported: {', '.join(PATTERNS)}")
 
     def __str__(self) -> str:
         return _PATTERN_NAMES[self.keep, self.of]
@@ -58,6 +59,8 @@ class Pattern:
 
 
 _PATTERN_NAMES = {(0, 0): "dense", (1, 1): "bitmap", (1, 4): "1:4", (2, 4): "2:4", (1, 8): "1:8", (2, 8): "2:8"}
+PATTERNS = tuple(_PATTERN_NAMES.values())
+"""Names of all patterns."""
 DENSE = Pattern(0, 0)
 BITMAP = Pattern(1, 1)
 
@@ -66,8 +69,8 @@ BITMAP = Pattern(1, 1)
 class Layout:
     """Everything about a packed weight except its data.
 
-    ``segments`` holds the number of entries along ``segment_axis`` (0 = rows, 1 = columns) stored with 8, 4, 3
-    and 2 bits. ``midrise``: a signed level ``q`` in ``-2**(bits-1) … 2**(bits-1)-1`` stands for
+    ``segments`` holds the number of entries along ``segment_axis`` (0 = rows, 1 = columns) stored with each of
+    :data:`BIT_WIDTHS`. ``midrise``: a signed level ``q`` in ``-2**(bits-1) … 2**(bits-1)-1`` stands for
     ``(q + 0.5) * scale`` instead of ``q * scale``, which uses all levels symmetrically and has no zero.
 
     Raises ValueError for sizes that do not fit together: every cut along the columns must be a multiple of
@@ -77,7 +80,7 @@ class Layout:
     rows: int
     columns: int
     block_size: int
-    segments: tuple[int, int, int, int]
+    segments: Segments
     segment_axis: int = 0
     midrise: bool = False
     pattern: Pattern = field(default=DENSE)
@@ -91,7 +94,9 @@ class Layout:
             raise ValueError(f"block_size {self.block_size} does not divide the {self.columns} columns")
         check_block_size(self.block_size, self.pattern)
         length = self.columns if self.segment_axis else self.rows
-        if len(self.segments) != len(BIT_WIDTHS) or min(self.segments) < 0 or sum(self.segments) != length:
+        if len(self.segments) != len(BIT_WIDTHS):
+            raise ValueError(f"segments {self.segments} are not {len(BIT_WIDTHS)}, one for each of {BIT_WIDTHS} bits")
+        if min(self.segments) < 0 or sum(self.segments) != length:
             raise ValueError(
                 f"segments {self.segments} do not add up to the {length} entries of axis {self.segment_axis}",
             )
@@ -103,12 +108,9 @@ class Layout:
     @classmethod
     def uniform(cls, rows: int, columns: int, bits: int, block_size: int, *, midrise: bool = False,
                 segment_axis: int = 0, pattern: Pattern = DENSE) -> "Layout":
-        """A layout with one bit-width (8, 4, 3 or 2) for the whole matrix."""
-        if bits not in BIT_WIDTHS:
-            raise ValueError(f"bits must be one of {sorted(BIT_WIDTHS)}, got {bits}")
-        length = columns if segment_axis else rows
-        sizes = [length if bits == width else 0 for width in BIT_WIDTHS]
-        return cls(rows, columns, block_size, (sizes[0], sizes[1], sizes[2], sizes[3]), segment_axis, midrise, pattern)
+        """A layout with one of :data:`BIT_WIDTHS` for the whole matrix."""
+        segments = segments_with({bits: columns if segment_axis else rows})
+        return cls(rows, columns, block_size, segments, segment_axis, midrise, pattern)
 
     @property
     def scales_shape(self) -> tuple[int, int]:
@@ -170,6 +172,15 @@ class Layout:
                 result.append((bits, rows, part) if self.segment_axis else (bits, part, columns))
             start += size
         return result
+
+
+def segments_with(sizes: Mapping[int, int]) -> Segments:
+    """Segments with these ``sizes`` by their bits, and empty ones for the other widths. Raises ValueError for bits
+    that are none of :data:`BIT_WIDTHS`."""
+    for bits in sizes:
+        if bits not in BIT_WIDTHS:
+            raise ValueError(f"bits must be one of {sorted(BIT_WIDTHS)}, got {bits}")
+    return tuple(sizes.get(bits, 0) for bits in BIT_WIDTHS)
 
 
 def _entries(part: tuple[int, slice, slice]) -> int:

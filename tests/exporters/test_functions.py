@@ -4,10 +4,10 @@ import onnxruntime
 import pytest
 from onnx import helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
-from op_samples import PATTERNS, layouts, op_model, random_weight, relative_error, session_options
+from op_samples import layouts, op_model, random_weight, relative_error, session_options
 
 from exporters.functions import op_functions
-from fips_ort.layout import BITMAP, Layout, Pattern
+from fips_ort.layout import BITMAP, PATTERNS, Layout, Pattern
 from fips_ort.packed import pack
 from fips_ort.reference import q_matmul
 

@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
+from fips_ort.layout import BIT_WIDTHS, BITMAP, DENSE, PATTERNS, Layout, Pattern
 from fips_ort.packed import dequantize, unpack
 from pipeline.compression.sparsify import MaskSchedule, magnitude_masks
 from pipeline.recipe.schema import Sparsifier
 from qat.factor import Factor
 
-PATTERNS = ["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]
 SEGMENTS = [(0, 128, 0, 0), (0, 0, 128, 0), (0, 0, 0, 128), (0, 64, 0, 64), (64, 0, 64, 0)]
 
 
@@ -119,7 +118,7 @@ def test_masks_may_change_until_frozen() -> None:
 def test_more_bits_less_error(bits: int) -> None:
     values = matrix(0)
     errors = []
-    for width in (2, 3, 4, 8):
+    for width in sorted(BIT_WIDTHS):
         factor = Factor(values)
         factor.prepare(Layout.uniform(128, 128, width, 64, midrise=bool(bits % 2)), learned_scales=False)
         errors.append(float(((factor() - values) / factor.gain).square().mean().detach()))

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from op_samples import PATTERNS, layouts, random_levels, random_mask, random_weight
+from op_samples import layouts, random_levels, random_mask, random_weight
 
 from fips_ort.bits import PLANES, pack_bits, pack_chunks, packed_size, unpack_bits, unpack_chunks
-from fips_ort.layout import BITMAP, DENSE, Layout, Pattern
+from fips_ort.layout import BITMAP, DENSE, PATTERNS, Layout, Pattern
 from fips_ort.ops import ATTRIBUTES, node_attributes, op_type
 from fips_ort.packed import PackedWeight, dequantize, pack, unpack
 from fips_ort.reference import q_matmul
@@ -181,6 +181,8 @@ def test_layout_refuses_sizes_that_do_not_fit() -> None:
         Layout.uniform(4, 64, 4, 16, pattern=Pattern(1, 4))
     with pytest.raises(ValueError, match=r"segments \(1, 1, 1, 0\) do not add up to the 4 entries of axis 0"):
         Layout(4, 64, 16, (1, 1, 1, 0))
+    with pytest.raises(ValueError, match=r"segments \(2, 2\) are not 4, one for each of \(8, 4, 3, 2\) bits"):
+        Layout(4, 64, 16, (2, 2))
     with pytest.raises(ValueError, match="not multiples of block_size 16"):
         Layout(4, 64, 16, (8, 56, 0, 0), segment_axis=1)
     with pytest.raises(ValueError, match="bits must be one of"):

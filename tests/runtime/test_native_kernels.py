@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from isa import available_isas
 from onnx import numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
-from op_samples import PATTERNS, layouts, op_model, random_weight, relative_error, session_options
+from op_samples import layouts, op_model, random_weight, relative_error, session_options
 
 import fips_ort
-from fips_ort.layout import Layout, Pattern
+from fips_ort.layout import PATTERNS, Layout, Pattern
 from fips_ort.ops import ATTRIBUTES
 from fips_ort.packed import PackedWeight, unpack
 from fips_ort.reference import q_matmul

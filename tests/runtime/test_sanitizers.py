@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from isa import available_isas
 from kernel_table import differences
-from op_samples import PATTERNS, layouts, random_weight
+from op_samples import layouts, random_weight
 
-from fips_ort.layout import BIT_WIDTHS, Layout, Pattern
+from fips_ort.layout import BIT_WIDTHS, PATTERNS, Layout, Pattern
 from fips_ort.ops import node_attributes
 from fips_ort.packed import PackedWeight
 from fips_ort.reference import q_matmul

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
+from fips_ort.layout import PATTERNS, Pattern, Segments
 from pipeline.compression.calibrate import Activations, activation_files
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import factorize_group
@@ -16,12 +17,13 @@ from pipeline.compression.fit import LocalTarget
 from pipeline.models.adapters import find_mlps
 from pipeline.quantization.prepare import prepare_factors
 from pipeline.quantization.segments import choose_segments
-from pipeline.recipe.plan import GroupPlan, MLPSite, Segments, make_plan
+from pipeline.recipe.plan import GroupPlan, MLPSite, make_plan
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe, Sparsifier
 
 ALGORITHMS: tuple[str, ...] = get_args(Sparsifier.model_fields["algorithm"].annotation)
 """All sparsifiers that a recipe can ask for."""
+N_OF_M = tuple(name for name in PATTERNS if Pattern.parse(name).is_n_of_m)
 CONTENT: dict[str, Any] = {
     "name": "sample",
     "model": {
@@ -55,7 +57,8 @@ def recipe(**changes: Any) -> Recipe:
 
 def n_of_m(pattern: str = "1:4", **changes: Any) -> Recipe:
     """A recipe with an n:m pattern (or dense), which implies its sparsity, and blocks that suit it."""
-    block = {"dense": 16, "1:4": 32, "2:4": 16, "1:8": 64, "2:8": 32}[pattern]
+    parsed = Pattern.parse(pattern)
+    block = max(16, 8 * parsed.of // parsed.keep) if parsed.is_n_of_m else 16
     settings: dict[str, Any] = {"compression__pattern": pattern, "compression__sparsity": None}
     if pattern == "dense":
         settings["compression__budget"] = 0.6  # else the rank of the tiny model is below one block

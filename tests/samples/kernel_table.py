@@ -7,8 +7,9 @@ from functools import cache
 
 from places import ROOT
 
+from fips_ort.layout import BIT_WIDTHS
+
 DOCS = ROOT / "docs/ops.md"
-BIT_WIDTHS = (8, 4, 3, 2)
 SHORT_ROW = 1536
 LARGEST_BLOCK = 65536
 

@@ -12,7 +12,6 @@ from fips_ort.layout import Layout, Pattern
 from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
 from fips_ort.packed import PackedWeight, pack
 
-PATTERNS = ("dense", "bitmap", "1:4", "2:4", "1:8", "2:8")
 SEGMENTS = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 2, 1, 1), (0, 2, 0, 1))
 """Segment sizes in units: each width alone, all together, and with empty segments between."""
 
@@ -22,7 +21,7 @@ def layouts(pattern: str, block_size: int = 64, rows_unit: int = 3, blocks: int 
     for axis in (0, 1):
         for sizes in SEGMENTS:
             unit = block_size if axis else rows_unit
-            segments = (sizes[0] * unit, sizes[1] * unit, sizes[2] * unit, sizes[3] * unit)
+            segments = tuple(size * unit for size in sizes)
             rows, columns = (5, sum(segments)) if axis else (sum(segments), blocks * block_size)
             for midrise in (False, True):
                 yield Layout(rows, columns, block_size, segments, axis, midrise, Pattern.parse(pattern))

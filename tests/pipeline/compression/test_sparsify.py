@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from factored_samples import ALGORITHMS
+from factored_samples import ALGORITHMS, N_OF_M
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,8 +13,6 @@ from fips_ort.layout import BITMAP, Pattern
 from pipeline.compression.sparsify import MaskSchedule, gmp_sparsity, magnitude_masks, swap_masks
 from pipeline.recipe.schema import Sparsifier
 from qat.factor import Factor
-
-N_OF_M = ["1:4", "2:4", "1:8", "2:8"]
 
 
 def kept_in_groups(mask: Tensor, pattern: Pattern) -> Tensor:

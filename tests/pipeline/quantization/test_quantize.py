@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import re
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from factored_samples import dense_recipe, make_group, n_of_m, planned, recipe, 
 from torch import nn
 
 from exporters.modules import install_packed
-from fips_ort.layout import Pattern
+from fips_ort.layout import PATTERNS, Pattern
 from fips_ort.packed import dequantize
 from pipeline.compression.calibrate import Activations
 from pipeline.compression.factorized_mlp import FactorizedMLP
@@ -26,9 +26,7 @@ from pipeline.quantization.freeze import assert_coverage, freeze
 from pipeline.quantization.prepare import prepare_factors, restore_prepared
 from pipeline.quantization.segments import choose_segments, sort_rank_entries
 from pipeline.recipe.plan import GroupPlan, group_size, make_plan
-from pipeline.recipe.schema import Recipe, Sparsifier
-
-PATTERNS = ["bitmap", "dense", "1:4", "2:4", "2:8"]
+from pipeline.recipe.schema import OneWidth, Recipe, Sparsifier
 
 
 def recipe_for(pattern: str, **changes: Any) -> Recipe:
@@ -299,7 +297,7 @@ def output_errors(model: nn.Module, mlps: list[FactorizedMLP], x: torch.Tensor) 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kind", ["vit", "dinov2_swiglu"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", get_args(OneWidth))
 def test_gptq_starts_nearer_to_the_dense_outputs(pattern: str, kind: str, bits: int) -> None:
     changes = {"quantization__projections__bits": bits, "compression__budget": 1.0}
     wanted = recipe_for(pattern, **changes, quantization__start="gptq")
@@ -335,7 +333,7 @@ def test_gptq_makes_up_for_any_rank(rank: int) -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", get_args(OneWidth))
 def test_gptq_start_of_the_dense_baseline(bits: int) -> None:
     model = tiny("dinov2_swiglu")
     errors = []
@@ -475,7 +473,7 @@ def test_promised_bytes_are_the_packed_bytes(pattern: str) -> None:
     assert stored_bits(group, mlps) == pytest.approx(promised, rel=1e-12)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", get_args(OneWidth))
 @pytest.mark.parametrize("kind", ["vit", "dinov2_swiglu"])
 def test_the_dense_baseline_is_quantized_and_packed(kind: str, bits: int) -> None:
     wanted = dense_recipe(quantization__projections={"bits": bits, "block_size": 32})

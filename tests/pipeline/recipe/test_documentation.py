@@ -8,10 +8,19 @@ import pytest
 import yaml
 from places import RECIPES
 
-from fips_ort.layout import _PATTERN_NAMES
+from fips_ort.layout import BIT_WIDTHS, PATTERNS
 from pipeline.models.adapters import _SOURCES
 from pipeline.recipe.reading import parse_recipe
-from pipeline.recipe.schema import ImageModelSection, LanguageModelSection, ModelSection, PatternName, Recipe, Section
+from pipeline.recipe.schema import (
+    Grade,
+    ImageModelSection,
+    LanguageModelSection,
+    ModelSection,
+    OneWidth,
+    PatternName,
+    Recipe,
+    Section,
+)
 
 PAGE = (RECIPES.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
 EXAMPLES = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
@@ -93,4 +102,9 @@ def test_sources_that_messages_recommend() -> None:
 
 
 def test_patterns_are_those_that_can_be_stored() -> None:
-    assert set(get_args(PatternName)) == set(_PATTERN_NAMES.values())
+    assert get_args(PatternName) == PATTERNS
+
+
+def test_bits_are_those_that_can_be_stored() -> None:
+    assert sorted(get_args(Grade.model_fields["bits"].annotation)) == sorted(BIT_WIDTHS)
+    assert set(get_args(OneWidth)) <= set(BIT_WIDTHS)
