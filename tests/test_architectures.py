@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from run_samples import SHORT_BENCH_SECONDS, TINY, tiny_recipe
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessorPil
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fips_ort.manifest import read_manifest
 from fips_ort.validate import validate
-from pipeline.models.adapters import find_mlps
+from pipeline.models.adapters import find_mlps, supported_model_types
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.reading import parse_recipe
 from pipeline.run import run
@@ -55,13 +56,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_every_model_type_has_a_run() -> None:
+    types = {model_type for model_type, _, _ in MODELS.values()}
+    assert {"vit", *types} == set(supported_model_types("image-classification"))  # ViT in tests/test_run.py
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_chain(name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_classification, "BENCH_SECONDS", SHORT_BENCH_SECONDS)
     model_type, config, groups = MODELS[name]
     torch.manual_seed(0)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
-    architecture = {"deit": "DeiT", "dinov2": "Dinov2", "swin": "Swin"}[model_type] + "ForImageClassification"
+    architecture = CONFIG_MAPPING[model_type].__name__.removesuffix("Config") + "ForImageClassification"
     settings = AutoConfig.for_model(model_type, **config, **names, architectures=[architecture])
     model = AutoModelForImageClassification.from_config(settings)
     model.save_pretrained(tmp_path / "model")

@@ -399,4 +399,4 @@ def test_every_model_type_can_start_from_scratch(model_type: str) -> None:
         sizes |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     section = ScratchModel(source="scratch", model_type=model_type, config=sizes, training=Training(steps=1))
     loaded, _ = load(section, DigitsData(source="digits", image_size=8))
-    assert type(loaded.model).__name__.lower() == f"{model_type}forimageclassification"
+    assert type(loaded.model).__name__.lower() == f"{model_type.replace('_', '')}forimageclassification"

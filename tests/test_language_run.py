@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_lm_samples import WINDOW, tiny_language_model
+from causal_lm_samples import KINDS, WINDOW, tiny_language_model
 from language_samples import SPECIAL, byte_level_tokenizer
 from run_samples import (
     KillAt,
@@ -433,7 +433,7 @@ def test_dense_method_starts_better_from_gptq(gemma: Path, text: Path, tmp_path:
 
 # --- other architectures ---------------------------------------------------------------------------------------
 
-KINDS: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "gemma2": {"compression": {"groups": 2, "budget": 1.1, "pattern": "dense"}, "fit": None},
     "llama": {
         "compression": {"groups": 1, "budget": 0.8, "pattern": "1:4", "sparsifier": {"algorithm": "static"}},
@@ -449,11 +449,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_every_architecture_has_a_run() -> None:
+    assert {"gemma3", *RECIPES} == set(KINDS)  # Gemma 3 in the runs above
+
+
 @pytest.mark.usefixtures("no_load_rss")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECIPES)
 def test_every_architecture(kind: str, text: Path, tmp_path: Path) -> None:
     """From random weights, with soft caps, biases, tied and untied tables, each its own kind of attention."""
-    changes = dict(KINDS[kind])
+    changes = dict(RECIPES[kind])
     changes["quantization"] = quantization_of_language(
         **{
             "projections": {"bits": 4, "block_size": 16},

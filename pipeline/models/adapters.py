@@ -1,6 +1,6 @@
 """Where the MLPs of a transformer are: found by model type and module names, never by shapes.
 
-A new architecture is one entry in ``_LAYOUTS``.
+A new architecture is one entry in ``_LAYOUTS``; a language model also needs one in :mod:`exporters.genai_builder`.
 """
 
 from collections.abc import Iterator

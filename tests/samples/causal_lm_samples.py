@@ -75,6 +75,8 @@ _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
 }
 KINDS = tuple(_KINDS)
+WINDOWED = tuple(kind for kind, (_, _, values) in _KINDS.items() if "sliding_window" in values)
+"""Those with layers that look back no further than ``WINDOW`` tokens."""
 
 
 def tiny_language_model(kind: str, seed: int = 0, **changes: Any) -> Any:

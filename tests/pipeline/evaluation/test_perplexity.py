@@ -16,20 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from language_samples import tiny_config
 from torch import Tensor
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import pipeline.evaluation.perplexity
 from pipeline.data.text import TextSplit
@@ -44,17 +32,10 @@ from pipeline.evaluation.perplexity import (
     paired_difference,
     save_perplexity,
 )
+from pipeline.models.adapters import supported_model_types
 from pipeline.plumbing.errors import InputError
 
 VOCABULARY = 30
-MODELS: dict[str, tuple[Any, Any]] = {
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
-    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 
 
 def text(windows: int, context: int = 9, bos: int | None = 2, seed: int = 0, vocabulary: int = VOCABULARY) -> TextSplit:
@@ -70,10 +51,10 @@ def bigrams(seed: int, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 
 def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    config_class, model_class = MODELS[model_type]
     torch.manual_seed(seed)
     values = {"vocab_size": VOCABULARY, "initializer_range": 0.5, **changes}
-    return model_class(tiny_config(config_class, **values)).eval().requires_grad_(False)
+    config = tiny_config(CONFIG_MAPPING[model_type], **values)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------
@@ -255,7 +236,7 @@ def test_only_the_same_text_can_be_paired() -> None:
 # --- PyTorch models and divergence -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", supported_model_types("text-generation"))
 def test_lazy_logits_are_those_of_the_model(model_type: str) -> None:
     model = tiny(model_type)
     input_ids = text(3).batch(range(3))
