@@ -16,6 +16,8 @@ BlockSize = Literal[16, 32, 64, 128, 256]
 OneWidth = Literal[2, 3, 4]
 """Bits that all values of a factor can have; segments of the rank axis can have 8, too."""
 Precision = Literal["float32", "bfloat16"]
+MethodName = Literal["fips", "dense"]
+StartName = Literal["nearest", "gptq"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -215,7 +217,7 @@ class Compression(Section):
     ``quantization.projections`` says) and trained; groups and budget do not apply.
     """
 
-    method: Literal["fips", "dense"] = "fips"
+    method: MethodName = "fips"
     groups: Annotated[list[list[int]], Field(min_length=1)] | Positive = 1
     budget: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
     pattern: PatternName = "bitmap"
@@ -369,7 +371,7 @@ class Quantization(Section):
     basis: FactorScheme | None = None
     projections: FactorScheme
     target_stored_bits: PositiveFloat | None = None
-    start: Literal["nearest", "gptq"] = "nearest"
+    start: StartName = "nearest"
     learned_scales: bool = True
     training: list[Annotated[LocalTraining | QuantizedEndToEnd, Field(discriminator="objective")]] = Field(
         default_factory=list

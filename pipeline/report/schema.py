@@ -34,7 +34,7 @@ from pipeline.evaluation.measurements import (
 )
 from pipeline.plumbing.hardware import Hardware
 from pipeline.plumbing.records import Record
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import MethodName, Recipe, StartName
 
 
 class DenseModel(Record):
@@ -51,8 +51,8 @@ class Method(Record):
     """How the MLPs were compressed. ``method`` fips: shared bases and projections; dense: their own matrices,
     quantized. ``start``: how the codes were found before training."""
 
-    method: Literal["fips", "dense"]
-    start: Literal["nearest", "gptq"]
+    method: MethodName
+    start: StartName
 
 
 class Group(Record):

@@ -35,10 +35,8 @@ from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
 from pipeline.recipe.schema import (
-    DigitsData,
     EndToEnd,
-    HubImageData,
-    ImageFolderData,
+    ImageDataSection,
     PackagedOnnxModel,
     PretrainedModel,
     Recipe,
@@ -62,7 +60,7 @@ class ImageClassificationTask(Task):
     def __init__(self, recipe: Recipe, artifact: Path | None = None) -> None:
         section, data = recipe.model, recipe.data
         assert isinstance(section, ScratchModel | PretrainedModel | PackagedOnnxModel)
-        assert isinstance(data, DigitsData | ImageFolderData | HubImageData)
+        assert isinstance(data, ImageDataSection)
         # An artefact's own processor and labels; a classifier saved like any other.
         self.section = section if artifact is None else PretrainedModel(source="pretrained", path=str(artifact))
         self.preprocessing = load_preprocessing(self.section, data)
