@@ -38,6 +38,12 @@ class Section(Record):
 # --- model -----------------------------------------------------------------------------------------------------
 
 
+def _is_given(section: Section, key: str) -> bool:
+    """Whether a key has another value than its default. A recipe written out in full, as in an artefact, has all keys:
+    those that were not given with their defaults."""
+    return bool(getattr(section, key) != type(section).model_fields[key].default)
+
+
 class Training(Section):
     """Training of a classifier, or of its last layer, in the run: AdamW whose learning rate warms up linearly over 5 %
     of the steps and decays to zero by a cosine."""
@@ -166,6 +172,12 @@ class LocalTextData(TextSection):
     field: str = "text"
     test_fraction: Fraction = 0.1
 
+    @model_validator(mode="after")
+    def _only_what_is_split_has_a_fraction(self) -> "LocalTextData":
+        if self.test is not None and _is_given(self, "test_fraction"):
+            raise AtKeyError("test_fraction", "test is given, and nothing is split off train; leave it out")
+        return self
+
 
 class HubTextData(TextSection):
     """A text dataset read with ``datasets``, streamed; ``documents``: at most so many of each split are read."""
@@ -205,6 +217,19 @@ class Sparsifier(Section):
     initial_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     drop_fraction: Fraction = 0.1
 
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> "Sparsifier":
+        readers = {
+            "update_every": ("gmp", "rigl"),
+            "end": ("gmp", "rigl"),
+            "initial_sparsity": ("gmp",),
+            "drop_fraction": ("rigl",),
+        }
+        for key, algorithms in readers.items():
+            if self.algorithm not in algorithms and _is_given(self, key):
+                raise AtKeyError(key, f"is for algorithm {' or '.join(algorithms)}, not {self.algorithm}; leave it out")
+        return self
+
 
 class Compression(Section):
     """FiPS: groups of blocks, parameter budget, sparsity of the projections.
@@ -234,8 +259,7 @@ class Compression(Section):
                     raise AtKeyError(key, "required key is missing")
         else:
             for key in (*wanted, "sparsity", "initialization", "sparsifier"):
-                # A recipe written out in full, as in an artefact, has them all: with what stands for nothing given.
-                if getattr(self, key) != type(self).model_fields[key].default:
+                if _is_given(self, key):
                     raise AtKeyError(key, "method dense does not factorize and has no such key; leave it out")
             if self.pattern != "dense":
                 raise AtKeyError("pattern", f"got {self.pattern!r}; method dense keeps every weight: take dense")
@@ -252,6 +276,14 @@ class Compression(Section):
             raise ValueError("pattern bitmap needs a sparsity above 0 (for none, use pattern: dense)")
         if implied is not None and self.sparsity not in (None, implied):
             raise ValueError(f"pattern {self.pattern} means sparsity {implied}, not {self.sparsity}")
+        if not self.is_masked and _is_given(self, "sparsifier"):
+            raise AtKeyError("sparsifier", "pattern dense keeps every entry; leave it out")
+        if self.is_masked and self.sparsifier.algorithm == "gmp":
+            initial, final = self.sparsifier.initial_sparsity, self.target_sparsity
+            if initial >= final:
+                raise AtKeyError(
+                    "sparsifier.initial_sparsity", f"got {initial}; sparsity rises from there, so it is below {final:g}"
+                )
         if pattern.is_n_of_m and self.sparsifier.ranking == "group":
             raise ValueError(
                 f"sparsifier.ranking: group is for pattern bitmap; pattern {self.pattern} ranks within each "
@@ -328,13 +360,17 @@ class FactorScheme(Section):
     @model_validator(mode="after")
     def _grades_are_complete(self) -> "FactorScheme":
         if isinstance(self.bits, list):
-            total = sum(grade.fraction for grade in self.bits)
-            widths = [grade.bits for grade in self.bits]
-            if abs(total - 1.0) > 1e-6:
-                raise ValueError(f"the fractions of the segments add up to {total:g}, not 1")
-            if sorted(widths, reverse=True) != widths or len(set(widths)) != len(widths):
-                raise ValueError(f"segments must have falling bits, each once, out of {BIT_WIDTHS}; got {widths}")
+            _check_grades(self.bits)
         return self
+
+
+def _check_grades(grades: list[Grade]) -> None:
+    """Raise ValueError unless ``grades`` are segments of a whole rank axis, in the order of the formats."""
+    total, widths = sum(grade.fraction for grade in grades), [grade.bits for grade in grades]
+    if abs(total - 1.0) > 1e-6:
+        raise ValueError(f"the fractions of the segments add up to {total:g}, not 1")
+    if sorted(widths, reverse=True) != widths or len(set(widths)) != len(widths):
+        raise ValueError(f"segments must have falling bits, each once, out of {BIT_WIDTHS}; got {widths}")
 
 
 class LocalTraining(Section):
@@ -358,6 +394,12 @@ class RestOfModel(Section):
     linear_bits: Literal[4, 8] | None = None
     embedding_bits: Literal[4, 8] | None = None
     block_size: BlockSize = 64
+
+    @model_validator(mode="after")
+    def _blocks_belong_to_bits(self) -> "RestOfModel":
+        if self.linear_bits is None and self.embedding_bits is None and _is_given(self, "block_size"):
+            raise AtKeyError("block_size", "is for linear_bits and embedding_bits; give one of them, or leave it out")
+        return self
 
 
 class Quantization(Section):
@@ -385,6 +427,12 @@ class Quantization(Section):
             raise ValueError("target_stored_bits goes with bits: allocate, and only with it")
         return self
 
+    @model_validator(mode="after")
+    def _scales_are_learned_in_training(self) -> "Quantization":
+        if not self.training and _is_given(self, "learned_scales"):
+            raise AtKeyError("learned_scales", "without training nothing is learned; leave it out")
+        return self
+
 
 class Allocate(Section):
     """Rank, sparsity and bits of every group, chosen together to meet ``target``: stored bits per original weight of
@@ -405,6 +453,12 @@ class Allocate(Section):
     def _something_is_open(self) -> "Allocate":
         if all(values is None for values in (self.budgets, self.sparsities, self.bits)):
             raise ValueError("nothing to choose from; give budgets, sparsities or bits")
+        for number, bits in enumerate(self.bits or []):
+            if isinstance(bits, list):
+                try:
+                    _check_grades(bits)
+                except ValueError as error:
+                    raise AtKeyError(f"bits.{number}", str(error)) from None
         return self
 
 

@@ -74,6 +74,12 @@ def dense_recipe(**changes: Any) -> Recipe:
     return parse_recipe(settings, "sample.yaml")
 
 
+def sparsifier(algorithm: str, **options: Any) -> dict[str, Any]:
+    """Section ``compression.sparsifier`` with those of ``options`` that ``algorithm`` reads."""
+    foreign = {"gmp": {"drop_fraction"}, "rigl": {"initial_sparsity"}, "static": {*options} - {"ranking", "saliency"}}
+    return {"algorithm": algorithm, **{key: options[key] for key in options.keys() - foreign[algorithm]}}
+
+
 def site(block: int, width: int = 32, hidden: int = 64, *, gated: bool = False) -> MLPSite:
     first, last = (("gate_proj", "up_proj"), "down_proj") if gated else (("fc1",), "fc2")
     activation = "act_fn" if gated else "activation_fn"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factored_samples import ALGORITHMS, make_group, n_of_m, planned, recipe, save_inputs, targets, tiny
+from factored_samples import ALGORITHMS, make_group, n_of_m, planned, recipe, save_inputs, sparsifier, targets, tiny
 from torch import nn
 
 from fips_ort.layout import Pattern
@@ -68,7 +68,7 @@ def fit(wanted: Recipe, kind: str, seed: int, steps: int) -> tuple[dict[int, flo
 @pytest.mark.parametrize("kind", ["vit", "dinov2_swiglu"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_fit_improves_on_static_pruning(algorithm: str, kind: str, seed: int) -> None:
-    options = {"compression__sparsifier": {"algorithm": algorithm, "update_every": 5}}
+    options = {"compression__sparsifier": sparsifier(algorithm, update_every=5)}
     wanted = recipe(**options, quantization__projections__block_size=16)
     before, after = fit(wanted, kind, seed, 60)
     assert before.keys() == after.keys() == {0, 1}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from factored_samples import ALGORITHMS, N_OF_M
+from factored_samples import ALGORITHMS, N_OF_M, sparsifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -179,7 +179,7 @@ def test_gmp_prunes_along_the_schedule_and_never_back(seed: int, ranking: str) -
 @pytest.mark.parametrize(("steps", "end"), [(40, 0.75), (7, 0.5), (3, 0.99), (2, 0.01), (1, 0.75)])
 def test_every_algorithm_ends_on_the_pattern(seed: int, name: str, algorithm: str, steps: int, end: float) -> None:
     pattern = Pattern.parse(name)
-    config = Sparsifier(algorithm=algorithm, update_every=3, end=end, drop_fraction=0.4)
+    config = Sparsifier(**sparsifier(algorithm, update_every=3, end=end, drop_fraction=0.4))
     projections = factors(seed)
     schedule = MaskSchedule(projections, config, pattern, target(pattern), steps)
     for index in range(steps):
@@ -192,7 +192,7 @@ def test_every_algorithm_ends_on_the_pattern(seed: int, name: str, algorithm: st
 @pytest.mark.parametrize("ranking", ["layer", "group"])
 @pytest.mark.parametrize(("steps", "end"), [(40, 0.75), (10, 0.99), (1, 0.75)])
 def test_every_algorithm_ends_at_the_exact_sparsity(algorithm: str, ranking: str, steps: int, end: float) -> None:
-    config = Sparsifier(algorithm=algorithm, ranking=ranking, update_every=4, end=end)
+    config = Sparsifier(**sparsifier(algorithm, ranking=ranking, update_every=4, end=end))
     projections = factors(0)
     schedule = MaskSchedule(projections, config, BITMAP, 0.7, steps)
     for index in range(steps):
@@ -207,7 +207,7 @@ def test_every_algorithm_ends_at_the_exact_sparsity(algorithm: str, ranking: str
 def test_static_keeps_the_first_mask() -> None:
     projections = factors(0)
     expected = magnitude_masks([p().detach().abs() for p in projections], 0.75, BITMAP, jointly=False)
-    schedule = MaskSchedule(projections, Sparsifier(algorithm="static", update_every=2), BITMAP, 0.75, 20)
+    schedule = MaskSchedule(projections, Sparsifier(algorithm="static"), BITMAP, 0.75, 20)
     for index in range(20):
         step(schedule, index)
         for projection, mask in zip(projections, expected, strict=True):
@@ -263,7 +263,7 @@ def test_rigl_swaps_by_the_cosine_and_grows_by_gradient(name: str) -> None:
 @pytest.mark.parametrize("killed_at", [1, 5, 6, 15, 29, 31])
 def test_resumed_schedule_gives_the_same_masks(algorithm: str, name: str, killed_at: int) -> None:
     pattern = Pattern.parse(name)
-    config = Sparsifier(algorithm=algorithm, update_every=5, end=0.75, drop_fraction=0.3)
+    config = Sparsifier(**sparsifier(algorithm, update_every=5, end=0.75, drop_fraction=0.3))
 
     def schedule_of(projections: list[Factor]) -> MaskSchedule:
         return MaskSchedule(projections, config, pattern, 0.75, 40)

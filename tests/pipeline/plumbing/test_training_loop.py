@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factored_samples import ALGORITHMS, n_of_m, planned, recipe, start_quantization, targets
+from factored_samples import ALGORITHMS, n_of_m, planned, recipe, sparsifier, start_quantization, targets
 from torch import Tensor, nn
 
 from fips_ort.layout import Pattern
@@ -167,7 +167,7 @@ def run(
     return losses, module.state_dict()
 
 
-SPARSIFIERS = [{"algorithm": name, "update_every": 3, "drop_fraction": 0.3} for name in ALGORITHMS]
+SPARSIFIERS = [sparsifier(name, update_every=3, drop_fraction=0.3) for name in ALGORITHMS]
 CASES = [
     *((recipe(compression__sparsifier=sparsifier), False) for sparsifier in SPARSIFIERS),
     *((n_of_m("1:4", compression__sparsifier=sparsifier), False) for sparsifier in SPARSIFIERS),

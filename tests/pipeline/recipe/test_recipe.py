@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
-from factored_samples import CONTENT, content
+from factored_samples import CONTENT, content, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import RECIPES
@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.reading import load_recipe, parse_recipe, parse_section
-from pipeline.recipe.schema import Recipe, Section
+from pipeline.recipe.schema import LocalTextData, Recipe, Section
 from pipeline.sweep.definition import SweepFile
 
 SHIPPED = sorted({*RECIPES.rglob("*.yaml")} - {*(RECIPES / "sweeps").iterdir()})
@@ -275,6 +275,50 @@ def test_wrong_block_index_is_named() -> None:
     assert setting("compression.groups", [[0, 1], [2, "3"]]) == [
         "compression.groups.1.1: got '3'; input should be a valid integer"
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "complaint"),
+    [
+        ({"compression__sparsifier": {"drop_fraction": 0.3}}, "compression.sparsifier.drop_fraction",
+         "is for algorithm rigl, not gmp; leave it out"),
+        ({"compression__sparsifier": {"algorithm": "rigl", "initial_sparsity": 0.2}},
+         "compression.sparsifier.initial_sparsity", "is for algorithm gmp, not rigl; leave it out"),
+        ({"compression__sparsifier": {"algorithm": "static", "update_every": 5}}, "compression.sparsifier.update_every",
+         "is for algorithm gmp or rigl, not static; leave it out"),
+        ({"compression__sparsifier": {"algorithm": "static", "end": 0.5}}, "compression.sparsifier.end",
+         "is for algorithm gmp or rigl, not static; leave it out"),
+        ({"compression__sparsifier": {"initial_sparsity": 0.75}}, "compression.sparsifier.initial_sparsity",
+         "got 0.75; sparsity rises from there, so it is below 0.75"),
+        ({"compression__pattern": "dense", "compression__sparsity": None, "compression__sparsifier": {"end": 0.5}},
+         "compression.sparsifier", "pattern dense keeps every entry; leave it out"),
+        ({"quantization__learned_scales": False}, "quantization.learned_scales",
+         "without training nothing is learned; leave it out"),
+        ({"quantization__rest": {"block_size": 32}}, "quantization.rest.block_size",
+         "is for linear_bits and embedding_bits; give one of them, or leave it out"),
+        ({"allocate": {"target": 3.0, "bits": [3, [{"bits": 4, "fraction": 0.5}]]}}, "allocate.bits.1",
+         "the fractions of the segments add up to 0.5, not 1"),
+    ],
+)
+def test_keys_without_an_effect_are_refused(settings: dict[str, Any], key: str, complaint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe(**settings)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"sample.yaml: {key}: ")
+    assert line.endswith(complaint)
+
+
+def test_a_fraction_of_text_that_is_not_split_is_refused() -> None:
+    section = {"source": "text", "train": "a.txt", "test": "b.txt", "test_fraction": 0.2}
+    with pytest.raises(InputError, match=r"data: test_fraction: .*test is given, and nothing is split off train"):
+        parse_section(LocalTextData, section, "data")
+
+
+def test_a_recipe_written_out_in_full_is_accepted() -> None:
+    """As it stands in an artefact, with the defaults of keys that have no effect in it."""
+    for changes in ({}, {"compression__sparsifier": {"algorithm": "static"}}):
+        wanted = recipe(**changes)
+        assert parse_recipe(wanted.model_dump(mode="json"), "fips.json") == wanted
 
 
 @pytest.mark.parametrize(
