@@ -26,13 +26,13 @@ app = typer.Typer(
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder of an artefact")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
+SetOptions = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
 EngineName = Annotated[Engine, typer.Option(help="ray: the cluster at RAY_ADDRESS, or one on this machine")]
 Threads = Annotated[int, typer.Option(min=0, help="threads of ONNX Runtime; 0: all cores")]
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+def plan(recipe: RecipePath, overrides: SetOptions = None) -> None:
     """Show ranks, bytes, memory, disk and time of a run, without computing any weight."""
     loaded = load_recipe(recipe, overrides)
     from pipeline.estimate import estimate
@@ -45,7 +45,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 def run(
     recipe: RecipePath,
     out: Annotated[Path | None, typer.Option(help="folder for artefact and report; default runs/NAME")] = None,
-    overrides: Overrides = None,
+    overrides: SetOptions = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="use no result of an earlier run")] = False,
     shared: Annotated[
         Path | None, typer.Option(help="folder in which runs leave results for others that have stages in common")

@@ -26,7 +26,7 @@ FREQUENT = 12_288
 """Tokens that are compared at every step of distillation."""
 SAMPLED = 4_096
 """Tokens drawn from all others at each step."""
-CHUNK = 512
+CHUNK_TOKENS = 512
 """Tokens that are compared at a time, on a part of the vocabulary."""
 
 
@@ -82,10 +82,10 @@ def distillation_loss(
 ) -> Tensor:
     """Mean over tokens of KL(teacher ‖ student) in nats.
 
-    ``student``, ``teacher``: final hidden states [tokens, d]; the tables: rows of the output layers for the
-    chosen part of the vocabulary [n, d]; products are computed in the tables' dtype, the rest in float32. ``softcap``:
-    Gemma 2's bound of the logits. ``offsets``: of :meth:`Vocabulary.sample`. Memory: the logits of ``CHUNK`` tokens
-    over that part, a few times over: 32 MiB each in float32 where the vocabulary is large.
+    ``student``, ``teacher``: final hidden states [tokens, d]; the tables: rows of the output layers for the chosen part
+    of the vocabulary [n, d]; products are computed in the tables' dtype, the rest in float32. ``softcap``: Gemma 2's
+    bound of the logits. ``offsets``: of :meth:`Vocabulary.sample`. Memory: the logits of ``CHUNK_TOKENS`` tokens over
+    that part, a few times over: 32 MiB each in float32 where the vocabulary is large.
     """
 
     def divergence(hidden: Tensor, target: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def distillation_loss(
             p = torch.log_softmax(_logits(target, teacher_table, softcap) + offsets, dim=1)
         return F.kl_div(q, p, log_target=True, reduction="sum")
 
-    return _sum_over_chunks(divergence, student, teacher, CHUNK) / len(student)
+    return _sum_over_chunks(divergence, student, teacher, CHUNK_TOKENS) / len(student)
 
 
 def _logits(hidden: Tensor, table: Tensor, softcap: float | None) -> Tensor:

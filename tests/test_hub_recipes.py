@@ -154,7 +154,7 @@ LANGUAGE_CONFIGS: dict[str, Any] = {
         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, dtype="bfloat16",
     ),
 }  # fmt: skip
-"""As the models' own config.json say."""
+"""What the models' own config.json say."""
 TINY_KINDS = {"gemma2-2b-w3": "gemma2", "gemma3-1b-w4": "gemma3", "llama3.2-1b-w4": "llama"}
 # Parameters, size of the MLPs, ranks of the groups.
 LANGUAGE_PLANS: dict[str, tuple[int, int, list[int]]] = {
@@ -198,7 +198,7 @@ def test_gemma2_groups_are_the_papers() -> None:
 
 @pytest.mark.parametrize("name", LANGUAGE_CONFIGS)
 def test_language_recipe_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the recipe's settings, but few steps, other groups and local text."""
+    """The settings are the recipe's, but for few steps, other groups and local text."""
     monkeypatch.setattr(text_speed, "GENERATED_TOKENS", 3)
     monkeypatch.setattr(text_speed, "ROUNDS", 1)
     monkeypatch.setattr(text_speed, "load_rss", lambda _: 1)

@@ -34,7 +34,7 @@ from pipeline.recipe.reading import load_recipe
 from pipeline.report.schema import Report
 from pipeline.run import run
 from pipeline.stages import deliver
-from pipeline.stages.quantize import REST
+from pipeline.stages.quantize import TRAINED_REST
 from pipeline.tasks import image_classification
 
 STAGES = (
@@ -235,7 +235,8 @@ def test_what_is_trained_outside_the_mlps_stays(copied_run: Path) -> None:
         ],
     }  # fmt: skip
     run(tiny_recipe(quantization=quantization), copied_run, Progress())
-    steps = [load_file(copied_run / "work" / "qat" / name / REST) for name in ("1-distill", "2-local", "3-distill")]
+    names = ("1-distill", "2-local", "3-distill")
+    steps = [load_file(copied_run / "work" / "qat" / name / TRAINED_REST) for name in names]
     assert any(name.endswith("/scales") for name in steps[0])
     assert "vit.layernorm.weight" in steps[0]
     for step in steps[1:]:

@@ -59,7 +59,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A section of the page. ``notes`` follow the tables; ``plot`` is shown between the introduction and the tables."""
 
     title: str
@@ -135,7 +135,7 @@ def _resources(report: Report) -> str:
     return f"{peak} memory, {format_bytes(report.disk_bytes)} disk"
 
 
-def sections(report: Report) -> list[Section]:
+def sections(report: Report) -> list[PageSection]:
     """All sections in the order of the page."""
     return [
         _quality(report),
@@ -168,7 +168,7 @@ def warning_lines(report: Report) -> list[str]:
 # --- sections --------------------------------------------------------------------------------------------------
 
 
-def _quality(report: Report) -> Section:
+def _quality(report: Report) -> PageSection:
     sizes, measure = report.stage_bytes, measure_of(report)
     stages = report.stages
     rows = [
@@ -198,7 +198,7 @@ def _quality(report: Report) -> Section:
             f"{format_error(divergence.kl_mean)} nats on average, {format_error(divergence.kl_p99)} nats at the "
             "99th percentile."
         )
-    return Section(
+    return PageSection(
         f"{measure.name.capitalize()} and bytes per stage",
         (_where_it_went(measure, stages, _is_sparse(report)),),
         tuple(tables),
@@ -237,14 +237,14 @@ def _stage_before(stage: Stage, stages: list[Stage]) -> Stage | None:
     return stages[index - 1] if index else None
 
 
-def _size(report: Report) -> Section:
+def _size(report: Report) -> PageSection:
     sizes, bits = report.bytes, report.bits_per_weight
     total = sizes.artifact
     factorized = report.compression.method == "fips"
     parts = parts_of(report)
     rows = [(name, format_bytes(size), format_percent(size / total)) for name, size in (*parts, ("artefact", total))]
     mlp_share = format_percent(sizes.mlp_stored / sizes.mlp_dense_float16)
-    return Section(
+    return PageSection(
         "Size",
         (
             f"The MLPs take {format_bytes(sizes.mlp_stored)} instead of {format_bytes(sizes.mlp_dense_float16)} "
@@ -289,7 +289,7 @@ def parts_of(report: Report) -> list[tuple[str, int]]:
     return sorted(parts, key=lambda part: (-part[1], part[0]))
 
 
-def _groups(report: Report) -> Section:
+def _groups(report: Report) -> PageSection:
     if report.compression.method == "dense":
         return _quantized_blocks(report)
     rows = [
@@ -320,7 +320,7 @@ def _groups(report: Report) -> Section:
     )
     notes = ["Bits × entries of the rank axis. Where the rank exceeds the width the basis is overcomplete (shaded)."]
     notes += _left_dense(report)
-    return Section(
+    return PageSection(
         "Groups and their spectra",
         (
             "The blocks of a group share one basis U [d, r]; each MLP matrix has its own "
@@ -334,13 +334,13 @@ def _groups(report: Report) -> Section:
     )
 
 
-def _quantized_blocks(report: Report) -> Section:
+def _quantized_blocks(report: Report) -> PageSection:
     """Describe the blocks of method dense, those that are alike in one row."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for group in report.groups:
         cells = (", ".join(group.projection_bits), f"{group.width:,}", f"{group.columns:,}")
         alike.setdefault(cells, []).extend(group.blocks)
-    return Section(
+    return PageSection(
         "Quantized MLPs",
         ("No factorization: every MLP matrix of a block is quantized as it is.",),
         (
@@ -357,14 +357,14 @@ def _left_dense(report: Report) -> list[str]:
     return [f"Left dense: {name_blocks(report.dense_blocks)}."] if report.dense_blocks else []
 
 
-def _reconstruction(report: Report) -> Section:
+def _reconstruction(report: Report) -> PageSection:
     errors = report.reconstruction_error
     stages = report.trained_stages
     blocks = sorted(int(block) for block in errors["qat"])
     rows = [(str(block), *(_error_percent(errors[stage][str(block)]) for stage in stages)) for block in blocks]
     means = (sum(errors[stage].values()) / len(errors[stage]) for stage in stages)
     rows.append(("mean", *(_error_percent(mean) for mean in means)))
-    return Section(
+    return PageSection(
         "Reconstruction error per block",
         (
             "Squared error of each compressed MLP's output on calibration data, relative to the mean square of the "
@@ -376,7 +376,7 @@ def _reconstruction(report: Report) -> Section:
     )
 
 
-def _parity(report: Report) -> Section:
+def _parity(report: Report) -> PageSection:
     parity = report.parity
     failures = _parity_failures(parity)
     rows = [
@@ -390,7 +390,7 @@ def _parity(report: Report) -> Section:
     ]
     same = "All" if parity.same_predictions else "Not all"
     predictions = "predictions" if report.quality.metric == "accuracy" else "most likely next tokens"
-    return Section(
+    return PageSection(
         "Parity",
         (
             f"The same model run three ways. Allowed difference: {format_error(parity.tolerance)} of the largest "
@@ -420,7 +420,7 @@ def _parity_failures(parity: Agreement) -> list[str]:
     ]
 
 
-def _speed(report: Report) -> Section:
+def _speed(report: Report) -> PageSection:
     speed, memory = report.speed, report.memory
     load, comparison, table = _image_speed(speed) if isinstance(speed, ImageSpeed) else _token_speed(speed)
     threads = _count(speed.threads, "thread")
@@ -428,7 +428,7 @@ def _speed(report: Report) -> Section:
         cells = (format_bytes(resident[name]) if (name := row[0]) in resident else "–" for row in table.rows)
         rows = tuple((*row, cell) for row, cell in zip(table.rows, cells, strict=True))
         table = Table((*table.header, "memory after loading"), rows)
-    return Section(
+    return PageSection(
         "Speed and memory",
         (f"{load}, {threads}, on {report.hardware.cpu}. A ratio below 1 is slower than {comparison}.",),
         (
@@ -471,7 +471,7 @@ def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
     return load, "the same model exported by onnxruntime-genai's builder at int4", table
 
 
-def _cost(report: Report) -> Section:
+def _cost(report: Report) -> PageSection:
     reused = set(report.reused_stages)
     memory = report.memory
     stages = [
@@ -485,7 +485,7 @@ def _cost(report: Report) -> Section:
     ]
     total, peak = format_seconds(sum(report.seconds.values())), format_bytes(memory.pipeline_peak_rss_bytes)
     stages.append(("whole run", "", total, peak))
-    return Section(
+    return PageSection(
         "Cost of the run",
         (),
         (
@@ -502,7 +502,7 @@ def _cost(report: Report) -> Section:
     )
 
 
-def _origin(report: Report) -> Section:
+def _origin(report: Report) -> PageSection:
     model, data, hardware = report.model, report.data, report.hardware
     if isinstance(data, TextSamples):
         samples = (
@@ -529,7 +529,7 @@ def _origin(report: Report) -> Section:
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     )
-    return Section("Where it comes from", (), (Table(("origin", ""), origin, 2),))
+    return PageSection("Where it comes from", (), (Table(("origin", ""), origin, 2),))
 
 
 # --- text ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pipeline.stages.results import FACTORS, SavedFactors, save_groups
 from pipeline.tasks.base import Task
 
 SEGMENTS = "segments.json"
-REST = "rest.safetensors"
+TRAINED_REST = "rest.safetensors"
 """File in the folder of a QAT step with what has been trained outside the MLPs."""
 
 
@@ -83,7 +83,7 @@ def restore_quantized(inputs: QuantizationInputs, started: Path, quantized: Path
 
 def open_base(inputs: QuantizationInputs, quantized: Path) -> nn.Module:
     """The base with what the step in the folder ``quantized`` has trained outside the MLPs, if anything."""
-    path = quantized / REST
+    path = quantized / TRAINED_REST
     if not path.exists():
         return inputs.base
     return open_trained_rest(inputs.base, path, float16=inputs.recipe.quantization.rest.weights == "float16")

@@ -14,7 +14,7 @@ from pipeline.plumbing.training_loop import train
 from pipeline.quantization.rest_training import make_rest_trainable, save_rest
 from pipeline.recipe.plan import Plan
 from pipeline.recipe.schema import EndToEnd, LocalTraining, QuantizedEndToEnd
-from pipeline.stages.quantize import REST, QuantizationInputs, open_base, restore_quantized
+from pipeline.stages.quantize import TRAINED_REST, QuantizationInputs, open_base, restore_quantized
 from pipeline.stages.results import FACTORS, SavedFactors, save_group, save_groups
 from pipeline.tasks.base import Task
 
@@ -52,8 +52,8 @@ def train_quantized(
     config = inputs.recipe.quantization.training[position]
     seed = inputs.recipe.seed + 1 + position
     mlps = restore_quantized(inputs, started, before)
-    if (before / REST).exists():
-        shutil.copyfile(before / REST, folder / REST)
+    if (before / TRAINED_REST).exists():
+        shutil.copyfile(before / TRAINED_REST, folder / TRAINED_REST)
     label = f"QAT {position + 1}, {config.objective}"
     if isinstance(config, LocalTraining):
         _train_locally(folder, inputs, mlps, config, seed=seed, label=label, progress=progress)
@@ -111,7 +111,7 @@ def _train_together(
         model, trained, config, task=inputs.task, seed=seed, folder=folder, label=label, progress=progress
     )
     if rest is not None:
-        save_rest(rest, folder / REST)
+        save_rest(rest, folder / TRAINED_REST)
     save_groups(folder, inputs.plan, inputs.dense, mlps, inputs.calibration)
     (folder / _CHECKPOINT).unlink(missing_ok=True)
 

@@ -325,7 +325,7 @@ def test_a_new_onnxruntime_is_accepted(version: str) -> None:
 
 @pytest.mark.parametrize("domain", ["", "com.microsoft"])
 def test_an_op_that_onnxruntime_lacks_is_named(folder: Path, domain: str) -> None:
-    """As an onnxruntime answers that is older than an op of the model, ONNX's or its own."""
+    """The session fails as in an onnxruntime that is older than an op of the model, ONNX's or its own."""
     path = folder / read_manifest(folder).model
     model = onnx.load(path, load_external_data=False)
     (node, *_) = (node for node in model.graph.node if node.op_type == "Gelu")

@@ -82,7 +82,7 @@ def test_sliding_windows_matter_in_the_samples(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_torch(kind: str, artefacts: dict[str, Path]) -> None:
-    """In onnxruntime-genai and in plain onnxruntime, from a prompt shorter and one longer than the window."""
+    """Both onnxruntime-genai and plain onnxruntime give them, from a prompt shorter and one longer than the window."""
     exported = language_sample(kind)
     session = load(artefacts[kind], verify=False)
     for prompt in (PROMPT[:5], PROMPT):

@@ -73,7 +73,7 @@ def test_cross_entropy_with_a_table_in_bfloat16_is_close() -> None:
 
 
 def test_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the forward pass and again in the backward pass, for which none are kept."""
+    """They are made in the forward pass and again in the backward pass, for which none are kept."""
     made: list[int] = []
     kept: list[torch.Size] = []
     make = losses._logits
@@ -131,7 +131,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, chunk: int) -> No
         return loss.detach(), torch.autograd.grad(loss, student)[0]
 
     expected = loss_and_gradient()
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk)
     for actual, value in zip(loss_and_gradient(), expected, strict=True):
         torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-8)
 

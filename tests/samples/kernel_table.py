@@ -38,7 +38,7 @@ def parse_product(fields: list[str]) -> Product:
 
 
 def value_on(cell: str, isa: str) -> str:
-    """Of "16; 32 on avx2; 64 on avx512" the part that holds on an instruction set."""
+    """The part of "16; 32 on avx2; 64 on avx512" that holds on an instruction set."""
     default, *exceptions = cell.split("; ")
     for exception in exceptions:
         value, isas = exception.split(" on ")

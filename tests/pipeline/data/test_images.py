@@ -77,7 +77,7 @@ def test_hash_covers_the_preprocessing() -> None:
 
 @given(seed=st.integers(0, 1000), size=st.integers(8, 40))
 def test_random_affine_keeps_levels_and_moves_little(seed: int, size: int) -> None:
-    """On images whose three channels hold the row, the column and a constant, in units of the image size."""
+    """The images' three channels hold the row, the column and a constant, in units of the image size."""
     axis = (torch.arange(size) + 0.5) / size
     row, column = torch.meshgrid(axis, axis, indexing="ij")
     images = torch.stack([row, column, torch.full_like(row, 0.3)]).repeat(4, 1, 1, 1)

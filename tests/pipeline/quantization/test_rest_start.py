@@ -62,7 +62,7 @@ def test_products_lose_less_than_by_rounding_to_nearest(bits: int, ratio: float,
 
 
 def test_rows_are_rounded_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So a table of 262,144 rows can be done some at a time."""
+    """A table of 262,144 rows can therefore be done some at a time."""
     weight = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
     moment = moment_of(correlated(32))
     whole = gptq_table(weight, moment, 4, 16)

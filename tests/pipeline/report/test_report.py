@@ -51,7 +51,7 @@ from pipeline.report.units import (
 
 FIGURES = (stages_figure, reconstruction_figure, spectrum_figure, bytes_figure)
 REMOVED = object()
-"""In place of a value of a report: the key is taken out."""
+"""Stands for the value of a key that is taken out of a report."""
 
 
 def sample_report(

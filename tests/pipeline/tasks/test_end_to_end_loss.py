@@ -104,7 +104,7 @@ def changed(model: nn.Module) -> Any:
 def test_objective_task_is_the_loss_of_transformers(
     language_task: Callable[[str], CausalLMTask], monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
 ) -> None:
-    """With soft caps (Gemma 2), tied tables and others, in chunks of 3 tokens and in one."""
+    """Models have soft caps (Gemma 2), tied tables and others; chunks are of 3 tokens, or all."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
     task = language_task(kind)
     model = changed(task.model)
@@ -257,7 +257,7 @@ def test_objective_task_is_cross_entropy_with_the_labels(
 
 
 def test_both_models_are_computed_in_bfloat16(image_task: Callable[[str], ImageClassificationTask]) -> None:
-    """Or else the dense model would diverge from itself."""
+    """The dense model would diverge from itself if one were not."""
     task = image_task("vit")
     with torch.no_grad():
         loss = task.end_to_end_loss(task.model, config(objective="distill", precision="bfloat16"), 0)(0)
