@@ -23,6 +23,7 @@ After each step that changes the model, a stage ``evaluate/STEP`` measures its q
 single groups are in :mod:`pipeline.stages.groups`.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -81,69 +82,16 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
     evaluations = Evaluations(task, folder, progress)
     evaluations.evaluate_dense(dense)
 
+    # X and Y of every block; groups, their ranks and bits.
     calibrated = calibrate_and_plan(task, dense, folder, progress)
     if engine == "ray":
         compute_on_ray(calibrated)
+    # W ≈ U V, then MLP(X; U, V) ≈ Y.
     unquantized = _compress(calibrated, evaluations)
-
-    inputs, start, trained = _quantize(calibrated, dense, unquantized, evaluations)
-    mlps = restore_quantized(inputs, start.folder, trained.folder)
-    base = open_base(inputs, trained.folder)
-    fake_quantized = install(base, mlps).eval()
-    errors = SavedFactors.of_stage(trained, calibrated.plan).errors()
-    evaluations.evaluate("qat", [trained], lambda: fake_quantized, errors)
-
-    # Integer codes, artefact, validation, speed, report.
-    packing = folder.stage(
-        "pack",
-        [],
-        [trained],
-        lambda out: write_aside(out / "packed.safetensors", partial(save_packed_model, freeze(mlps))),
-    )
-    packed = load_packed_model(packing.folder / "packed.safetensors")
-    stored = install_packed(base, packed, recipe.export.accuracy_level).eval()
-    artifact = folder.folder / ARTIFACT
-
-    def export(out: Path) -> None:
-        deliver.export(out, task, stored, packed, artifact)
-        remove_report(folder.folder)  # one of an earlier run would now speak of another artefact
-
-    exported = folder.stage(
-        "export",
-        [recipe.model_dump(mode="json"), sha256(library_path())],  # both go into the artefact
-        [packing],
-        export,
-        is_valid=lambda out: deliver.is_intact(out, artifact),
-    )
-    validated = folder.stage(
-        "validate",
-        [recipe.export.model_dump(mode="json"), recipe.evaluation.model_dump(mode="json")],
-        [exported],
-        partial(
-            deliver.validate,
-            task=task,
-            fake_quantized=fake_quantized,
-            stored=stored,
-            artifact=artifact,
-            dense_quality=evaluations.folders["dense"],
-            progress=progress,
-        ),
-    )
-    evaluations.folders |= deliver.quality_folders(validated.folder, task)
-    folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact))
-    report = assemble_report(
-        task,
-        calibrated.plan,
-        folder,
-        artifact=artifact,
-        packed=packed,
-        segments=load_segments(start.folder),
-        mlps=mlps,
-        evaluated=evaluations.folders,
-        errors=evaluations.errors,
-    )
-    write_report(report, folder.folder)
-    return report
+    # U ≈ s q and V ≈ s q, then trained so.
+    quantized = _quantize(calibrated, dense, unquantized, evaluations)
+    # q as bytes of an artefact, which is proved right and measured.
+    return _deliver(calibrated, quantized, evaluations)
 
 
 def _compress(calibrated: Calibrated, evaluations: Evaluations) -> SavedFactors:
@@ -180,13 +128,19 @@ def _compress(calibrated: Calibrated, evaluations: Evaluations) -> SavedFactors:
     return factors
 
 
+@dataclass(frozen=True)
+class _Quantized:
+    """What quantization leaves: what all its steps start from, the first step, and the last."""
+
+    inputs: QuantizationInputs
+    start: StageResult
+    trained: StageResult
+
+
 def _quantize(
     calibrated: Calibrated, dense: StageResult, unquantized: SavedFactors, evaluations: Evaluations
-) -> tuple[QuantizationInputs, StageResult, StageResult]:
-    """Start quantization and train it, in a model whose weights outside the MLPs are as they will be stored.
-
-    Returns what every step starts from, the first step and the last one.
-    """
+) -> _Quantized:
+    """Start quantization and train it, in a model whose weights outside the MLPs are as they will be stored."""
     recipe, task, plan, folder = calibrated.recipe, calibrated.task, calibrated.plan, calibrated.folder
     settings = recipe.quantization.model_dump(mode="json")
     training = settings.pop("training")
@@ -226,4 +180,65 @@ def _quantize(
                 progress=calibrated.progress,
             ),
         )
-    return inputs, start, last
+    return _Quantized(inputs, start, last)
+
+
+def _deliver(calibrated: Calibrated, quantized: _Quantized, evaluations: Evaluations) -> Report:
+    """Freeze the factors to integer codes, export, validate and measure the artefact, and write the report."""
+    recipe, task, plan, folder = calibrated.recipe, calibrated.task, calibrated.plan, calibrated.folder
+    trained = quantized.trained
+    mlps = restore_quantized(quantized.inputs, quantized.start.folder, trained.folder)
+    base = open_base(quantized.inputs, trained.folder)
+    fake_quantized = install(base, mlps).eval()
+    errors = SavedFactors.of_stage(trained, plan).errors()
+    evaluations.evaluate("qat", [trained], lambda: fake_quantized, errors)
+
+    packing = folder.stage(
+        "pack",
+        [],
+        [trained],
+        lambda out: write_aside(out / "packed.safetensors", partial(save_packed_model, freeze(mlps))),
+    )
+    packed = load_packed_model(packing.folder / "packed.safetensors")
+    stored = install_packed(base, packed, recipe.export.accuracy_level).eval()
+    artifact = folder.folder / ARTIFACT
+
+    def export(out: Path) -> None:
+        deliver.export(out, task, stored, packed, artifact)
+        remove_report(folder.folder)  # one of an earlier run would now speak of another artefact
+
+    exported = folder.stage(
+        "export",
+        [recipe.model_dump(mode="json"), sha256(library_path())],  # both go into the artefact
+        [packing],
+        export,
+        is_valid=lambda out: deliver.is_intact(out, artifact),
+    )
+    validated = folder.stage(
+        "validate",
+        [recipe.export.model_dump(mode="json"), recipe.evaluation.model_dump(mode="json")],
+        [exported],
+        partial(
+            deliver.validate,
+            task=task,
+            fake_quantized=fake_quantized,
+            stored=stored,
+            artifact=artifact,
+            dense_quality=evaluations.folders["dense"],
+            progress=calibrated.progress,
+        ),
+    )
+    folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact))
+    report = assemble_report(
+        task,
+        plan,
+        folder,
+        artifact=artifact,
+        packed=packed,
+        segments=load_segments(quantized.start.folder),
+        mlps=mlps,
+        evaluated=evaluations.folders | deliver.quality_folders(validated.folder, task),
+        errors=evaluations.errors,
+    )
+    write_report(report, folder.folder)
+    return report

@@ -18,6 +18,10 @@ constexpr size_t kAlignment = 64;
 constexpr size_t kSmallestParallelWork = 1 << 16;
 // How many parts a sum is cut into.
 constexpr size_t kSumParts = 8;
+// What a tile has of stored rows at least and at most, and into how many tiles they are cut between that.
+constexpr size_t kLeastRows = 16, kMostRows = 64, kRowTiles = 16;
+// The same of columns.
+constexpr size_t kLeastColumns = 64, kMostColumns = 256, kColumnTiles = 8;
 
 struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
@@ -103,11 +107,11 @@ size_t tile_outputs_of(const Task& task, const Kernels& kernels) {
   const Layout& layout = *task.weight->layout;
   const size_t m = task.m;
   if (layout.trans_b) {
-    if (m > kFewRows && !task.integers) return std::max<size_t>(16, 2 * kernels.vector_floats);
-    return std::min<size_t>(64, std::max<size_t>(16, layout.rows / 256 * 16));
+    if (m > kFewRows && !task.integers) return std::max(kLeastRows, 2 * kernels.vector_floats);
+    return std::min(kMostRows, std::max(kLeastRows, layout.rows / (kRowTiles * kLeastRows) * kLeastRows));
   }
   if (task.sum_parts > 1) return layout.columns;
-  const size_t wanted = std::min<size_t>(256, std::max<size_t>(64, layout.columns / 8));
+  const size_t wanted = std::min(kMostColumns, std::max(kLeastColumns, layout.columns / kColumnTiles));
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
 
