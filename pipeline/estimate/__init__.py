@@ -21,7 +21,7 @@ from pipeline.models.causal_lm import language_model_class, load_language_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.recipe.choices import choices_of, largest_choice
 from pipeline.recipe.plan import GroupSize, Plan, make_plan
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import LanguageModelSection, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +105,13 @@ def estimate(recipe: Recipe) -> Estimate:
 def _shapes(recipe: Recipe) -> tuple[Any, Any, AbstractContextManager[Any]]:
     """(configuration, model without values, context in which the model can be called) of a recipe."""
     shapes_only: AbstractContextManager[Any]
-    if recipe.is_language_model:
-        config, kind = load_language_config(recipe.model), language_model_class()  # type: ignore[arg-type]
+    if isinstance(recipe.model, LanguageModelSection):
+        config, kind = load_language_config(recipe.model), language_model_class()
         # Masks of language models depend on data where tensors are on the meta device, not where they are fake.
         shapes_only = FakeTensorMode()
     else:
         # The number of labels, where it comes from the data, changes the size of one small layer.
-        config, kind = load_config(recipe.model, labels=10), model_class()  # type: ignore[arg-type]
+        config, kind = load_config(recipe.model, labels=10), model_class()
         shapes_only = torch.device("meta")
     with shapes_only:
         return config, kind.from_config(config), shapes_only

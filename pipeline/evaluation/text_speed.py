@@ -24,7 +24,7 @@ from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
 from pipeline.evaluation.turns import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import LanguageModelSection, Recipe
 
 INT4 = "int4, onnxruntime-genai's builder"
 INT4_BLOCK = 32
@@ -88,7 +88,8 @@ def bench_recipe(
     for folder in beside:
         if not (folder / GENAI_CONFIG).is_file():
             raise InputError(f"--beside {folder}: it has no {GENAI_CONFIG}; give a folder that onnxruntime-genai loads")
-    loaded = load_language_model(recipe.model)  # type: ignore[arg-type]
+    assert isinstance(recipe.model, LanguageModelSection)
+    loaded = load_language_model(recipe.model)
     tokens = loaded.tokenizer(PROMPT)["input_ids"]
     prompt = [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]
     return bench_causal_lm(artifact, loaded.model, loaded.tokenizer, prompt, threads, beside)

@@ -174,15 +174,11 @@ class RunFolder:
 def only_one(path: Path, complaint: str) -> Iterator[None]:
     """Hold the lock file ``path``, or raise InputError with ``complaint``. The system lifts it when the process ends,
     however it ends."""
-    import fcntl
 
-    with writing(path):
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{complaint}; wait, or choose another") from None
+    def refuse() -> None:
+        raise InputError(f"{complaint}; wait, or choose another") from None
+
+    with one_after_another(path, refuse):
         yield
 
 
