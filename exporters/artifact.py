@@ -314,4 +314,6 @@ from fips_ort.load import load
 session = load("path/to/this/folder")
 (logits,) = session.run(["logits"], prefill_inputs(session, input_ids))  # input_ids: int64 [batch, tokens]
 tokens = greedy_tokens(session, [2, 651, 3413], count=20)
-```"""
+```
+
+Padding of a batch, zeros in `attention_mask`, may stand on either side."""

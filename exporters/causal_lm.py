@@ -5,6 +5,11 @@ n-bit linear layers and token tables), and all weights are those of a PyTorch mo
 follow optimum's conventions: ``input_ids`` and ``attention_mask`` int64 [batch, tokens], ``past_key_values.N.key``
 and ``.value`` float32 [batch, heads, past tokens, head size] → ``logits`` float32 [batch, tokens, vocabulary],
 ``present.N.key`` and ``.value``. The attention mask spans past and new tokens.
+
+Zeros may stand anywhere in the mask, as in batches padded on the left, which transformers' and optimum's ``generate``
+make. GroupQueryAttention knows only how many tokens each text has, all of them at its beginning. So the new tokens of a
+text are moved together before the first layer, and back before the output layer; caches hold the tokens of a text one
+after another, and padding behind them, which the next tokens take the place of.
 """
 
 import re
@@ -83,10 +88,58 @@ class _StoredModel:
             self.make_layer(index, layer)
         simple = self.layernorm_attrs["simple"]
         self.make_layernorm(len(layers), model.model.norm, skip=True, simple=simple, location="final_norm")
+        self._move_back()
         self.make_lm_head(model.get_output_embeddings())
         self.make_postprocessing_nodes()
         self._make_rotary_tables()
         return self.model
+
+    # --- padding -----------------------------------------------------------------------------------------------
+
+    def make_attention_mask_reformatting_for_gqa(self: Any) -> None:
+        """Move the new tokens of every text together, as ``padding/input_ids``, and add what GroupQueryAttention reads
+        of the attention mask: ``seqlens_k`` int32 [batch], one less than the entries of each text's cache with the new
+        ones, and ``total_seq_len`` int32, the length of the mask.
+
+        Entries of new padding count in ``seqlens_k``: the operator puts new entries at its end. They stand behind the
+        text's own, where none of these looks.
+        """
+        mask, one, first_axis = "attention_mask", "/model/constants/INT64/[1]", "/model/constants/INT64/[0]"
+        ids, batch, tokens = ir.DataType.INT64, "batch_size", "sequence_length"
+        self._node("Shape", ["input_ids"], "padding/new_tokens", [1], ids, start=1, end=2)
+        self._node("Shape", [mask], "padding/all_tokens", [1], ids, start=1, end=2)
+        self._node("Sub", ["padding/all_tokens", "padding/new_tokens"], "padding/past_tokens", [1], ids)
+        past = [mask, first_axis, "padding/past_tokens", one]
+        self._node("Slice", past, "padding/past_mask", [batch, "past_sequence_length"], ids)
+        new = [mask, "padding/past_tokens", "padding/all_tokens", one]
+        self._node("Slice", new, "padding/new_mask", [batch, tokens], ids)
+
+        self._node("ReduceSum", ["padding/past_mask", one], "padding/own_past", [batch], ids, keepdims=0)
+        self._node("Add", ["padding/own_past", "padding/new_tokens"], "padding/own_total", [batch], ids)
+        self._node("Sub", ["padding/own_total", one], "padding/last", [batch], ids)
+        self._node("Squeeze", ["padding/all_tokens"], "padding/total", [], ids)
+        for name, value, shape in (("seqlens_k", "padding/last", [batch]), ("total_seq_len", "padding/total", [])):
+            self.mask_attrs[name] = f"padding/{name}"
+            self._node("Cast", [value], f"padding/{name}/output_0", shape, ir.DataType.INT32, to=ir.DataType.INT32)
+
+        # Of equal values, the lower index comes first: ones in their order, then zeros.
+        sorted_mask, order = "padding/sorted_mask", "padding/order"
+        self.make_node("TopK", ["padding/new_mask", "padding/new_tokens"], [sorted_mask, order], name=order)
+        for value in (sorted_mask, order):
+            self.make_value(value, ids, [batch, tokens])
+        self._node("GatherElements", ["input_ids", order], "padding/input_ids", [batch, tokens], ids, axis=1)
+
+    def _move_back(self: Any) -> None:
+        """Put the hidden states of every token where it came from; those of padding are the last token's before it."""
+        hidden, zero, one = self.layernorm_attrs["output_0"], "/model/constants/INT64/0", "/model/constants/INT64/1"
+        ids, shape = ir.DataType.INT64, ["batch_size", "sequence_length"]
+        self._node("CumSum", ["padding/new_mask", one], "padding/counted", shape, ids)
+        self._node("Sub", ["padding/counted", one], "padding/place_or_none", shape, ids)
+        self._node("Max", ["padding/place_or_none", zero], "padding/place", shape, ids)
+        self._node("Unsqueeze", ["padding/place", "/model/constants/INT64/[-1]"], "padding/index", [*shape, 1], ids)
+        output = "padding/hidden_states"
+        self._node("GatherND", [hidden, "padding/index"], output, self.make_hidden_state_shape(), batch_dims=1)
+        self.layernorm_attrs["output_0"] = output
 
     # --- initializers ------------------------------------------------------------------------------------------
 
@@ -129,7 +182,7 @@ class _StoredModel:
             self._initialize(f"{path}.codes", embedding.codes)
             self._initialize(f"{path}.scales", embedding.scales)
             self.tables[embedding.scales.data_ptr()] = f"{path}.scales"
-            inputs = [f"{path}.codes", "input_ids", f"{path}.scales"]
+            inputs = [f"{path}.codes", "padding/input_ids", f"{path}.scales"]
             attributes = {"bits": embedding.bits, "block_size": embedding.block_size}
             self._node(
                 "GatherBlockQuantized",
@@ -158,10 +211,10 @@ class _StoredModel:
         half = passes.as_float16(weight.detach().cpu().numpy())
         if half is None:
             self._initialize(table, weight)
-            self._node("Gather", [table, "input_ids"], rows, shape, name=path)
+            self._node("Gather", [table, "padding/input_ids"], rows, shape, name=path)
         else:
             self._initialize(table, torch.from_numpy(half))
-            self._node("Gather", [table, "input_ids"], f"{path}/stored", shape, ir.DataType.FLOAT16, name=path)
+            self._node("Gather", [table, "padding/input_ids"], f"{path}/stored", shape, ir.DataType.FLOAT16, name=path)
             self._node("Cast", [f"{path}/stored"], rows, shape, to=ir.DataType.FLOAT)
 
     def make_matmul(self: Any, matmul: nn.Module, basename: str, root_input: str, **kwargs: Any) -> str:

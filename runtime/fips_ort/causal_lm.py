@@ -2,7 +2,8 @@
 
 Such a graph reads ``input_ids`` int64 [batch, tokens], ``attention_mask`` int64 [batch, past and new tokens] and the
 cache ``past_key_values.N.key`` and ``.value`` float32 [batch, heads, past tokens, head size], and returns ``logits``
-float32 [batch, tokens, vocabulary] and the grown cache as ``present.N.key`` and ``.value``.
+float32 [batch, tokens, vocabulary] and the grown cache as ``present.N.key`` and ``.value``. Zeros in the mask, where
+padding stands, may stand anywhere.
 """
 
 from __future__ import annotations

@@ -378,3 +378,63 @@ def test_incomplete_inputs_are_completed_only_where_the_graph_wants_them(artefac
     assert feeds["attention_mask"].tolist() == [[1] * 5] * 2
     assert feeds["past_key_values.2.value"].shape == (2, 1, 0, 16)
     assert feeds["past_key_values.0.key"].dtype == np.float32
+
+
+PADDED = {
+    "left": [[0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]],
+    "right": [[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]],
+    "anywhere": [[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]],
+}
+"""Attention masks of three texts in a batch."""
+
+
+@pytest.mark.parametrize("side", PADDED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing_wherever_it_stands(kind: str, side: str, artefacts: dict[str, Path]) -> None:
+    """In a prompt, past the sliding window, and in single tokens behind it."""
+    prompt, token = np.tile(np.array(PADDED[side]), (1, 6)), np.array([[1], [1], [1]])
+    lengths = check_padded(kind, artefacts[kind], [prompt, token, token * [[1], [0], [1]], token])
+    assert min(lengths) > 4
+    assert max(lengths) > WINDOW
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing_behind_a_prompt(kind: str, artefacts: dict[str, Path]) -> None:
+    """ONNX Runtime reads more than one token behind others only for one text at a time."""
+    for first, second in zip(PADDED["left"], PADDED["anywhere"], strict=True):
+        check_padded(kind, artefacts[kind], [np.array([first]), np.array([second]), np.array([[1]])])
+
+
+def check_padded(kind: str, folder: Path, masks: list[Any]) -> list[int]:
+    """Feed one part of texts after another, and compare the logits of every token with those of its text alone.
+
+    ``masks``: int64 [batch, tokens], of every part. Returns the lengths of the texts."""
+    exported = language_sample(kind)
+    session = load(folder, verify=False)
+    rng = np.random.default_rng(5)
+    batch = len(masks[0])
+    texts: list[list[int]] = [[] for _ in range(batch)]
+    feeds = causal_lm.prefill_inputs(session, np.zeros((batch, 0), np.int64))
+    seen = np.zeros((batch, 0), np.int64)
+    for mask in masks:
+        input_ids = np.where(mask == 1, rng.integers(5, 265, mask.shape), 0)
+        seen = np.concatenate([seen, mask], axis=1)
+        outputs = session.run(None, {**feeds, "input_ids": input_ids, "attention_mask": seen})
+        results = dict(zip([value.name for value in session.get_outputs()], outputs, strict=True))
+        feeds |= {f"past_key_values.{name.removeprefix('present.')}": cache for name, cache in results.items()
+                  if name.startswith("present.")}
+        for text, ids, own, logits in zip(texts, input_ids, mask, results["logits"], strict=True):
+            text += ids[own == 1].tolist()
+            expected = exported.logits(torch.tensor([text]))[0].numpy()
+            expected = expected[len(expected) - own.sum() :]
+            np.testing.assert_allclose(logits[own == 1], expected, atol=1e-5 * np.abs(expected).max(initial=1.0))
+    return [len(text) for text in texts]
+
+
+def test_the_last_logits_of_a_text_padded_on_the_right_are_its_last_tokens(artefacts: dict[str, Path]) -> None:
+    session = load(artefacts["gemma3"], verify=False)
+    input_ids = tokens(5, 2).numpy()
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    feeds = causal_lm.complete_inputs(session, {"input_ids": input_ids, "attention_mask": mask})
+    (logits,) = session.run(["logits"], feeds)
+    np.testing.assert_array_equal(logits[0, 3:], logits[0, [2, 2]])
