@@ -104,7 +104,7 @@ def test_random_affine_keeps_levels_and_moves_little(seed: int, size: int) -> No
         (["2", "1"], ["1", "2"], [1, 0]),
         (["n01440764", "n01443537"], ["tench", "goldfish"], [0, 1]),
         (["cat", "dog"], ["LABEL_0", "LABEL_1"], [0, 1]),
-        (["crane", "x", "crane"], ["crane", "y", "crane"], [0, 1, 2]),
+        (["crane", "x", "crane"], ["crane", "x", "crane"], [0, 1, 2]),
     ],
 )
 def test_labels_match(names: list[str], model_labels: list[str] | None, expected: list[int]) -> None:
