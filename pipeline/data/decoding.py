@@ -1,7 +1,8 @@
 """Image files as pixels: what transformers' ``load_image`` makes of them, pixel for pixel, or an error.
 
 It turns an image as its EXIF orientation says, takes the first frame of several, and converts it to RGB: palettes are
-looked up, transparency is left out. Where it would cut values off, which happens to more than 8 bits of grey, we refuse.
+looked up, transparency is left out. Where it would cut values off, as it does with more than 8 bits of grey, we
+refuse.
 """
 
 import io

@@ -32,7 +32,7 @@ def check_splits_apart(section: HubImageData, table: Any) -> None:
             common = min(one.to, other.to) - max(one.from_, other.from_)
             if one.splitname == other.splitname and common > 0:
                 raise InputError(
-                    f"data: {section.path}: train: {section.train} and test: {section.test} have {common} rows of split "
+                    f"data: {section.path}: train: {section.train} and test: {section.test} have {common} rows of "
                     f"{one.splitname} in common"
                 )
 

@@ -164,7 +164,7 @@ def _check_name(name: str, path: Path) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise InputError(f"data: {ascii(str(path))}: the label's name is not text in UTF-8; rename the folder") from None
+        raise InputError(f"data: {str(path)!a}: the label's name is not UTF-8; rename the folder") from None
 
 
 def _check_one_label(images: list[ImageFile]) -> None:

@@ -141,27 +141,29 @@ def load_data(
     return ImageData(train, test, opened.labels, digest.hex(), tuple(opened.notes))
 
 
+@dataclass(frozen=True)
+class CheckedData:
+    """What :func:`check_data` has found: how many training images there are, and the notes of :class:`ImageData`."""
+
+    train_samples: int
+    notes: tuple[str, ...]
+
+
 def check_data(
-    section: ImageDataSection,
-    preprocessing: Preprocessing,
-    seed: int,
-    train_samples: int | None = None,
-    test_samples: int | None = None,
-) -> tuple[str, ...]:
-    """Raise InputError for whatever :func:`load_data` does, having decoded only the first few hundred images that it
-    would keep of each split, and return its notes. Data of the hub, which would be downloaded, are not opened."""
-    if isinstance(section, HubImageData) and not Path(section.path).exists():
+    section: ImageDataSection, preprocessing: Preprocessing, seed: int, test_samples: int | None = None
+) -> CheckedData | None:
+    """Raise InputError for whatever :func:`load_data` does, but decode only the first few hundred images of each split.
+    None for data of the hub, which would be downloaded: they are not opened."""
+    if isinstance(section, HubImageData):
         check_splits_differ(section)
-        return ()
+        if not Path(section.path).exists():
+            return None
     opened = _open(section, preprocessing, seed)
-    for name, key, part, wanted in (
-        ("train", "calibration", opened.train, train_samples),
-        ("test", "evaluation", opened.test, test_samples),
-    ):
-        check_samples_asked(key, wanted, name, len(part.order))
-        for index in part.order[: min(wanted or CHECKED_IMAGES, CHECKED_IMAGES)].tolist():
+    check_samples_asked("evaluation", test_samples, "test", len(opened.test.order))
+    for part in (opened.train, opened.test):
+        for index in part.order[:CHECKED_IMAGES].tolist():
             part.source.decode(part.source.content(index), index)
-    return tuple(opened.notes)
+    return CheckedData(len(opened.train.order), tuple(opened.notes))
 
 
 @dataclass(frozen=True)

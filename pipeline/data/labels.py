@@ -67,8 +67,7 @@ def check_distinct(names: Sequence[str], where: str) -> None:
         other = composed.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
             raise InputError(
-                f"{where}: two labels look the same, {other!r} ({ascii(other)}) and {name!r} ({ascii(name)}); make them "
-                "one"
+                f"{where}: two labels look the same, {other!r} ({other!a}) and {name!r} ({name!a}); make them one"
             )
 
 

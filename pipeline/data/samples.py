@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plumbing.errors import InputError
+from pipeline.recipe.schema import Allocate, Recipe
 
 Indices = Sequence[int] | NDArray[np.integer[Any]]
 """Numbers of the samples of a batch, from 0."""
@@ -25,3 +26,11 @@ def check_samples_asked(section: str, samples: int | None, split: str, there: in
             f"{section}.samples: {samples} samples asked for, the {split} split has {there}; ask for at most that "
             "many, or leave the key out for all"
         )
+
+
+def check_train_samples(recipe: Recipe, there: int) -> None:
+    """Raise InputError where a recipe asks for more training samples than are ``there``."""
+    check_samples_asked("calibration", recipe.calibration.samples, "train", there)
+    allocate = recipe.allocate
+    if allocate is not None and allocate.samples != Allocate.model_fields["samples"].default:
+        check_samples_asked("allocate", allocate.samples, "train", there)
