@@ -67,13 +67,13 @@ def read_text_file(path: Path, field: str) -> TextFile:
     if suffix in _JSON_LINES:
         return TextFile(_lines(text, field, path), is_plain=False)
     if suffix in _JSON or text.lstrip().startswith(("{", "[")):
-        content = _json(text)
-        if isinstance(content, dict | list):
+        content, wrong = _parse(text)
+        if wrong is None:
             return TextFile(records_in(content, field, path), is_plain=False)
-        if isinstance(_json(_first_line(text)), dict):
+        if isinstance(_parse(text.lstrip().partition("\n")[0])[0], dict):
             return TextFile(_lines(text, field, path), is_plain=False)
         if suffix in _JSON or _BROKEN_JSON.match(text):
-            raise InputError(f"{path}: not valid JSON: {_json_error(text)}")
+            raise InputError(f"{path}: not valid JSON: {wrong}")
     if text.lstrip()[:20].lower().startswith(_MARKUP_STARTS):
         raise _refusal(path, "markup")
     return TextFile([text], is_plain=True)
@@ -107,11 +107,10 @@ def text_in(record: Any, field: str, where: str) -> str:
 
 def read_json_file(path: Path) -> Any:
     """The content of a JSON file in UTF-8. Raises InputError where it is none."""
-    text = _read(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not valid JSON: {_json_error(text)}") from None
+    content, wrong = _parse(_read(path))
+    if wrong is not None:
+        raise InputError(f"{path}: not valid JSON: {wrong}")
+    return content
 
 
 def _read(path: Path) -> str:
@@ -151,31 +150,18 @@ def _lines(text: str, field: str, path: Path) -> list[str]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{path}: line {number}: not valid JSON: {_json_error(line)}") from None
+        record, wrong = _parse(line)
+        if wrong is not None:
+            raise InputError(f"{path}: line {number}: not valid JSON: {wrong}")
         documents.append(text_in(record, field, f"{path}: line {number}"))
     return documents
 
 
-def _first_line(text: str) -> str:
-    return text.lstrip().partition("\n")[0]
-
-
-def _json(text: str) -> Any:
-    """What ``text`` says in JSON; None where it is none."""
+def _parse(text: str) -> tuple[Any, str | None]:
+    """What ``text`` says in JSON, and what is wrong with it if it says nothing."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _json_error(text: str) -> str:
-    try:
-        json.loads(text)
+        return json.loads(text), None
     except ValueError as error:
-        return str(error)
+        return None, str(error)
     except RecursionError:
-        return "it is nested too deeply"
-    raise AssertionError("valid JSON")
+        return None, "it is nested too deeply"

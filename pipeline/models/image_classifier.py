@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from optimum.exporters.tasks import TasksManager
 from PIL import Image
@@ -192,7 +193,8 @@ def _check_processor(preprocessing: Preprocessing, where: str) -> None:
     size = preprocessing.image_size
     for probe in ((2 * size, 3 * size), (3 * size, 2 * size), (size // 2 + 1, size // 2 + 1)):
         try:
-            pixel_values = preprocessing([Image.new("RGB", probe, "grey")])
+            with np.errstate(all="ignore"):
+                pixel_values = preprocessing([Image.new("RGB", probe, "grey")])
         except Exception as error:  # whatever settings that do not fit together make of it
             raise InputError(
                 f"{where}: its image processor ({_PROCESSOR_FILES[0]}) cannot prepare an image: "

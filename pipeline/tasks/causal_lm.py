@@ -40,7 +40,7 @@ from pipeline.evaluation.perplexity import (
 )
 from pipeline.evaluation.text_speed import PROMPT_TOKENS, bench_causal_lm
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import load_language_model, load_tokenizer
+from pipeline.models.causal_lm import load_language_config, load_language_model, load_tokenizer
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
@@ -73,6 +73,8 @@ class CausalLMTask(Task):
         self.data = load_text_data(data, self.tokenizer, recipe.seed, train, recipe.evaluation.samples)
         if artifact is None:
             check_train_samples(recipe, len(self.data.train))
+        else:
+            check_vocabulary(self.data, self.tokenizer, load_language_config(self.section).vocab_size)
         check_samples_asked("evaluation", recipe.evaluation.samples, "test", len(self.data.test))
         super().__init__(recipe, self.data.hash, len(self.data.train))
 
@@ -83,7 +85,7 @@ class CausalLMTask(Task):
 
     def load_dense(self, folder: Path) -> Dense:
         loaded = load_language_model(self.section, self.tokenizer)
-        check_vocabulary(self.data, self.tokenizer, len(loaded.model.get_input_embeddings().weight))
+        check_vocabulary(self.data, self.tokenizer, len(output_table(loaded.model)))
         return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash)
 
     # --- samples ---
