@@ -71,7 +71,9 @@ def run(
     what they have in common with this one (:mod:`pipeline.plumbing.run_folder`). Raises InputError for what the user
     can mend, StageError if the artefact does not keep what was promised.
     """
-    estimate(recipe)  # refuses what cannot work before anything is computed or written
+    estimated = estimate(recipe)  # refuses what cannot work before anything is computed or written
+    for note in estimated.notes:
+        progress.say(f"note: {note}")
     run_folder = RunFolder(folder, progress, fresh=fresh, shared=shared)
     with run_folder.lock():
         return _run(recipe, run_folder, progress, engine)

@@ -6,7 +6,6 @@ its label, and the preprocessing. Nothing is inferred from names, sizes or times
 """
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.hub import check_splits_differ, load_split, reading_split, split_name
+from pipeline.data.decoding import decode_image
+from pipeline.data.hub import (
+    check_splits_apart,
+    check_splits_differ,
+    load_split,
+    reading_split,
+    split_name,
+)
+from pipeline.data.image_folders import ImageListing, list_images
+from pipeline.data.labels import check_distinct, match_labels, match_test_labels
 from pipeline.data.preprocessing import Preprocessing
-from pipeline.data.samples import Indices, shuffled_order
+from pipeline.data.samples import Indices, check_samples_asked, shuffled_order
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import DigitsData, HubImageData, ImageDataSection, ImageFolderData
+
+CHECKED_IMAGES = 256
+"""Images of a split that a plan decodes; a run decodes all that it uses before it computes anything."""
 
 
 class ImageSplit(Protocol):
@@ -37,12 +48,14 @@ class ImageSplit(Protocol):
 
 @dataclass(frozen=True)
 class ImageData:
-    """The images of a recipe. ``labels``: names by class index. ``hash``: SHA-256 of all that the splits can return."""
+    """The images of a recipe. ``labels``: names by class index. ``hash``: SHA-256 of all that the splits can return.
+    ``notes``: what the user should know of what was found beside the images."""
 
     train: ImageSplit
     test: ImageSplit
     labels: list[str]
     hash: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,27 @@ class TensorSplit:
         return self.inputs[chosen], self.labels[chosen]
 
 
-class EncodedImages(Protocol):
-    """Image files by index; ``name`` is for error messages."""
+class ImageSource(Protocol):
+    """Images by index, of which any may be asked for; ``name`` is for error messages."""
 
     def name(self, index: int) -> str: ...
 
-    def read(self, index: int) -> bytes: ...
+    def content(self, index: int) -> bytes:
+        """What the image is decoded from."""
+        ...
+
+    def decode(self, content: bytes, index: int) -> Image.Image:
+        """The image in mode RGB. Raises InputError where it cannot be read."""
+        ...
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Images decoded and preprocessed when asked for. ``labels`` int64 [n]."""
+    """Images decoded and preprocessed when asked for: those of ``source`` at the numbers ``chosen``, int64 [n], with
+    ``labels``, int64 [n]."""
 
-    images: EncodedImages
+    source: ImageSource
+    chosen: NDArray[np.int64]
     labels: NDArray[np.int64]
     preprocessing: Preprocessing
 
@@ -80,9 +101,9 @@ class EncodedSplit:
         return len(self.labels)
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        chosen = [int(index) for index in indices]
-        decoded = [_decode(self.images.read(index), self.images.name(index)) for index in chosen]
-        return self.preprocessing(decoded), torch.from_numpy(self.labels[chosen])
+        places = [int(index) for index in indices]
+        decoded = [self.source.decode(self.source.content(index), index) for index in self.chosen[places].tolist()]
+        return self.preprocessing(decoded), torch.from_numpy(self.labels[places])
 
 
 def load_data(
@@ -95,52 +116,103 @@ def load_data(
     """The train (calibration) and test splits of a recipe's data, which never overlap.
 
     Both are in an order drawn from ``seed``, so that the first images of either are a random sample;
-    ``train_samples`` and ``test_samples`` keep only that many. Raises InputError for an empty split, labels the
-    model does not know, a missing column, an unreadable file.
+    ``train_samples`` and ``test_samples`` keep only that many. Every image that is kept is read and decoded once, for
+    the hash, and to find out now whether it can be. Raises InputError for an empty split or one with fewer images,
+    labels the model does not know, a missing column, an unreadable file.
     """
-    limits = (train_samples, test_samples)
+    opened = _open(section, preprocessing, seed)
+    check_samples_asked("calibration", train_samples, "train", len(opened.train.order))
+    check_samples_asked("evaluation", test_samples, "test", len(opened.test.order))
+    digest = _Digest(preprocessing)
+
+    def split(part: _Part, limit: int | None) -> ImageSplit:
+        chosen = part.order[:limit]
+        labels = part.labels[chosen]
+        digest.add_split()
+        for index, label in zip(chosen.tolist(), labels.tolist(), strict=True):
+            content = part.source.content(index)
+            part.source.decode(content, index)
+            digest.add_image(content, label)
+        encoded = EncodedSplit(part.source, chosen, labels, preprocessing)
+        # Small enough to be prepared once.
+        return TensorSplit(*encoded.batch(range(len(encoded)))) if isinstance(section, DigitsData) else encoded
+
+    train, test = split(opened.train, train_samples), split(opened.test, test_samples)
+    return ImageData(train, test, opened.labels, digest.hex(), tuple(opened.notes))
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """What :func:`check_data` has found: how many training images there are, and the notes of :class:`ImageData`."""
+
+    train_samples: int
+    notes: tuple[str, ...]
+
+
+def check_data(
+    section: ImageDataSection, preprocessing: Preprocessing, seed: int, test_samples: int | None = None
+) -> CheckedData | None:
+    """Raise InputError for whatever :func:`load_data` does, but decode only the first few hundred images of each split.
+    None for data of the hub, which would be downloaded: they are not opened."""
+    if isinstance(section, HubImageData):
+        check_splits_differ(section)
+        if not Path(section.path).exists():
+            return None
+    opened = _open(section, preprocessing, seed)
+    check_samples_asked("evaluation", test_samples, "test", len(opened.test.order))
+    for part in (opened.train, opened.test):
+        for index in part.order[:CHECKED_IMAGES].tolist():
+            part.source.decode(part.source.content(index), index)
+    return CheckedData(len(opened.train.order), tuple(opened.notes))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A whole split: its images, the labels of all, int64, and the order in which they are used."""
+
+    source: ImageSource
+    labels: NDArray[np.int64]
+    order: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Both splits of a recipe's data, no image read yet. ``labels``: names by the model's class index."""
+
+    train: _Part
+    test: _Part
+    labels: list[str]
+    notes: Sequence[str] = ()
+
+
+def _open(section: ImageDataSection, preprocessing: Preprocessing, seed: int) -> _Opened:
     if isinstance(section, DigitsData):
-        return _load_digits(section, preprocessing, seed, limits)
+        return _open_digits(section, preprocessing, seed)
     if isinstance(section, ImageFolderData):
-        return _load_image_folder(section, preprocessing, seed, limits)
-    return _load_hub(section, preprocessing, seed, limits)
-
-
-def match_labels(names: Sequence[str], model_labels: Sequence[str] | None, where: str) -> list[int]:
-    """The model's class index of each label name of a data set; ``where`` names the data set in errors.
-
-    Names that the model knows are matched by name, decimal numbers are class indices. When the names are in
-    another language than the model's (WordNet ids, or a model with ``LABEL_0`` names), they are matched by
-    position, which needs as many names as the model has labels and none of them known at another position.
-    """
-    if model_labels is None:
-        return list(range(len(names)))
-    index = {name: position for position, name in enumerate(model_labels)}
-    ambiguous = {name for name in names if list(model_labels).count(name) > 1}
-    if all(name in index for name in names) and not ambiguous:
-        return [index[name] for name in names]
-    if all(name.isdecimal() for name in names):
-        indices = [int(name) for name in names]
-        if max(indices) >= len(model_labels):
-            raise InputError(f"{where}: label {max(indices)} is out of range: the model has {len(model_labels)} labels")
-        return indices
-    if len(names) == len(model_labels) and all(
-        name not in index or name == known for name, known in zip(names, model_labels, strict=True)
-    ):
-        return list(range(len(names)))
-    unknown = [name for name in names if name not in index]
-    raise InputError(
-        f"{where}: {len(names)} labels do not match the model's {len(model_labels)}; unknown to the model: "
-        f"{_shortened(unknown) or 'none'}; the model's labels are {_shortened(model_labels)}"
-    )
+        return _open_image_folder(section, preprocessing, seed)
+    return _open_hub(section, preprocessing, seed)
 
 
 # --- digits ----------------------------------------------------------------------------------------------------
 
 
-def _load_digits(
-    section: DigitsData, preprocessing: Preprocessing, seed: int, limits: tuple[int | None, int | None]
-) -> ImageData:
+@dataclass(frozen=True)
+class _Arrays:
+    """Grey images, uint8 [n, height, width]."""
+
+    pixels: NDArray[np.uint8]
+
+    def name(self, index: int) -> str:
+        return f"data: digits, image {index}"
+
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    def decode(self, content: bytes, index: int) -> Image.Image:
+        return Image.frombytes("L", self.pixels.shape[:0:-1], content).convert("RGB")
+
+
+def _open_digits(section: DigitsData, preprocessing: Preprocessing, seed: int) -> _Opened:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -152,18 +224,8 @@ def _load_digits(
     )
     assert not set(train) & set(test)
     # The images hold counts 0..16 of ink in 4x4 cells.
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    digest = _Digest(preprocessing)
-
-    def split(order: NDArray[np.int64], limit: int | None) -> TensorSplit:
-        chosen = order[:limit]
-        digest.add_split()
-        for index in chosen:
-            digest.add_image(pixels[index].tobytes(), int(labels[index]))
-        images = [Image.fromarray(pixels[index]).convert("RGB") for index in chosen]
-        return TensorSplit(preprocessing(images), torch.from_numpy(labels[chosen]))
-
-    return ImageData(split(train, limits[0]), split(test, limits[1]), _label_names(preprocessing, names), digest.hex())
+    source = _Arrays(np.round(digits.images * (255 / 16)).astype(np.uint8))
+    return _Opened(_Part(source, labels, train), _Part(source, labels, test), _label_names(preprocessing, names))
 
 
 # --- image folders ---------------------------------------------------------------------------------------------
@@ -176,52 +238,38 @@ class _Files:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
-    def read(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         try:
             return self.paths[index].read_bytes()
         except OSError as error:
             raise InputError(f"{self.paths[index]}: cannot read the image: {error.strerror}") from None
 
+    def decode(self, content: bytes, index: int) -> Image.Image:
+        return decode_image(content, self.name(index))
 
-def _load_image_folder(
-    section: ImageFolderData, preprocessing: Preprocessing, seed: int, limits: tuple[int | None, int | None]
-) -> ImageData:
-    folders = [_list_folder(Path(section.path) / name) for name in (section.train, section.test)]
-    train_files, test_files = ({path.resolve() for _, path in folder} for folder in folders)
-    both = sorted(train_files & test_files)
+
+def _open_image_folder(section: ImageFolderData, preprocessing: Preprocessing, seed: int) -> _Opened:
+    where = f"data: {section.path}"
+    train, test = (list_images(Path(section.path) / name) for name in (section.train, section.test))
+    tested = {image.identity for image in test.images}
+    both = [image.path for image in train.images if image.identity in tested]
     if both:
-        raise InputError(f"data: {section.path}: {len(both)} images are in both train and test, {both[0]} for one")
-    names = sorted({label for folder in folders for label, _ in folder})
-    indices = dict(zip(names, match_labels(names, preprocessing.labels, f"data: {section.path}"), strict=True))
-    digest = _Digest(preprocessing)
+        raise InputError(f"{where}: {len(both)} images are in both train and test, {both[0]} for one")
+    train_names, test_names = (sorted({image.label for image in listing.images}) for listing in (train, test))
+    if preprocessing.labels is None:
+        check_distinct(train_names, where)
+        names = train_names
+        indices = dict(zip(train_names, range(len(train_names)), strict=True))
+        indices |= zip(test_names, match_test_labels(test_names, train_names, where), strict=True)
+    else:
+        names = sorted({*train_names, *test_names})
+        indices = dict(zip(names, match_labels(names, preprocessing.labels, where), strict=True))
 
-    def split(folder: list[tuple[str, Path]], limit: int | None) -> EncodedSplit:
-        chosen = shuffled_order(len(folder), seed)[:limit]
-        images = _Files([folder[index][1] for index in chosen])
-        labels = np.array([indices[folder[index][0]] for index in chosen], dtype=np.int64)
-        digest.add_images(images, labels)
-        return EncodedSplit(images, labels, preprocessing)
+    def part(listing: ImageListing) -> _Part:
+        labels = np.array([indices[image.label] for image in listing.images], dtype=np.int64)
+        return _Part(_Files([image.path for image in listing.images]), labels, shuffled_order(len(labels), seed))
 
-    train, test = split(folders[0], limits[0]), split(folders[1], limits[1])
-    return ImageData(train, test, _label_names(preprocessing, names), digest.hex())
-
-
-def _list_folder(folder: Path) -> list[tuple[str, Path]]:
-    """(label, file) of every image in ``folder/LABEL/``, sorted."""
-    if not folder.is_dir():
-        raise InputError(f"data: {folder}: no such folder; expected {folder}/LABEL/image.*")
-    Image.init()
-    suffixes = Image.registered_extensions()
-    found = [
-        (label.name, file)
-        for label in sorted(folder.iterdir())
-        if label.is_dir()
-        for file in sorted(label.iterdir())
-        if file.suffix.lower() in suffixes
-    ]
-    if not found:
-        raise InputError(f"data: {folder}: no images; expected {folder}/LABEL/image.*")
-    return found
+    return _Opened(part(train), part(test), _label_names(preprocessing, names), [*train.notes, *test.notes])
 
 
 # --- hub -------------------------------------------------------------------------------------------------------
@@ -229,16 +277,17 @@ def _list_folder(folder: Path) -> list[tuple[str, Path]]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The image column of a data set, undecoded."""
+    """The image column of a data set, undecoded. ``mode``: the column's own, see :func:`decode_image`."""
 
     rows: Any
     column: str
+    mode: str | None
     where: str
 
     def name(self, index: int) -> str:
-        return f"{self.where}, row {index} as drawn"
+        return f"{self.where}, row {index}"
 
-    def read(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         image = self.rows[index][self.column]
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise InputError(f"{self.name(index)}: the image is missing")
@@ -247,47 +296,53 @@ class _Rows:
         except OSError as error:
             raise InputError(f"{image['path']}: cannot read the image: {error.strerror}") from None
 
+    def decode(self, content: bytes, index: int) -> Image.Image:
+        return decode_image(content, self.name(index), self.mode)
 
-def _load_hub(
-    section: HubImageData, preprocessing: Preprocessing, seed: int, limits: tuple[int | None, int | None]
-) -> ImageData:
+
+def _open_hub(section: HubImageData, preprocessing: Preprocessing, seed: int) -> _Opened:
     check_splits_differ(section)
-    tables = [_open_table(section, split) for split in (section.train, section.test)]
-    columns = [_label_column(table, section.label_column) for table in tables]
+    splits = (section.train, section.test)
+    tables = [_open_table(section, split) for split in splits]
+    check_splits_apart(section, tables[0])
+    columns = [
+        _label_column(table, section.label_column, split_name(section, split))
+        for table, split in zip(tables, splits, strict=True)
+    ]
     names = columns[0].names
     if columns[1].names != names:
         raise InputError(f"data: {section.path}: {section.train} and {section.test} have different label names")
-    wheres = [split_name(section, split) for split in (section.train, section.test)]
     if names is None:
         count = len(preprocessing.labels) if preprocessing.labels else 1 + max(int(c.values.max()) for c in columns)
         names = list(preprocessing.labels) if preprocessing.labels else [str(index) for index in range(count)]
         indices = np.arange(count)
     else:
-        indices = np.asarray(match_labels(names, preprocessing.labels, f"data: {section.path}"), dtype=np.int64)
-    digest = _Digest(preprocessing)
+        matched = match_labels(names, preprocessing.labels, f"data: {section.path}", has_own_order=True)
+        indices = np.asarray(matched, dtype=np.int64)
 
-    def split(table: Any, values: NDArray[np.int64], where: str, limit: int | None) -> EncodedSplit:
+    import datasets
+
+    def part(table: Any, values: NDArray[np.int64], split: str) -> _Part:
+        where = split_name(section, split)
         outside = (values < 0) | (values >= len(indices))
         if outside.any():
             row = int(np.argmax(outside))
             raise InputError(
                 f"{where}: label {values[row]} in row {row} is out of range: there are {len(indices)} labels"
             )
-        chosen = shuffled_order(len(values), seed)[:limit]
-        images = _Rows(table.select(chosen), section.image_column, where)
-        labels = indices[values[chosen]]
-        digest.add_images(images, labels)
-        return EncodedSplit(images, labels, preprocessing)
+        undecoded = table.cast_column(section.image_column, datasets.Image(decode=False))
+        mode = table.features[section.image_column].mode
+        source = _Rows(undecoded.select_columns(section.image_column), section.image_column, mode, where)
+        return _Part(source, indices[values], shuffled_order(len(values), seed))
 
     train, test = (
-        split(table, column.values, where, limit)
-        for table, column, where, limit in zip(tables, columns, wheres, limits, strict=True)
+        part(table, column.values, split) for table, column, split in zip(tables, columns, splits, strict=True)
     )
-    return ImageData(train, test, _label_names(preprocessing, names), digest.hex())
+    return _Opened(train, test, _label_names(preprocessing, names))
 
 
 def _open_table(section: HubImageData, split: str) -> Any:
-    """The rows of a split, images undecoded."""
+    """The rows of a split."""
     with reading_split(section, split):
         table = load_split(section, split)
     import datasets
@@ -298,7 +353,7 @@ def _open_table(section: HubImageData, split: str) -> Any:
             raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
     if not isinstance(table.features[section.image_column], datasets.Image):
         raise InputError(f"{where}: column {section.image_column!r} does not hold images")
-    return table.cast_column(section.image_column, datasets.Image(decode=False))
+    return table
 
 
 @dataclass(frozen=True)
@@ -309,12 +364,14 @@ class _LabelColumn:
     names: list[str] | None
 
 
-def _label_column(table: Any, column: str) -> _LabelColumn:
-    values = np.asarray(table[column][:])
-    names = getattr(table.features[column], "names", None)
-    if values.dtype.kind not in "iu":
-        raise InputError(f"data: label column {column!r} holds {table.features[column]}, not class indices")
-    return _LabelColumn(values.astype(np.int64), names)
+def _label_column(table: Any, column: str, where: str) -> _LabelColumn:
+    feature = table.features[column]
+    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        raise InputError(f"{where}: label column {column!r} holds {feature}, not class indices")
+    labels = table.select_columns(column)[column][:]
+    if None in labels:
+        raise InputError(f"{where}: row {labels.index(None)} has no label, in column {column!r}; leave such rows out")
+    return _LabelColumn(np.array(labels, dtype=np.int64), getattr(feature, "names", None))
 
 
 # --- shared ----------------------------------------------------------------------------------------------------
@@ -332,26 +389,9 @@ class _Digest:
     def add_image(self, content: bytes, label: int) -> None:
         self._sha256.update(hashlib.sha256(content).digest() + label.to_bytes(8, "little"))
 
-    def add_images(self, images: EncodedImages, labels: NDArray[np.int64]) -> None:
-        self.add_split()
-        for index, label in enumerate(labels):
-            self.add_image(images.read(index), int(label))
-
     def hex(self) -> str:
         return self._sha256.hexdigest()
 
 
-def _decode(content: bytes, name: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: not a readable image: {error}") from None
-
-
 def _label_names(preprocessing: Preprocessing, data_names: Sequence[str]) -> list[str]:
     return list(data_names if preprocessing.labels is None else preprocessing.labels)
-
-
-def _shortened(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return f"{shown}, … ({len(names)})" if len(names) > 5 else shown

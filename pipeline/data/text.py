@@ -22,11 +22,13 @@ from torch import Tensor
 from pipeline.data.hub import check_splits_differ, load_split, reading_split, split_name
 from pipeline.data.packages import package_file
 from pipeline.data.samples import Indices, shuffled_order
+from pipeline.data.text_files import read_json_file, read_text_file, records_in, text_in
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import HubTextData, LocalTextData, PackagedTextData, TextDataSection
 
 SEPARATOR = "\n\n"
 _DOCUMENTS_AT_ONCE = 128
+_NAMED = 5
 _PIECE = 1 << 17
 """Characters after which a long document is cut for the tokenizer, at the next line."""
 
@@ -151,68 +153,21 @@ def load_text_data(
 
 def _packaged_documents(section: PackagedTextData) -> list[str]:
     path = package_file(section.package, section.file, "data")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON in UTF-8: {error}") from None
-    if not isinstance(content, list | dict):
-        raise InputError(f"{path}: expected a list or a mapping of records, found {type(content).__name__}")
-    entries = content.items() if isinstance(content, dict) else enumerate(content)
-    return [_field(record, section.field, f"{path}: record {name!r}") for name, record in entries]
+    return records_in(read_json_file(path), section.field, path)
 
 
 def _local_documents(section: LocalTextData, seed: int) -> tuple[Iterable[str], Iterable[str]]:
     """Documents of (train, test). The lines of a plain text count as documents only where it has to be split."""
-    train_path = Path(section.train)
-    if section.test is None:
-        plain = train_path.suffix != ".jsonl"
-        documents = _read_text(train_path).splitlines() if plain else _read_jsonl(train_path, section.field)
-        return _split(documents, section.test_fraction, seed, f"data: {train_path}")
-    test_path = Path(section.test)
-    if train_path.resolve() == test_path.resolve():
-        raise InputError(f"data: train and test are the same file, {train_path}; leave out test to have it split")
-    train, test = (
-        [_read_text(path)] if path.suffix != ".jsonl" else _read_jsonl(path, section.field)
-        for path in (train_path, test_path)
-    )
-    return _shuffled(train, seed), test
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"data: {path}: cannot read the text: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"data: {path}: not text in UTF-8") from None
-
-
-def _read_jsonl(path: Path, field: str) -> list[str]:
-    documents = []
-    # Not splitlines, which also cuts at characters that may stand inside a JSON string.
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
-        documents.append(_field(record, field, f"{path}: line {number}"))
-    return documents
-
-
-def _field(record: Any, field: str, where: str) -> str:
-    if not isinstance(record, dict) or field not in record:
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise InputError(f"{where}: no field {field!r} (data.field); it has {found}")
-    if not isinstance(record[field], str):
-        raise InputError(f"{where}: field {field!r} (data.field) holds {type(record[field]).__name__}, not text")
-    text: str = record[field]
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can say half of a pair of surrogates
-        raise InputError(f"{where}: field {field!r} (data.field) holds characters that are not Unicode text") from None
-    return text
+    paths = [Path(file) for file in (section.train, section.test) if file is not None]
+    if len(paths) == 2 and all(path.exists() for path in paths) and paths[0].samefile(paths[1]):
+        raise InputError(f"data: train and test are the same file, {paths[0]}; leave out test to have it split")
+    files = [read_text_file(path, section.field) for path in paths]
+    if all(file.is_plain for file in files) and section.field != LocalTextData.model_fields["field"].default:
+        raise InputError(f"data.field: {section.field}: {paths[0]} is plain text, which has no fields; leave it out")
+    if len(files) == 2:
+        return _shuffled(files[0].documents, seed), files[1].documents
+    documents = files[0].documents[0].splitlines() if files[0].is_plain else files[0].documents
+    return _split(documents, section.test_fraction, seed, f"data: {paths[0]}")
 
 
 def _split(documents: Iterable[str], test_fraction: float, seed: int, where: str) -> tuple[list[str], list[str]]:
@@ -237,7 +192,7 @@ def _hub_documents(section: HubTextData, split: str) -> Iterator[str]:
     with reading_split(section, split):
         rows = load_split(section, split, streaming=True)
         for number, row in enumerate(islice(rows, section.documents)):
-            yield _field(row, section.field, f"{split_name(section, split)}: row {number}")
+            yield text_in(row, section.field, f"{split_name(section, split)}: row {number}")
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------
@@ -302,6 +257,37 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : end.end()]
         start = end.end()
     yield text[start:]
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------
+
+
+def tokens_beyond(tokenizer: Any, rows: int) -> dict[str, int]:
+    """The tokens, by rising id, for which a model whose table of tokens has ``rows`` rows has none."""
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    return dict(sorted(beyond.items(), key=lambda entry: entry[1]))
+
+
+def check_vocabulary(data: TextData, tokenizer: Any, rows: int) -> None:
+    """Raise InputError where the text has tokens that a model whose table of tokens has ``rows`` rows does not know."""
+    for name, split in (("train", data.train), ("test", data.test)):
+        ids = torch.unique(split.tokens)
+        held = ids[ids >= rows].tolist()
+        if split.bos is not None and split.bos >= rows:
+            held.append(split.bos)
+        if held:
+            tokens = dict(zip(tokenizer.convert_ids_to_tokens(held), held, strict=True))
+            raise InputError(
+                f"data: the {name} text holds {describe_tokens(tokens)}, and the model's table of tokens has {rows} "
+                f"rows (vocab_size), for ids up to {rows - 1}; take them out of the text, or take a model whose table "
+                "was resized (resize_token_embeddings) and trained for them"
+            )
+
+
+def describe_tokens(tokens: dict[str, int]) -> str:
+    """The first of ``tokens`` with their ids, and how many they are if there are more."""
+    named = ", ".join(f"{token!r} (id {index})" for token, index in list(tokens.items())[:_NAMED])
+    return f"{named}, … ({len(tokens)} tokens)" if len(tokens) > _NAMED else named
 
 
 def leading_token(tokenizer: Any) -> int | None:

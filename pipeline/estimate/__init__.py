@@ -5,20 +5,23 @@ Sizes of what is stored (:mod:`pipeline.estimate.sizes`), memory (:mod:`pipeline
 :mod:`pipeline.estimate.time`, and ``fips plan`` prints it all (:mod:`pipeline.estimate.printing`).
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.estimate.checks import check_inputs, check_rest_blocks
+from pipeline.estimate.checks import check_rest_blocks
+from pipeline.estimate.inputs import check_inputs
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
 from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import language_model_class, load_language_config
 from pipeline.models.image_classifier import load_config, model_class
+from pipeline.plumbing.errors import InputError
 from pipeline.recipe.choices import choices_of, largest_choice
 from pipeline.recipe.plan import GroupSize, Plan, make_plan
 from pipeline.recipe.schema import LanguageModelSection, Recipe
@@ -32,7 +35,8 @@ class Estimate:
     ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``activation_bytes_per_sample``: on
     disk, of what calibration records. ``group_training_bytes``: memory to train the factors of the largest group.
     ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
-    checkpoint, which need not stay in memory. ``work``: operations that take most of the time.
+    checkpoint, which need not stay in memory. ``work``: operations that take most of the time. ``notes``: what the user
+    should know of the inputs, a sentence each.
     """
 
     plan: Plan
@@ -45,6 +49,7 @@ class Estimate:
     memory: dict[str, int]
     mapped_bytes: int
     work: Work
+    notes: tuple[str, ...] = ()
 
     @property
     def mlp_bytes(self) -> int:
@@ -73,7 +78,7 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, and blocks outside
     the MLPs that do not divide.
     """
-    check_inputs(recipe)
+    notes = check_inputs(recipe)
     choices = []
     wanted = recipe
     if recipe.allocate is not None:
@@ -87,7 +92,8 @@ def estimate(recipe: Recipe) -> Estimate:
     check_rest_blocks(recipe, model, sites)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
-    passed = dry_run(recipe, plan, model, config, shapes_only)
+    with _fitting_together():
+        passed = dry_run(recipe, plan, model, config, shapes_only)
     return Estimate(
         plan=plan,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -99,6 +105,7 @@ def estimate(recipe: Recipe) -> Estimate:
         memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),
         mapped_bytes=mapped_bytes(recipe, config, model),
         work=count_work(wanted, plan, passed),
+        notes=notes,
     )
 
 
@@ -113,5 +120,19 @@ def _shapes(recipe: Recipe) -> tuple[Any, Any, AbstractContextManager[Any]]:
         # The number of labels, where it comes from the data, changes the size of one small layer.
         config, kind = load_config(recipe.model, labels=10), model_class()
         shapes_only = torch.device("meta")
-    with shapes_only:
+    with shapes_only, _fitting_together():
         return config, kind.from_config(config), shapes_only
+
+
+@contextmanager
+def _fitting_together() -> Iterator[None]:
+    """Make what transformers and PyTorch raise for settings of a model that contradict each other an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            "model: its configuration does not fit together, no sample goes through it: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error

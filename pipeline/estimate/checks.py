@@ -1,28 +1,14 @@
-"""What can be refused before anything is computed: inputs that are not there, blocks that do not divide."""
+"""What can be refused before anything is computed: blocks that do not divide."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.estimate.sizes import rest_linears
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.plan import MLPSite
-from pipeline.recipe.schema import ImageFolderData, LocalTextData, Recipe
+from pipeline.recipe.schema import Recipe
 
 _OFFENDERS_NAMED = 3
-
-
-def check_inputs(recipe: Recipe) -> None:
-    """Raise InputError naming a folder or file of the recipe's data that is not there."""
-    data = recipe.data
-    if isinstance(data, ImageFolderData):
-        for name in (data.train, data.test):
-            if not (Path(data.path) / name).is_dir():
-                raise InputError(f"data.path: {Path(data.path) / name}: no such folder; expected LABEL/image.* in it")
-    if isinstance(data, LocalTextData):
-        for key, file in (("train", data.train), ("test", data.test)):
-            if file is not None and not Path(file).is_file():
-                raise InputError(f"data.{key}: {file}: no such file")
 
 
 def check_rest_blocks(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from optimum.exporters.tasks import TasksManager
 from PIL import Image
@@ -38,6 +39,8 @@ ATTENTION = "eager"
 every run."""
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
 _FEATURE_BATCH = 64
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Where transformers saves an image processor, or a processor that has one."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ def load_model(
 
 
 def _scratch_preprocessing(section: ScratchModel) -> Preprocessing:
-    size = _square(_scratch_config(section, labels=2).image_size, "model.config.image_size")
+    config = _scratch_config(section, labels=2)
+    _check_channels(config, "model.config.num_channels")
+    size = _square(config.image_size, "model.config.image_size")
     return Preprocessing(ViTImageProcessorPil(size={"height": size, "width": size}), size)
 
 
@@ -155,18 +160,56 @@ def _train_scratch(
 
 def _pretrained_preprocessing(section: PretrainedModel) -> Preprocessing:
     config = _from_hub(section, AutoConfig.from_pretrained)
+    where = f"model.path: {section.path}"
     check_model_type(config.model_type, "image-classification")
-    processor = _from_hub(section, AutoImageProcessor.from_pretrained, backend="pil")
-    size = _square(config.image_size, f"model.path: {section.path}: image_size")
-    labels = tuple(config.id2label[index] for index in range(config.num_labels))
-    preprocessing = Preprocessing(processor, size, labels)
-    height, width = preprocessing([Image.new("RGB", (2 * size, 3 * size))]).shape[2:]
-    if (height, width) != (size, size):
+    _check_channels(config, f"{where}: num_channels")
+    size = _square(config.image_size, f"{where}: image_size")
+    labels = _labels(config, where)
+    folder = Path(section.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         raise InputError(
-            f"model.path: {section.path}: its image processor makes images of {height}x{width}, "
-            f"the model takes {size}x{size}"
+            f"{where}: it has no {_PROCESSOR_FILES[0]}, which says how images are prepared for the model; save its "
+            "image processor there (save_pretrained)"
         )
+    processor = _from_hub(section, AutoImageProcessor.from_pretrained, backend="pil")
+    preprocessing = Preprocessing(processor, size, labels)
+    _check_processor(preprocessing, where)
     return preprocessing
+
+
+def _labels(config: Any, where: str) -> tuple[str, ...]:
+    """The model's label names by class index. Raises InputError where one is missing."""
+    names = config.id2label
+    if sorted(names) != list(range(len(names))):
+        raise InputError(
+            f"{where}: id2label names the classes {sorted(names)}, which are not all from 0 to {len(names) - 1}; "
+            "complete it in config.json"
+        )
+    return tuple(str(names[index]) for index in range(len(names)))
+
+
+def _check_processor(preprocessing: Preprocessing, where: str) -> None:
+    """Raise InputError unless images of any size become what the model takes."""
+    size = preprocessing.image_size
+    for probe in ((2 * size, 3 * size), (3 * size, 2 * size), (size // 2 + 1, size // 2 + 1)):
+        try:
+            with np.errstate(all="ignore"):
+                pixel_values = preprocessing([Image.new("RGB", probe, "grey")])
+        except Exception as error:  # whatever settings that do not fit together make of it
+            raise InputError(
+                f"{where}: its image processor ({_PROCESSOR_FILES[0]}) cannot prepare an image: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from None
+        channels, height, width = pixel_values.shape[1:]
+        if (channels, height, width) != (3, size, size):
+            raise InputError(
+                f"{where}: its image processor makes images of {height}x{width} with {channels} channels, "
+                f"the model takes {size}x{size} with 3; mend {_PROCESSOR_FILES[0]} (do_resize, size, do_center_crop)"
+            )
+        if not torch.isfinite(pixel_values).all():
+            raise InputError(
+                f"{where}: its image processor makes values that are not finite; mend {_PROCESSOR_FILES[0]} (image_std)"
+            )
 
 
 def _pretrained(section: PretrainedModel) -> nn.Module:
@@ -274,9 +317,20 @@ def model_class() -> Any:
     return TasksManager.get_model_class_for_task("image-classification")
 
 
+def _check_channels(config: Any, where: str) -> None:
+    """Raise InputError for a model of other than RGB images, which is what transformers reads, too."""
+    if config.num_channels != 3:
+        raise InputError(
+            f"{where}: {config.num_channels}: images are read as RGB, as transformers reads them, so only models of 3 "
+            "channels are supported"
+        )
+
+
 def _square(size: Any, where: str) -> int:
     """The one number of a square image size given as an int or as (height, width)."""
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
+    sides = [*size] if isinstance(size, list | tuple) else [size]
+    if not 1 <= len(sides) <= 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise InputError(f"{where}: {size} is no size of an image; give a number of pixels")
+    if len(set(sides)) != 1:
         raise InputError(f"{where}: {size} is not square; only square images are supported")
-    return int(sides.pop())
+    return int(sides[0])

@@ -4,9 +4,10 @@ Unknown keys are refused at every level. A recipe is read from YAML in :mod:`pip
 about a model (group indices, divisibility, rank) is checked against that model in :mod:`pipeline.recipe.plan`.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
 from pipeline.plumbing.records import Record
@@ -29,6 +30,20 @@ class AtKeyError(ValueError):
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
         self.key = key
+
+
+def _user_path(text: str) -> str:
+    """A path, or a hub id, with the home folder in the place of ``~`` or ``~user``."""
+    if not text or "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("not a path: it is empty, or holds characters that no path has")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError("the home folder that it begins with is not known; write the path out")
+    return expanded
+
+
+UserPath = Annotated[str, AfterValidator(_user_path)]
+"""A path in a recipe or a sweep, ``~`` expanded; where it may also be a hub id, that stays as it is."""
 
 
 class Section(Record):
@@ -71,7 +86,7 @@ class PretrainedModel(Section):
     """A fine-tuned image classifier: a Hugging Face id or a local folder (``path`` is either)."""
 
     source: Literal["pretrained"]
-    path: str
+    path: UserPath
     revision: str | None = None
 
 
@@ -89,7 +104,7 @@ class CausalLanguageModel(Section):
     """A causal language model: a Hugging Face id or a local folder; ``gguf_file`` names a GGUF file in it."""
 
     source: Literal["causal_lm"]
-    path: str
+    path: UserPath
     revision: str | None = None
     gguf_file: str | None = None
 
@@ -124,16 +139,16 @@ class ImageFolderData(Section):
     that the model knows."""
 
     source: Literal["image_folder"]
-    path: str
-    train: str = "train"
-    test: str = "val"
+    path: UserPath
+    train: UserPath = "train"
+    test: UserPath = "val"
 
 
 class HubImageData(Section):
     """An image classification dataset read with ``datasets`` (a hub id, or a local folder it understands)."""
 
     source: Literal["hub"]
-    path: str
+    path: UserPath
     config: str | None = None
     train: str = "train"
     test: str = "validation"
@@ -167,8 +182,8 @@ class LocalTextData(TextSection):
     """
 
     source: Literal["text"]
-    train: str
-    test: str | None = None
+    train: UserPath
+    test: UserPath | None = None
     field: str = "text"
     test_fraction: Fraction = 0.1
 
@@ -183,7 +198,7 @@ class HubTextData(TextSection):
     """A text dataset read with ``datasets``, streamed; ``documents``: at most so many of each split are read."""
 
     source: Literal["hub_text"]
-    path: str
+    path: UserPath
     config: str | None = None
     train: str = "train"
     test: str = "test"

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.reading import parse_recipe, parse_section, read_yaml, set_key
-from pipeline.recipe.schema import Positive, Recipe, Section
+from pipeline.recipe.schema import Positive, Recipe, Section, UserPath
 
 Overrides = dict[str, Any]
 """Dotted key of a recipe → value."""
@@ -30,7 +30,7 @@ class SweepFile(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    recipe: str
+    recipe: UserPath
     set: Overrides = Field(default_factory=dict)
     axes: Annotated[dict[str, Annotated[dict[str, Overrides], Field(min_length=1)]], Field(min_length=1)]
     threads: Positive | None = None

@@ -18,7 +18,8 @@ from exporters.packed_model import PackedModel
 from exporters.rest import quantize_embedding, quantize_linears, round_to_float16
 from fips_ort.causal_lm import prefill_inputs
 from fips_ort.memory import measure_memory
-from pipeline.data.text import load_text_data
+from pipeline.data.samples import check_samples_asked, check_train_samples
+from pipeline.data.text import check_vocabulary, load_text_data
 from pipeline.evaluation.measurements import (
     ArtifactMemory,
     Benchmark,
@@ -39,7 +40,7 @@ from pipeline.evaluation.perplexity import (
 )
 from pipeline.evaluation.text_speed import PROMPT_TOKENS, bench_causal_lm
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import load_language_model, load_tokenizer
+from pipeline.models.causal_lm import load_language_config, load_language_model, load_tokenizer
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
@@ -70,6 +71,11 @@ class CausalLMTask(Task):
         self.tokenizer = load_tokenizer(self.section)
         train = 1 if artifact is not None else None
         self.data = load_text_data(data, self.tokenizer, recipe.seed, train, recipe.evaluation.samples)
+        if artifact is None:
+            check_train_samples(recipe, len(self.data.train))
+        else:
+            check_vocabulary(self.data, self.tokenizer, load_language_config(self.section).vocab_size)
+        check_samples_asked("evaluation", recipe.evaluation.samples, "test", len(self.data.test))
         super().__init__(recipe, self.data.hash, len(self.data.train))
 
     # --- dense model ---
@@ -79,6 +85,7 @@ class CausalLMTask(Task):
 
     def load_dense(self, folder: Path) -> Dense:
         loaded = load_language_model(self.section, self.tokenizer)
+        check_vocabulary(self.data, self.tokenizer, len(output_table(loaded.model)))
         return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash)
 
     # --- samples ---
@@ -176,7 +183,7 @@ class CausalLMTask(Task):
 
     def describe_data(self) -> TextSamples:
         context = self.data.train.context
-        calibration = min(self.recipe.calibration.samples or self.train_samples, self.train_samples)
+        calibration = self.recipe.calibration.samples or self.train_samples
         return TextSamples(
             source=self.recipe.data.source,
             hash=self.data_hash,

@@ -17,6 +17,7 @@ from exporters.packed_model import PackedModel
 from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
 from fips_ort.memory import measure_memory
 from pipeline.data.images import load_data
+from pipeline.data.samples import check_train_samples
 from pipeline.evaluation.accuracy import check_samples, divergence, evaluate_accuracy, load_accuracy, save_accuracy
 from pipeline.evaluation.image_speed import DENSE_FLOAT32, artefact_sessions, dense_sessions, seconds_per_run
 from pipeline.evaluation.measurements import (
@@ -71,6 +72,8 @@ class ImageClassificationTask(Task):
         limits = (calibration, recipe.evaluation.samples) if limited else (None, None)
         self.data = load_data(data, self.preprocessing, recipe.seed, *limits)
         check_samples(self.data.test, recipe.evaluation.samples)
+        if artifact is None:
+            check_train_samples(recipe, len(self.data.train))
         super().__init__(recipe, self.data.hash, len(self.data.train))
 
     # --- dense model ---
@@ -156,7 +159,7 @@ class ImageClassificationTask(Task):
             source=self.recipe.data.source,
             hash=self.data_hash,
             train_samples=self.train_samples,
-            calibration_samples=min(self.recipe.calibration.samples or self.train_samples, self.train_samples),
+            calibration_samples=self.recipe.calibration.samples or self.train_samples,
             test_samples=check_samples(self.data.test, self.recipe.evaluation.samples),
         )
 

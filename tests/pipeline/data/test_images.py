@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 from transformers import ViTImageProcessorPil
 
-from pipeline.data.images import ImageData, load_data, match_labels
+import pipeline.data.images
+from pipeline.data.images import CHECKED_IMAGES, EncodedSplit, ImageData, check_data, load_data
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.models.classifier_training import random_affine
 from pipeline.plumbing.errors import InputError
@@ -90,38 +91,6 @@ def test_random_affine_keeps_levels_and_moves_little(seed: int, size: int) -> No
     assert moved.max() < 0.08 + 0.25 * 0.71
     centre = slice(size // 2 - 1, size // 2 + 1)
     assert moved[:, :, centre, centre].max() < 0.08 + 0.25 / size + 1e-4
-
-
-# --- labels ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("names", "model_labels", "expected"),
-    [
-        (["b", "a"], None, [0, 1]),
-        (["a", "c"], ["c", "b", "a"], [2, 0]),
-        (["0", "2", "10"], [f"x{index}" for index in range(11)], [0, 2, 10]),
-        (["2", "1"], ["1", "2"], [1, 0]),
-        (["n01440764", "n01443537"], ["tench", "goldfish"], [0, 1]),
-        (["cat", "dog"], ["LABEL_0", "LABEL_1"], [0, 1]),
-        (["crane", "x", "crane"], ["crane", "y", "crane"], [0, 1, 2]),
-    ],
-)
-def test_labels_match(names: list[str], model_labels: list[str] | None, expected: list[int]) -> None:
-    assert match_labels(names, model_labels, "data") == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "model_labels", "message"),
-    [
-        (["0", "3"], ["a", "b", "c"], "label 3 is out of range: the model has 3 labels"),
-        (["cat", "dog"], ["a", "b", "c"], "2 labels do not match the model's 3; unknown to the model: 'cat', 'dog'"),
-        (["dog", "other"], ["cat", "dog"], "unknown to the model: 'other'"),
-    ],
-)
-def test_labels_that_do_not_match(names: list[str], model_labels: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        match_labels(names, model_labels, "data")
 
 
 # --- image folders ---------------------------------------------------------------------------------------------
@@ -219,6 +188,95 @@ def test_same_folder_for_train_and_test(folder: Path) -> None:
         load_data(section, preprocessing(), 0)
 
 
+def test_the_issues_labels_are_not_swapped(tmp_path: Path) -> None:
+    """``golden_retriever`` comes before ``tabby_cat``, and the model has them the other way round."""
+    for split, start in (("train", 0), ("val", 4)):
+        for number, label in enumerate(("tabby_cat", "golden_retriever")):
+            path = tmp_path / split / label / "image.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((10, 6), 10 * (start + number), np.uint8)).save(path)
+    data = load_folder(tmp_path, ("tabby cat", "golden retriever"))
+    for split, start in ((data.train, 0), (data.test, 4)):
+        found, labels = numbers(split)
+        assert sorted(zip(found, labels, strict=True)) == [(start, 0), (start + 1, 1)]
+    assert data.labels == ["tabby cat", "golden retriever"]
+
+
+def test_a_model_trained_here_has_the_labels_of_train(folder: Path) -> None:
+    """Written in another way, they are the same; others cannot be learned."""
+    (folder / "val" / "odd").rename(folder / "val" / "ODD")
+    data = load_folder(folder)
+    found, labels = numbers(data.test)
+    assert (data.labels, labels) == (["even", "odd"], [number % 2 for number in found])
+    (folder / "val" / "ODD").rename(folder / "val" / "prime")
+    with pytest.raises(InputError, match=r"test split has labels .* train split one to one: 'prime'"):
+        load_folder(folder)
+
+
+def test_images_are_turned_before_they_are_resized(folder: Path) -> None:
+    """A wide image, black on the left, is stored on its side: EXIF orientation 6 says turn by 90 degrees."""
+    upright = np.zeros((8, 8), np.uint8)
+    upright[:, 4:] = 200
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in (folder / "train" / "odd").glob("*.png"):
+        Image.fromarray(np.rot90(upright)).save(path, exif=exif)
+    pixel_values, labels = load_folder(folder).train.batch(range(12))
+    expected = torch.from_numpy(upright).float() / 127.5 - 1
+    for image, label in zip(pixel_values, labels, strict=True):
+        assert not label or (image - expected).abs().max() < 0.02
+
+
+def test_damage_is_found_when_data_are_loaded(folder: Path) -> None:
+    """Before anything is computed on the images that are whole."""
+    spoil_image(folder)
+    for read in (load_data, check_data):
+        with pytest.raises(InputError, match=r"val/odd/1[357]\.png: not a readable image"):
+            read(ImageFolderData(source="image_folder", path=str(folder)), preprocessing(), 0)
+
+
+def test_a_plan_decodes_a_few_images_of_each_split(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    monkeypatch.setattr(pipeline.data.images, "CHECKED_IMAGES", 2)
+    monkeypatch.setattr(pipeline.data.images, "decode_image", lambda _, name: decoded.append(name))
+    checked = check_data(ImageFolderData(source="image_folder", path=str(folder)), preprocessing(), 0)
+    assert checked is not None
+    assert checked.train_samples == 12
+    assert ["train" in name for name in decoded] == [True, True, False, False]
+    # Of which a run would take the same first.
+    monkeypatch.undo()
+    first = load_folder(folder, train_samples=2).train
+    assert isinstance(first, EncodedSplit)
+    assert decoded[:2] == [first.source.name(index) for index in first.chosen.tolist()]
+    assert CHECKED_IMAGES > 64
+
+
+def test_more_samples_than_there_are(folder: Path) -> None:
+    assert len(load_folder(folder, train_samples=12, test_samples=6).train) == 12
+    with pytest.raises(InputError, match=r"calibration\.samples: 13 samples asked for, the train split has 12;"):
+        load_folder(folder, train_samples=13)
+    with pytest.raises(InputError, match=r"evaluation\.samples: 7 samples asked for, the test split has 6;"):
+        load_folder(folder, test_samples=7)
+
+
+def test_notes_on_what_is_beside_the_images(folder: Path) -> None:
+    (note,) = load_folder(folder).notes
+    assert note.startswith(f"data: {folder / 'val'}: 1 files skipped")
+    assert note.endswith("odd/notes.txt")
+
+
+def test_test_images_inside_the_training_folder(folder: Path) -> None:
+    section = ImageFolderData(source="image_folder", path=str(folder), train=".", test="val")
+    with pytest.raises(InputError, match="6 images are in both train and test"):
+        load_data(section, preprocessing(), 0)
+
+
+def test_one_file_under_two_names_is_in_both_splits(folder: Path) -> None:
+    (folder / "val" / "even" / "again.png").hardlink_to(folder / "train" / "even" / "2.png")
+    with pytest.raises(InputError, match=r"1 images are in both train and test, .*train/even/2\.png"):
+        load_folder(folder)
+
+
 # --- hub -------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +344,49 @@ def test_hub_dataset_in_a_local_image_folder(folder: Path) -> None:
     data = load_hub(folder, ("even", "odd"))
     found, labels = numbers(data.train)
     assert (sorted(found), labels) == (list(range(12)), [number % 2 for number in found])
+
+
+def test_hub_labels_that_are_not_class_indices(tmp_path: Path) -> None:
+    def save(label: Any, values: list[Any]) -> Path:
+        rows = table([0] * len(values), None).remove_columns("label")
+        rows = rows.add_column("label", values, feature=label)
+        datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(str(tmp_path / str(label)))
+        return tmp_path / str(label)
+
+    with pytest.raises(InputError, match=r"split train: label column 'label' holds Value\('string'\)"):
+        load_hub(save(datasets.Value("string"), ["a", "b"]))
+    with pytest.raises(InputError, match="split train: row 1 has no label, in column 'label'"):
+        load_hub(save(datasets.Value("int64"), [0, None]))
+
+
+def test_hub_column_with_a_mode(tmp_path: Path) -> None:
+    """What the column says of its images holds: these are to be read in grey."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(mode="L"), "label": datasets.Value("int64")})
+    splits = {}
+    for number, split in enumerate(("train", "validation")):
+        Image.fromarray(pixels ^ number).save(tmp_path / f"{number}.png")
+        rows = {"image": [str(tmp_path / f"{number}.png")], "label": [0]}
+        splits[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    pixel_values, _ = load_hub(tmp_path / "set").train.batch([0])
+    expected = torch.from_numpy(np.array(Image.fromarray(pixels).convert("L"))).float() / 127.5 - 1
+    torch.testing.assert_close(pixel_values[0], expected.expand(3, 8, 8), atol=1e-5, rtol=0)
+
+
+def test_hub_splits_that_overlap(folder: Path) -> None:
+    (folder / "val" / "odd" / "notes.txt").unlink()
+    data = load_hub(folder, train="train[:50%]", test="train[50%:]")
+    assert (len(data.train), len(data.test)) == (6, 6)
+    with pytest.raises(InputError, match=r"train: train\[:80%\] and test: train\[50%:\] have 4 rows of train in"):
+        load_hub(folder, train="train[:80%]", test="train[50%:]")
+    with pytest.raises(InputError, match="have 6 rows of validation in common"):
+        load_hub(folder, train="train+validation", test="validation")
+
+
+def test_a_saved_data_set_has_no_configurations(hub: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"data\.config: en: .* has no configurations; leave it out"):
+        load_hub(hub([0, 1], [0, 1]), config="en")
 
 
 def test_empty_and_unknown_hub_dataset(hub: Callable[..., Path], folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from language_samples import BOS, byte_level_tokenizer
 
 import pipeline.data.text
-from pipeline.data.text import TextSplit, load_text_data
+from pipeline.data.text import TextSplit, check_vocabulary, describe_tokens, load_text_data, tokens_beyond
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import HubTextData, LocalTextData, PackagedTextData
 
@@ -258,6 +259,84 @@ def test_packaged_text_that_is_not_there(package: Path) -> None:
         (package / "a.json").write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=message):
             load_text_data(packaged(), tokenizer, 0)
+
+
+# --- kinds of files --------------------------------------------------------------------------------------------
+
+
+def test_capitals_do_not_make_records_prose(tmp_path: Path) -> None:
+    """The issue's: a model would learn ``{"text": "Document…``."""
+    tokenizer = byte_level_tokenizer()
+    lower, upper = (write_jsonl(tmp_path / name, documents(30)) for name in ("a.jsonl", "b.JSONL"))
+    expected, found = (load_text_data(local(path), tokenizer, 0) for path in (lower, upper))
+    assert torch.equal(found.train.tokens, expected.train.tokens)
+    assert "{" not in text_of(found.train, tokenizer)
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    plain = write_jsonl(tmp_path / "a.jsonl", documents(30))
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert load_text_data(local(tmp_path / "marked.jsonl"), tokenizer, 0).hash == (
+        load_text_data(local(plain), tokenizer, 0).hash
+    )
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(documents(60)) + name, encoding="utf-8-sig")
+    data = load_text_data(local(tmp_path / "train.txt", tmp_path / "test.txt"), tokenizer, 0)
+    assert text_of(data.test, tokenizer).startswith("Document 0")
+
+
+def test_packaged_records_after_a_byte_order_mark(package: Path) -> None:
+    content = json.dumps([{"extract": text} for text in documents(30)])
+    (package / "a.json").write_text(content, encoding="utf-8-sig")
+    assert load_text_data(packaged(), byte_level_tokenizer(), 0).train_documents == 27
+
+
+def test_plain_text_has_no_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(documents(40)), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join(documents(40, 90)), encoding="utf-8")
+    for test in (None, tmp_path / "b.txt"):
+        with pytest.raises(InputError, match=r"data\.field: body: .*a\.txt is plain text, which has no fields"):
+            load_text_data(local(tmp_path / "a.txt", test, field="body"), byte_level_tokenizer(), 0)
+    records = write_jsonl(tmp_path / "c.jsonl", documents(40, 50), "body")
+    data = load_text_data(local(tmp_path / "a.txt", records, field="body"), byte_level_tokenizer(), 0)
+    assert (data.train_documents, data.test_documents) == (1, 40)
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------
+
+
+def test_tokens_beyond_the_table_are_named(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    rows = len(tokenizer)
+    assert tokens_beyond(tokenizer, rows) == {}
+    tokenizer.add_tokens(["<extra>", "<other>"])
+    assert tokens_beyond(tokenizer, rows) == {"<extra>": rows, "<other>": rows + 1}
+    (tmp_path / "test.txt").write_text("\n".join(documents(40)), encoding="utf-8")
+    (tmp_path / "train.txt").write_text("\n".join(documents(40, 90)), encoding="utf-8")
+    section = local(tmp_path / "train.txt", tmp_path / "test.txt")
+    check_vocabulary(load_text_data(section, tokenizer, 0), tokenizer, rows)
+    for name in ("train", "test"):
+        path = tmp_path / f"{name}.txt"
+        text = path.read_text(encoding="utf-8")
+        path.write_text("<other> and " + text, encoding="utf-8")
+        data = load_text_data(section, tokenizer, 0)
+        with pytest.raises(InputError, match=rf"the {name} text holds '<other>' \(id 266\), and .* 265 rows"):
+            check_vocabulary(data, tokenizer, rows)
+        check_vocabulary(data, tokenizer, rows + 2)  # also rows that only pad the table
+        path.write_text(text, encoding="utf-8")
+
+
+def test_a_leading_token_beyond_the_table(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    data = load_text_data(local(write_jsonl(tmp_path / "a.jsonl", documents(40))), tokenizer, 0)
+    with pytest.raises(InputError, match=r"the train text holds '<bos>' \(id 2\)"):
+        check_vocabulary(replace(data, train=replace(data.train, tokens=data.train.tokens * 0)), tokenizer, 2)
+
+
+def test_many_tokens_are_counted() -> None:
+    tokens = {f"<{index}>": 265 + index for index in range(7)}
+    assert describe_tokens(tokens).endswith("'<4>' (id 269), … (7 tokens)")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------
