@@ -38,10 +38,10 @@ def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, 
         if value.name in result:
             continue
         if value.name == "attention_mask":
-            result[value.name] = np.ones(inputs["input_ids"].shape, np.int64)
+            result[value.name] = np.ones(result["input_ids"].shape, np.int64)
         elif value.name.startswith(_PAST):
             _, heads, _, size = value.shape
-            result[value.name] = np.zeros((len(inputs["input_ids"]), heads, 0, size), np.float32)
+            result[value.name] = np.zeros((len(result["input_ids"]), heads, 0, size), np.float32)
     return result
 
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from fips_ort.errors import ArtifactError
@@ -79,3 +80,9 @@ def quoted(value: object) -> str:
     """``value`` as Python writes it, cut to 80 characters, or its type: for messages about what others wrote."""
     text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first few of ``names`` that others chose, for a message."""
+    shown = [name if name.isprintable() and 0 < len(name) <= 80 else quoted(name) for name in names]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

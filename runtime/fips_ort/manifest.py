@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fips_ort.errors import ArtifactError
-from fips_ort.files import file_size, inside, quoted, read_file
+from fips_ort.files import file_size, inside, quoted, read_file, some_of
 from fips_ort.golden import TOLERANCES
 from fips_ort.layout import Layout, Pattern
 from fips_ort.onnx_tensors import InvalidModelError, ModelTensors, external_files, read_tensors
+from fips_ort.strict_json import parse_json
 
 MANIFEST = "fips.json"
 SCHEMA_VERSION = 1
@@ -164,14 +165,14 @@ class Manifest:
         differing = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
         if differing:
             raise ArtifactError(
-                f"{folder / self.model}: stores other tensors than {MANIFEST} lists, or elsewhere: {_some(differing)}"
+                f"{folder / self.model}: stores other tensors than {MANIFEST} lists, or elsewhere: {some_of(differing)}"
             )
 
     def _require_listed(self, where: Path, paths: Iterable[str]) -> None:
         unlisted = sorted(set(paths) - {entry.path for entry in self.files})
         if unlisted:
             does_not = "it does not list" if where.name == MANIFEST else f"{MANIFEST} does not list"
-            raise ArtifactError(f"{where}: refers to files {does_not}: {_some(unlisted)}")
+            raise ArtifactError(f"{where}: refers to files {does_not}: {some_of(unlisted)}")
 
     def _check_values(self, where: str) -> None:
         """Raise ArtifactError for entries of the right types that cannot be true."""
@@ -182,11 +183,11 @@ class Manifest:
         ):
             twice = [name for name, count in Counter(names).items() if count > 1]
             if twice:
-                raise ArtifactError(f"{where}: {key}: listed twice: {_some(twice)}")
+                raise ArtifactError(f"{where}: {key}: listed twice: {some_of(twice)}")
         names = [*(entry.name for entry in [*self.tensors, *self.weights]), *self.golden.inputs, *self.golden.outputs]
         odd = [name for name in [*names, *self.versions, *self.versions.values()] if not name.isprintable()]
         if odd:
-            raise ArtifactError(f"{where}: names with characters that cannot be printed: {_some(odd)}")
+            raise ArtifactError(f"{where}: names with characters that cannot be printed: {some_of(odd)}")
         for index, file in enumerate(self.files):
             if file.bytes < 0 or not _SHA256.fullmatch(file.sha256):
                 raise ArtifactError(f"{where}: files[{index}]: {quoted(file.path)} has no valid size and SHA-256")
@@ -232,7 +233,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
 
     ``where`` names the manifest in errors. Raises ArtifactError for what is malformed or of another schema version.
     """
-    content = _parse_json(text, where)
+    content = parse_json(text, where)
     if not isinstance(content, dict):
         raise ArtifactError(f"{where}: a manifest is a JSON object, got {type(content).__name__}")
     version = content.pop("schema_version", None)
@@ -259,37 +260,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse_json(text: str, where: str) -> Any:
-    """Parse JSON as the standard has it: no NaN, no infinity, no key twice; and with integers of 64 bits, texts that
-    UTF-8 can hold. Raises ArtifactError for anything else."""
-
-    def refuse(number: str) -> NoReturn:
-        raise ValueError(f"number {quoted(number)}")
-
-    def integer(number: str) -> int:
-        return int(number) if len(number) <= 19 else refuse(number)
-
-    def real(number: str) -> float:
-        return value if math.isfinite(value := float(number)) else refuse(number)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            raise ValueError(f"keys twice: {_some(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)}")
-        return content
-
-    try:
-        content = json.loads(
-            text, parse_constant=refuse, parse_int=integer, parse_float=real, object_pairs_hook=unique
-        )
-        json.dumps(content, ensure_ascii=False).encode("utf-8")  # no lone surrogates
-    except RecursionError:
-        raise ArtifactError(f"{where}: not valid JSON: too many brackets in brackets") from None
-    except ValueError as error:
-        raise ArtifactError(f"{where}: not valid JSON: {error}") from None
-    return content
-
-
 def _exists(path: Path) -> bool:
     try:
         path.stat()
@@ -300,19 +270,13 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _some(names: Iterable[str]) -> str:
-    """The first of ``names``, for a message."""
-    shown = [name if name.isprintable() and 0 < len(name) <= 80 else quoted(name) for name in names]
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
-
-
 def _build(kind: Any, entry: Any, where: str) -> Any:
     """An instance of the dataclass ``kind`` from a JSON object with exactly its fields."""
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where}: expected an object, got {type(entry).__name__}")
     expected = {field.name: field.type for field in fields(kind)}
     if entry.keys() != expected.keys():
-        raise ArtifactError(f"{where}: missing or unknown keys: {_some(sorted(entry.keys() ^ expected.keys()))}")
+        raise ArtifactError(f"{where}: missing or unknown keys: {some_of(sorted(entry.keys() ^ expected.keys()))}")
     for name, annotation in expected.items():
         if not _matches(entry[name], annotation):
             raise ArtifactError(f"{where}: {name}: expected {_name(annotation)}, got {quoted(entry[name])}")

@@ -30,8 +30,8 @@ class InvalidModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in an ONNX file: ONNX type name, shape, bytes. ``location``: its external file, with ``offset``; None for
-    one inside the model."""
+    """A tensor in an ONNX file: ONNX type name, shape, bytes. ``location`` and ``offset``: its external file and where in
+    it; None for a tensor inside the model."""
 
     name: str
     dtype: str
@@ -240,6 +240,8 @@ class _Reader:
 
     def varint(self, at: int, end: int) -> tuple[int, int]:
         data = self.data
+        if at < end and data[at] < 128:
+            return data[at], at + 1
         result = 0
         for place in range(at, min(at + 10, end)):
             byte = data[place]

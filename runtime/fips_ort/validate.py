@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fips_ort.causal_lm import complete_inputs
 from fips_ort.errors import ArtifactError
-from fips_ort.files import quoted
+from fips_ort.files import some_of
 from fips_ort.golden import read_array, read_outputs
 from fips_ort.load import load, onnxruntime
 from fips_ort.manifest import MANIFEST, Manifest, read_manifest
@@ -63,7 +63,7 @@ def _check_session(
         ("outputs", expected, session.get_outputs()),
     ):
         if unknown := sorted(given.keys() - {value.name for value in known}):
-            raise ArtifactError(f"{folder / MANIFEST}: golden: the model has no {kind} {', '.join(map(quoted, unknown))}")
+            raise ArtifactError(f"{folder / MANIFEST}: golden: the model has no {kind} {some_of(unknown)}")
     try:
         feeds = complete_inputs(session, inputs)
     except ValueError as error:
