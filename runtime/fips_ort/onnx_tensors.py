@@ -30,8 +30,8 @@ class InvalidModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in an ONNX file: ONNX type name, shape, bytes. ``location`` and ``offset``: its external file and where in
-    it; None for a tensor inside the model."""
+    """A tensor in an ONNX file: ONNX type name, shape, bytes. ``location``: its external file, in which it is at
+    ``offset``; None for a tensor inside the model."""
 
     name: str
     dtype: str
