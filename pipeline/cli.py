@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.plumbing.console import table_console
@@ -28,6 +29,14 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder of an artefact")]
 SetOptions = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
 EngineName = Annotated[Engine, typer.Option(help="ray: the cluster at RAY_ADDRESS, or one on this machine")]
+TrustLibraries = Annotated[
+    bool,
+    typer.Option(
+        "--trust-libraries",
+        help="load the native libraries that a folder's genai_config.json names, which runs their code; else the "
+        "installed one takes their place",
+    ),
+]
 Threads = Annotated[int, typer.Option(min=0, help="threads of ONNX Runtime; 0: all cores")]
 
 
@@ -142,10 +151,10 @@ def inspect(artifact: ArtifactPath) -> None:
         stored = 8 * weight.bytes / (weight.rows * weight.columns)
         shape = f"{weight.rows} × {weight.columns}"
         block = str(weight.block_size)
-        table.add_row(weight.name, shape, bits, weight.pattern, block, f"{weight.bytes:,}", f"{stored:.2f}")
+        table.add_row(escape(weight.name), shape, bits, weight.pattern, block, f"{weight.bytes:,}", f"{stored:.2f}")
     files = Table("file", "bytes", "sha256", box=None)
     for file in manifest.files:
-        files.add_row(file.path, f"{file.bytes:,}", file.sha256[:16])
+        files.add_row(escape(file.path), f"{file.bytes:,}", file.sha256[:16])
     console = table_console()
     console.print(table)
     console.print(files)
@@ -161,6 +170,7 @@ def bench(
     beside: Annotated[
         list[Path] | None, typer.Option(help="another onnxruntime-genai folder to measure in the same run; repeatable")
     ] = None,
+    trust_libraries: TrustLibraries = False,
 ) -> None:
     """Time an artefact, interleaved, medians: an image classifier's native kernels beside its portable functions, a
     language model beside the dense one at int4 as onnxruntime-genai's builder exports it, and other folders."""
@@ -173,9 +183,9 @@ def bench(
     if parse_recipe(manifest.recipe, str(artifact / MANIFEST)).is_language_model:
         if given := [name for name, value in (("--batch", batch), ("--seconds", seconds)) if value is not None]:
             raise InputError(f"{', '.join(given)}: {artifact} is a language model; only images have such options")
-        _bench_tokens(artifact, threads, beside or [])
-    elif beside:
-        raise InputError(f"--beside: {artifact} is an image classifier; only language models have others beside them")
+        _bench_tokens(artifact, threads, beside or [], trust_libraries)
+    elif given := [name for name, value in (("--beside", beside), ("--trust-libraries", trust_libraries)) if value]:
+        raise InputError(f"{', '.join(given)}: {artifact} is an image classifier; only language models have that")
     else:
         _bench_images(artifact, batch or 1, threads, 10.0 if seconds is None else seconds)
 
@@ -183,12 +193,16 @@ def bench(
 def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> None:
     import numpy as np
 
-    from fips_ort.manifest import read_manifest
+    from fips_ort.golden import read_array
+    from fips_ort.manifest import MANIFEST, read_manifest
     from fips_ort.memory import measure_memory
     from pipeline.evaluation.image_speed import artefact_sessions, seconds_per_run
     from pipeline.evaluation.measurements import NATIVE
 
-    golden = np.load(artifact / read_manifest(artifact).golden.inputs["pixel_values"])
+    inputs = read_manifest(artifact).golden.inputs
+    if "pixel_values" not in inputs:
+        raise InputError(f"{artifact / MANIFEST}: golden: inputs: no pixel_values, which an image classifier reads")
+    golden = read_array(artifact, inputs["pixel_values"])
     pixel_values = np.resize(golden, (batch, *golden.shape[1:]))
     table = Table("backend", "images/s", "ms per run", "load RSS MB", "peak RSS MB", box=None)
     for name, value in seconds_per_run(artefact_sessions(artifact, threads), pixel_values, seconds).items():
@@ -205,13 +219,13 @@ def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> N
     console.print(table)
 
 
-def _bench_tokens(artifact: Path, threads: int, beside: list[Path]) -> None:
+def _bench_tokens(artifact: Path, threads: int, beside: list[Path], trust_libraries: bool) -> None:
     from fips_ort.manifest import MANIFEST, read_manifest
     from pipeline.evaluation.text_speed import bench_recipe
     from pipeline.recipe.reading import parse_recipe
 
     recipe = parse_recipe(read_manifest(artifact).recipe, str(artifact / MANIFEST))
-    speed, memory = bench_recipe(artifact, recipe, threads, beside)
+    speed, memory = bench_recipe(artifact, recipe, threads, beside, trust_libraries=trust_libraries)
     table = Table("backend", "prefill tokens/s", "decode tokens/s", "decode ratio", "load RSS MB", box=None)
     for row in speed.rows:
         table.add_row(
@@ -231,11 +245,12 @@ def generate(
     artifact: ArtifactPath,
     prompt: Annotated[str, typer.Option(help="text to go on from")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate at most")] = 128,
+    trust_libraries: TrustLibraries = False,
 ) -> None:
     """Go on from a prompt, greedily, with onnxruntime-genai; text is printed as it comes."""
     from pipeline.generate import generate as stream
 
-    for piece in stream(artifact, prompt, max_new_tokens):
+    for piece in stream(artifact, prompt, max_new_tokens, trust_libraries=trust_libraries):
         print(piece, end="", flush=True)
     print()
 

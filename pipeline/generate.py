@@ -1,6 +1,8 @@
 """Text from an artefact's language model, with onnxruntime-genai."""
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,23 @@ import onnxruntime_genai
 
 from exporters.genai_config import GENAI_CONFIG
 from fips_ort.manifest import MANIFEST
+from pipeline.evaluation.genai_folder import without_code
 from pipeline.plumbing.errors import InputError
 
 onnxruntime_genai.disable_telemetry_events()
 
 
-def generate(folder: Path, prompt: str, max_new_tokens: int) -> Iterator[str]:
+def generate(folder: Path, prompt: str, max_new_tokens: int, *, trust_libraries: bool = False) -> Iterator[str]:
     """Continue ``prompt`` with the language model in ``folder``, piece by piece as tokens come; each token is the most
     likely one.
 
     Ends at the model's end-of-text token or after ``max_new_tokens``. ``<bos>`` is put in front where the model's
-    tokenizer does so. Raises InputError if the folder holds no language model, or prompt and
-    answer are longer than the model was exported for.
+    tokenizer does so. The folder's own native library is loaded only with ``trust_libraries``; without, the installed
+    one is (:mod:`pipeline.evaluation.genai_folder`). Raises InputError if the folder holds no language model or names
+    other code, or prompt and answer are longer than the model was exported for, and ArtifactError if it is damaged.
     """
-    model, limit = _load(folder)
-    tokenizer = onnxruntime_genai.Tokenizer(model)
+    with _opened(folder, trust_libraries=trust_libraries) as (model, limit):
+        tokenizer = onnxruntime_genai.Tokenizer(model)
     tokenizer.update_options(add_special_tokens="true")
     prompt_tokens = [int(token) for token in tokenizer.encode(prompt)]
     return _decode(tokenizer, _tokens(_start(model, prompt_tokens, max_new_tokens, limit)))
@@ -34,23 +38,29 @@ def greedy_tokens(folder: Path, token_ids: Sequence[int], count: int) -> list[in
 
     Raises InputError as :func:`generate` does.
     """
-    model, limit = _load(folder)
+    with _opened(folder) as (model, limit):
+        pass
     return list(_tokens(_start(model, list(token_ids), count, limit)))
 
 
-def _load(folder: Path) -> tuple[Any, int]:
-    """The model, and the most tokens it can be run on."""
-    if not (folder / GENAI_CONFIG).is_file():
-        what = "an image classifier's artefact" if (folder / MANIFEST).is_file() else "no artefact"
+@contextmanager
+def _opened(folder: Path, *, trust_libraries: bool = False) -> Iterator[tuple[Any, int]]:
+    """The model, and the most tokens it can be run on. While the context lasts, its tokenizer can be loaded too."""
+    if not os.path.isfile(folder / GENAI_CONFIG):
+        what = "an image classifier's artefact" if os.path.isfile(folder / MANIFEST) else "no artefact"
         raise InputError(
             f"{folder}: {what}, it has no {GENAI_CONFIG}; give the folder `artifact` of a language model's run"
         )
-    try:
-        model = onnxruntime_genai.Model(str(folder))
-    except Exception as error:  # onnxruntime-genai raises plain RuntimeErrors, and others of its bindings
-        raise InputError(f"{folder}: onnxruntime-genai cannot load it: {error}; try `fips validate {folder}`") from None
-    limit: int = onnxruntime_genai.GeneratorParams(model).get_search_options()["max_length"]
-    return model, int(limit)
+    with without_code(folder, trust_libraries=trust_libraries) as loadable:
+        try:
+            model = onnxruntime_genai.Model(str(loadable))
+            limit: int = onnxruntime_genai.GeneratorParams(model).get_search_options()["max_length"]
+            yield model, int(limit)
+        except Exception as error:  # onnxruntime-genai raises plain RuntimeErrors, and others of its bindings
+            reason = str(error).replace(str(loadable), str(folder))
+            raise InputError(
+                f"{folder}: onnxruntime-genai cannot load it: {reason}; try `fips validate {folder}`"
+            ) from None
 
 
 def _start(model: Any, prompt: list[int], count: int, limit: int) -> Any:

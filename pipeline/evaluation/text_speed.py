@@ -4,11 +4,13 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +22,7 @@ from torch import nn
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
+from pipeline.evaluation.genai_folder import without_code
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
 from pipeline.evaluation.turns import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
@@ -45,15 +48,22 @@ def bench_causal_lm(
     prompt: Sequence[int],
     threads: int,
     beside: Sequence[Path] = (),
+    *,
+    trust_libraries: bool = False,
 ) -> tuple[TokenSpeed, dict[str, int]]:
     """Time an artefact beside ``dense`` at int4. Returns the speed, and by backend the bytes by which loading it raises
     the resident memory.
 
     ``prompt``: token ids, at least one. ``beside``: folders for onnxruntime-genai to measure in the same run, under
-    their paths as names.
+    their paths as names. ``trust_libraries``: load the native libraries of all these folders (:func:`without_code`).
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = {NATIVE: artifact, INT4: Path(temporary)} | {str(folder): folder for folder in beside}
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        given = {NATIVE: artifact} | {str(folder): folder for folder in beside}
+        loadable = {
+            name: stack.enter_context(without_code(folder, trust_libraries=trust_libraries))
+            for name, folder in given.items()
+        }
+        folders = {NATIVE: loadable.pop(NATIVE), INT4: Path(temporary), **loadable}
         export_int4(folders[INT4], dense, tokenizer)
         seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
         memory = {name: load_rss(folder) for name, folder in folders.items()}
@@ -79,20 +89,22 @@ def bench_causal_lm(
 
 
 def bench_recipe(
-    artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = ()
+    artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = (), *, trust_libraries: bool = False
 ) -> tuple[TokenSpeed, dict[str, int]]:
     """Time an artefact beside the dense model that its recipe names, on a text of our own (:func:`bench_causal_lm`).
 
     Raises InputError if a folder of ``beside`` has no genai_config.json.
     """
     for folder in beside:
-        if not (folder / GENAI_CONFIG).is_file():
+        if not os.path.isfile(folder / GENAI_CONFIG):
             raise InputError(f"--beside {folder}: it has no {GENAI_CONFIG}; give a folder that onnxruntime-genai loads")
     assert isinstance(recipe.model, LanguageModelSection)
     loaded = load_language_model(recipe.model)
     tokens = loaded.tokenizer(PROMPT)["input_ids"]
     prompt = [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]
-    return bench_causal_lm(artifact, loaded.model, loaded.tokenizer, prompt, threads, beside)
+    return bench_causal_lm(
+        artifact, loaded.model, loaded.tokenizer, prompt, threads, beside, trust_libraries=trust_libraries
+    )
 
 
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:

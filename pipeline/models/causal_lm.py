@@ -124,7 +124,7 @@ class _Source:
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
         with loading(self.where):
-            return load(self.path, revision=self.revision or "main", **options)
+            return load(self.path, revision=self.revision or "main", trust_remote_code=False, **options)
 
     def gguf_path(self) -> Path:
         with loading(self.where):

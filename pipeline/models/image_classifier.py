@@ -228,7 +228,7 @@ def _pretrained(section: PretrainedModel) -> nn.Module:
 
 def _from_hub(section: PretrainedModel, load: Any, **options: Any) -> Any:
     with loading(f"model.path: {section.path}"):
-        return load(section.path, revision=section.revision or "main", **options)
+        return load(section.path, revision=section.revision or "main", trust_remote_code=False, **options)
 
 
 # --- packaged --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from exporters.audit import AuditError, audit
 from exporters.packed_model import PackedModel
 from exporters.parity import Difference, Parity, ParityError, check_parity
 from fips_ort.errors import ArtifactError
+from fips_ort.golden import TOLERANCES
 from fips_ort.load import load
 from fips_ort.manifest import MANIFEST, read_manifest, sha256
 from pipeline.evaluation.measurements import Agreement, LogitDifference, Stage
@@ -26,8 +27,6 @@ from pipeline.tasks.base import Task
 PARITY_TOLERANCE = 1e-3
 """Allowed difference of logits relative to the largest: float32 sums in another order. Parity is checked with float32
 activations whatever the artefact permits."""
-GOLDEN_TOLERANCE = {0: PARITY_TOLERANCE, 4: 0.2}
-"""Allowed difference of an artefact's golden outputs by its accuracy_level: 4 permits int8 activations."""
 FREEZING_TOLERANCE = 1e-4
 """Allowed difference of what the stored numbers compute from what the fake-quantized ones do, relative to the largest
 logit: they are the same numbers, summed in another order."""
@@ -39,7 +38,7 @@ def export(out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifa
     """Audit what the artefact is going to store, and write it."""
     recipe = task.recipe
     exported = task.export_graph(stored, packed)
-    golden = task.golden(task.predictor(stored), GOLDEN_TOLERANCE[recipe.export.accuracy_level])
+    golden = task.golden(task.predictor(stored), TOLERANCES[recipe.export.accuracy_level])
     provenance = Provenance(
         title=recipe.name,
         notes=f"Made by fips-onnx from the recipe `{recipe.name}` (in `{MANIFEST}`). The licence of the original "

@@ -25,21 +25,51 @@ of the vocabulary."""
 
 def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     """Add to ``inputs`` what else the graph of ``session`` reads, for texts without a past: an attention mask of ones
-    and an empty cache. Inputs of graphs that read neither are returned as they are."""
+    and an empty cache. Inputs of graphs that read neither are returned as they are.
+
+    Raises ValueError for token ids that the model does not have, or if there are none (:func:`checked_token_ids`).
+    """
     result = dict(inputs)
+    if "input_ids" in result:
+        result["input_ids"] = checked_token_ids(session, result["input_ids"])
+    elif any(value.name == "input_ids" for value in session.get_inputs()):
+        raise ValueError("input_ids are missing")
     for value in session.get_inputs():
         if value.name in result:
             continue
         if value.name == "attention_mask":
-            result[value.name] = np.ones(inputs["input_ids"].shape, np.int64)
+            result[value.name] = np.ones(result["input_ids"].shape, np.int64)
         elif value.name.startswith(_PAST):
             _, heads, _, size = value.shape
-            result[value.name] = np.zeros((len(inputs["input_ids"]), heads, 0, size), np.float32)
+            result[value.name] = np.zeros((len(result["input_ids"]), heads, 0, size), np.float32)
     return result
 
 
+def checked_token_ids(session: onnxruntime.InferenceSession, input_ids: Any) -> NDArray[np.int64]:
+    """``input_ids`` as int64 [batch, tokens].
+
+    ONNX Runtime does not check ids: a packed token table gives zeros for those that it does not have, and takes
+    negative ones from its end. Raises ValueError for one outside the vocabulary (the last axis of the logits of
+    ``session``, where the graph says how long it is), naming both; for what is not integers [batch, tokens]; and for no
+    texts or no tokens.
+    """
+    ids = np.asarray(input_ids)
+    if ids.dtype.kind not in "iu" or ids.ndim != 2:
+        raise ValueError(f"token ids must be integers [batch, tokens], got {ids.dtype} {list(ids.shape)}")
+    if not ids.size:
+        raise ValueError(f"token ids [batch, tokens] are empty: {list(ids.shape)}")
+    vocabulary = next((value.shape[-1] for value in session.get_outputs() if value.name == "logits"), None)
+    for worst in (int(ids.min()), int(ids.max())):
+        if isinstance(vocabulary, int) and not 0 <= worst < vocabulary:
+            raise ValueError(f"token id {worst} is not in the model's vocabulary of {vocabulary:,}")
+        if worst < 0:
+            raise ValueError(f"token id {worst} is negative")
+    return ids.astype(np.int64, copy=False)
+
+
 def prefill_inputs(session: onnxruntime.InferenceSession, input_ids: NDArray[np.int64]) -> dict[str, Any]:
-    """All inputs of a graph that reads ``input_ids`` int64 [batch, tokens] as the start of texts."""
+    """All inputs of a graph that reads ``input_ids`` int64 [batch, tokens] as the start of texts. Raises ValueError as
+    :func:`complete_inputs` does."""
     return complete_inputs(session, {"input_ids": input_ids})
 
 
@@ -48,20 +78,28 @@ def greedy_tokens(
 ) -> list[int]:
     """The ``count`` most likely tokens after ``prompt``, one by one, fewer if one is in ``stop`` (it comes last).
 
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt, ids that the model does not have, a negative count, and once the text is
+    longer than the model was exported for.
     """
-    if not prompt:
+    if not len(prompt):
         raise ValueError("the prompt has no tokens")
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
     outputs = [value.name for value in session.get_outputs()]
-    feeds = prefill_inputs(session, np.zeros((1, 0), np.int64))
-    waiting, seen = list(prompt), 0
+    feeds = prefill_inputs(session, np.asarray(prompt)[None])
+    waiting, seen = feeds["input_ids"][0].tolist(), 0
     generated: list[int] = []
     while len(generated) < count:
         tokens, waiting = waiting[:PREFILL_TOKENS], waiting[PREFILL_TOKENS:]
         seen += len(tokens)
         feeds["input_ids"] = np.array([tokens], np.int64)
         feeds["attention_mask"] = np.ones((1, seen), np.int64)
-        results = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        try:
+            results = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        except Exception as error:  # onnxruntime's errors have no public class
+            if "cos_cache" not in str(error):
+                raise
+            raise ValueError(f"a text of {seen} tokens is longer than the model was exported for") from error
         for name, cache in results.items():
             if name.startswith(_PRESENT):
                 feeds[_PAST + name.removeprefix(_PRESENT)] = cache

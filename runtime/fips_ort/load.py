@@ -3,11 +3,23 @@
 import re
 from pathlib import Path
 
-import onnxruntime
-
 from fips_ort.errors import ArtifactError
 from fips_ort.manifest import read_manifest
 from fips_ort.native import register
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ImportError(
+        f"artefacts run in ONNX Runtime, which cannot be imported ({error}): install one of its packages, for example "
+        "`pip install onnxruntime`"
+    ) from error
+if not hasattr(onnxruntime, "InferenceSession"):
+    raise ImportError(
+        f"ONNX Runtime's package is broken ({', '.join(onnxruntime.__path__)} has no InferenceSession), as when one of "
+        "two packages of it was removed: uninstall all of them and install one again, for example "
+        "`pip install --force-reinstall onnxruntime`"
+    )
 
 MINIMUM_ONNXRUNTIME = (1, 17)
 """The first onnxruntime with API version 17, which the native library asks for."""
@@ -25,10 +37,11 @@ def load(
 ) -> "onnxruntime.InferenceSession":
     """Open the artefact in ``folder`` on the CPU.
 
-    ``native``: register the native kernels with ``session_options`` (which is changed); without them ONNX
-    Runtime computes the same with the functions in the model. ``verify``: check the SHA-256 of every file first;
-    otherwise only that they are there with the right size. Raises ArtifactError naming the damaged file, or if
-    onnxruntime is older than 1.17, or lacks an op of the model.
+    ``native``: register the native kernels with ``session_options`` (which is changed; options may serve any number of
+    artefacts); without them ONNX Runtime computes the same with the functions in the model. ``verify``: check the
+    SHA-256 of every file first; otherwise only that they are there with the right size, and hold what the manifest
+    says. Raises ArtifactError naming the damaged file, or if onnxruntime is older than 1.17, lacks an op of the model
+    or cannot load it, or if ``native`` and this installation has no native library.
     """
     check_onnxruntime(onnxruntime.__version__)
     folder = Path(folder)
@@ -36,18 +49,27 @@ def load(
     manifest.check_files(folder, hashes=verify)
     options = session_options or onnxruntime.SessionOptions()
     if native:
-        register(options)
+        try:
+            register(options)
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{folder}: {error}; or load it with native=False") from None
+    path = folder / manifest.model
     # By path, so that ONNX Runtime maps the shards into memory instead of copying them.
     try:
-        return onnxruntime.InferenceSession(str(folder / manifest.model), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no public class
-        unknown = _UNKNOWN_OP.search(str(error))
-        if unknown is None:
-            raise
-        op, maker = unknown[1] or unknown[2], manifest.versions.get("onnxruntime", "a newer one")
-        raise ArtifactError(
-            f"{folder}: onnxruntime {onnxruntime.__version__} has no op {op}; the artefact was made with {maker}"
-        ) from error
+        raise ArtifactError(_explain(str(error), folder, path, manifest.versions)) from error
+
+
+def _explain(error: str, folder: Path, path: Path, made_with: dict[str, str]) -> str:
+    """What ONNX Runtime's ``error`` means for the artefact in ``folder``."""
+    version = onnxruntime.__version__
+    unknown = _UNKNOWN_OP.search(error)
+    if unknown is not None:
+        op, maker = unknown[1] or unknown[2], made_with.get("onnxruntime", "a newer one")
+        return f"{folder}: onnxruntime {version} has no op {op}; the artefact was made with {maker}"
+    links = "; copy what its symbolic links lead to with `cp -rL`" if "escapes" in error else ""
+    return f"{path}: onnxruntime {version} cannot load it: {error}{links}"
 
 
 def check_onnxruntime(version: str) -> None:

@@ -1,19 +1,33 @@
 """The manifest of an artefact, ``fips.json``: which files and tensors it holds, and what it must compute.
 
 Reading a manifest trusts nothing in it: every path must stay inside the artefact's folder, every file must have
-the size and SHA-256 that are written down.
+the size and SHA-256 that are written down, and the graph must store the tensors that are listed, in files that are.
 """
 
 import hashlib
 import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fips_ort.errors import ArtifactError
+from fips_ort.files import file_size, inside, quoted, read_file, some_of
+from fips_ort.golden import TOLERANCES
+from fips_ort.layout import Layout, Pattern
+from fips_ort.onnx_tensors import InvalidModelError, ModelTensors, external_files, read_tensors
+from fips_ort.strict_json import parse_json
 
 MANIFEST = "fips.json"
 SCHEMA_VERSION = 1
+_MOST_BYTES = 1 << 24
+_MOST_ENTRIES = 100_000
+_MOST_MODEL_BYTES = 1 << 28
+"""The graph's own bytes: all tensors but the smallest are in files of their own."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,20 @@ class WeightEntry:
     pattern: str
     bytes: int
 
+    def check(self, where: str) -> None:
+        """Raise ArtifactError, which ``where`` begins, unless a matrix can be packed so."""
+        try:
+            pattern = Pattern.parse(self.pattern)
+            layout = Layout(
+                self.rows, self.columns, self.block_size, tuple(self.segments), self.segment_axis, self.midrise, pattern
+            )
+        except ValueError as error:
+            raise ArtifactError(f"{where}: {error}") from None
+        codes = 0 if pattern.keep and not pattern.is_n_of_m else layout.code_bytes()  # of a bitmap as many as there are
+        least = codes + layout.pattern_bytes + 2 * math.prod(layout.stored_scales_shape)
+        if self.bytes < least:
+            raise ArtifactError(f"{where}: {self.bytes} bytes are fewer than the {least} that it takes")
+
 
 @dataclass(frozen=True, slots=True)
 class GoldenEntry:
@@ -83,29 +111,100 @@ class Manifest:
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        """The text of ``fips.json``. Inverse: :func:`parse_manifest`."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        """The text of ``fips.json``. Inverse: :func:`parse_manifest`. Raises ValueError for numbers that are not
+        finite, which JSON lacks."""
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def check_paths(self, folder: Path) -> None:
         """Raise ArtifactError unless every path of the manifest leads to a place inside ``folder``."""
-        for path in [entry.path for entry in self.files] + self._references():
+        for path in dict.fromkeys([entry.path for entry in self.files] + self._references()):
             inside(folder, path)
 
     def check_files(self, folder: Path, *, hashes: bool = True) -> None:
-        """Raise ArtifactError, naming the file, if one is missing, has another size or (``hashes``) other bytes."""
+        """Raise ArtifactError, naming the file, if one is missing, has another size or (``hashes``) other bytes, or if
+        the graph stores other tensors than the manifest lists, or elsewhere."""
         self.check_paths(folder)
-        unlisted = sorted(set(self._references()) - {entry.path for entry in self.files})
-        if unlisted:
-            raise ArtifactError(f"{folder / MANIFEST}: refers to files it does not list: {', '.join(unlisted)}")
+        sizes = {entry.path: entry.bytes for entry in self.files}
+        self._require_listed(folder / MANIFEST, self._references())
         for entry in self.files:
             path = folder / entry.path
-            if not path.is_file():
-                raise ArtifactError(f"{path}: file is missing")
-            size = path.stat().st_size
+            size = file_size(path)
             if size != entry.bytes:
                 raise ArtifactError(f"{path}: file has {size} bytes, the manifest says {entry.bytes}")
             if hashes and sha256(path) != entry.sha256:
                 raise ArtifactError(f"{path}: SHA-256 differs from the manifest's; the file is damaged or was changed")
+        path = folder / self.model
+        try:
+            stored = read_tensors(read_file(path, _MOST_MODEL_BYTES))
+        except InvalidModelError as error:
+            raise ArtifactError(f"{path}: not an ONNX model that fips_ort reads: {error}") from None
+        external = external_files(stored)
+        self._require_listed(path, external)
+        for name, end in external.items():
+            if end > sizes[name]:
+                raise ArtifactError(f"{path}: its tensors take {end:,} bytes of {name}, which has {sizes[name]:,}")
+        self._check_tensors(folder, stored)
+        bound = TOLERANCES[4 if 4 in stored.accuracy_levels else 0]
+        if self.golden.tolerance > bound:
+            raise ArtifactError(
+                f"{folder / MANIFEST}: golden: tolerance is {self.golden.tolerance:g}, at most {bound:g} is allowed"
+            )
+
+    def _check_tensors(self, folder: Path, stored: ModelTensors) -> None:
+        """Compare the initializers of the graph with those that the manifest lists."""
+        found = {
+            tensor.name: TensorEntry(
+                tensor.name, tensor.dtype, tensor.shape, tensor.bytes, tensor.location or self.model
+            )
+            for tensor in stored.initializers
+        }
+        listed = {entry.name: entry for entry in self.tensors}
+        if len(found) != len(stored.initializers):
+            raise ArtifactError(f"{folder / self.model}: two initializers have one name")
+        differing = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
+        if differing:
+            raise ArtifactError(
+                f"{folder / self.model}: stores other tensors than {MANIFEST} lists, or elsewhere: {some_of(differing)}"
+            )
+
+    def _require_listed(self, where: Path, paths: Iterable[str]) -> None:
+        unlisted = sorted(set(paths) - {entry.path for entry in self.files})
+        if unlisted:
+            does_not = "it does not list" if where.name == MANIFEST else f"{MANIFEST} does not list"
+            raise ArtifactError(f"{where}: refers to files {does_not}: {some_of(unlisted)}")
+
+    def _check_values(self, where: str) -> None:
+        """Raise ArtifactError for entries of the right types that cannot be true."""
+        for key, names in (
+            ("files", [entry.path for entry in self.files]),
+            ("tensors", [entry.name for entry in self.tensors]),
+            ("weights", [entry.name for entry in self.weights]),
+        ):
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if twice:
+                raise ArtifactError(f"{where}: {key}: listed twice: {some_of(twice)}")
+        names = [*(entry.name for entry in [*self.tensors, *self.weights]), *self.golden.inputs, *self.golden.outputs]
+        odd = [name for name in [*names, *self.versions, *self.versions.values()] if not name.isprintable()]
+        if odd:
+            raise ArtifactError(f"{where}: names with characters that cannot be printed: {some_of(odd)}")
+        for index, file in enumerate(self.files):
+            if file.bytes < 0 or not _SHA256.fullmatch(file.sha256):
+                raise ArtifactError(f"{where}: files[{index}]: {quoted(file.path)} has no valid size and SHA-256")
+        for index, tensor in enumerate(self.tensors):
+            if tensor.bytes < 0 or any(size < 0 for size in tensor.shape):
+                raise ArtifactError(f"{where}: tensors[{index}]: {quoted(tensor.name)} has a negative size")
+        for index, weight in enumerate(self.weights):
+            weight.check(f"{where}: weights[{index}]: {quoted(weight.name)}")
+        if not self.model.endswith(".onnx"):
+            raise ArtifactError(f"{where}: model: {quoted(self.model)} is no .onnx file")
+        golden = self.golden
+        if not golden.inputs or not golden.outputs:
+            raise ArtifactError(f"{where}: golden: it needs inputs and outputs")
+        if not 0 <= golden.tolerance <= max(TOLERANCES.values()):
+            raise ArtifactError(
+                f"{where}: golden: tolerance is {golden.tolerance:g}, at most {max(TOLERANCES.values()):g} is allowed"
+            )
 
     def _references(self) -> list[str]:
         golden = [*self.golden.inputs.values(), *self.golden.outputs.values()]
@@ -113,17 +212,19 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``folder/fips.json``. Raises ArtifactError if it is missing, malformed, of another schema version, or
-    names a path outside the folder. The files themselves are checked by :meth:`Manifest.check_files`."""
-    path = folder / MANIFEST
+    """Read ``folder/fips.json``. Raises ArtifactError if it is missing, malformed, of another schema version, names a
+    path outside the folder, or says what cannot be true. The files themselves are checked by
+    :meth:`Manifest.check_files`."""
+    path = inside(folder, MANIFEST)
+    if not _exists(path):
+        raise ArtifactError(f"{path}: file is missing; is this the folder of an artefact?")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: file is missing; is this the folder of an artefact?") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(path, _MOST_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: cannot be read: {error}") from None
     manifest = parse_manifest(text, str(path))
     manifest.check_paths(folder)
+    manifest._check_values(str(path))
     return manifest
 
 
@@ -132,35 +233,25 @@ def parse_manifest(text: str, where: str) -> Manifest:
 
     ``where`` names the manifest in errors. Raises ArtifactError for what is malformed or of another schema version.
     """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{where}: not valid JSON: {error}") from None
+    content = parse_json(text, where)
     if not isinstance(content, dict):
         raise ArtifactError(f"{where}: a manifest is a JSON object, got {type(content).__name__}")
     version = content.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise ArtifactError(f"{where}: schema_version is {version!r}, this version of fips_ort reads {SCHEMA_VERSION}")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{where}: schema_version is {quoted(version)}, this version of fips_ort reads {SCHEMA_VERSION}"
+        )
     lists = {"files": FileEntry, "tensors": TensorEntry, "weights": WeightEntry}
     for key, kind in lists.items():
         entries = content.get(key)
         if not isinstance(entries, list):
             raise ArtifactError(f"{where}: {key}: expected a list, got {type(entries).__name__}")
+        if len(entries) > _MOST_ENTRIES:
+            raise ArtifactError(f"{where}: {key}: {len(entries):,} entries, at most {_MOST_ENTRIES:,} are read")
         content[key] = [_build(kind, entry, f"{where}: {key}[{index}]") for index, entry in enumerate(entries)]
     content["golden"] = _build(GoldenEntry, content.get("golden"), f"{where}: golden")
     manifest: Manifest = _build(Manifest, content, where)
     return manifest
-
-
-def inside(folder: Path, relative: str) -> Path:
-    """The path of ``relative`` in ``folder``. Raises ArtifactError if it is absolute, or leads outside by ``..`` or
-    a symbolic link."""
-    pure = PurePosixPath(relative)
-    unsafe = pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in relative or ":" in relative
-    path = folder / relative
-    if unsafe or not path.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{folder / MANIFEST}: path {relative!r} leads outside the artefact's folder")
-    return path
 
 
 def sha256(path: Path) -> str:
@@ -169,17 +260,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass  # reading it says why not
+    return True
+
+
 def _build(kind: Any, entry: Any, where: str) -> Any:
     """An instance of the dataclass ``kind`` from a JSON object with exactly its fields."""
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where}: expected an object, got {type(entry).__name__}")
     expected = {field.name: field.type for field in fields(kind)}
     if entry.keys() != expected.keys():
-        differing = sorted(entry.keys() ^ expected.keys())
-        raise ArtifactError(f"{where}: missing or unknown keys: {', '.join(differing)}")
+        raise ArtifactError(f"{where}: missing or unknown keys: {some_of(sorted(entry.keys() ^ expected.keys()))}")
     for name, annotation in expected.items():
         if not _matches(entry[name], annotation):
-            raise ArtifactError(f"{where}: {name}: expected {_name(annotation)}, got {entry[name]!r:.80}")
+            raise ArtifactError(f"{where}: {name}: expected {_name(annotation)}, got {quoted(entry[name])}")
     return kind(**entry)
 
 

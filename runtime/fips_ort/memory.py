@@ -5,9 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from fips_ort.causal_lm import complete_inputs
+from fips_ort.golden import read_array
 from fips_ort.load import load
 from fips_ort.manifest import read_manifest
 
@@ -28,10 +27,12 @@ def measure_memory(folder: Path, *, native: bool = True) -> dict[str, int]:
 
 
 def _measure(folder: Path, native: bool) -> dict[str, int]:
+    manifest = read_manifest(folder)
+    manifest.check_files(folder, hashes=False)  # what it takes, Python keeps for the check in `load`
     before = process_memory("VmRSS")
     session = load(folder, native=native, verify=False)
     loaded = process_memory("VmRSS")
-    inputs = {name: np.load(folder / file)[:1] for name, file in read_manifest(folder).golden.inputs.items()}
+    inputs = {name: read_array(folder, file)[:1] for name, file in manifest.golden.inputs.items()}
     session.run(None, complete_inputs(session, inputs))
     return {"load_rss_bytes": loaded - before, "peak_rss_bytes": process_memory("VmHWM")}
 

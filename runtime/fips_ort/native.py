@@ -29,7 +29,8 @@ def library_path() -> Path:
 
 
 def register(options: onnxruntime.SessionOptions) -> None:
-    """Let sessions made with ``options`` run ``ai.fips`` ops with the native kernels.
+    """Let sessions made with ``options`` run ``ai.fips`` ops with the native kernels. Options that do already are left
+    as they are.
 
     Raises FileNotFoundError without the library, and onnxruntime's exception if it is older than 1.17.
     """

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from fips_ort.causal_lm import complete_inputs
 from fips_ort.errors import ArtifactError
-from fips_ort.load import load
-from fips_ort.manifest import Manifest, inside, read_manifest
+from fips_ort.files import some_of
+from fips_ort.golden import read_array, read_outputs
+from fips_ort.load import load, onnxruntime
+from fips_ort.manifest import MANIFEST, Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Check:
 def validate(folder: Path) -> Iterator[Check]:
     """Check the manifest, every file, and that the model reproduces the golden outputs natively and portably.
 
-    Raises ArtifactError where the artefact is damaged.
+    Raises ArtifactError where the artefact is damaged, or proves nothing.
     """
     manifest = read_manifest(folder)
     yield Check("manifest", True, f"{len(manifest.files)} files, {len(manifest.tensors)} tensors")
@@ -42,8 +43,8 @@ def validate(folder: Path) -> Iterator[Check]:
     total = sum(entry.bytes for entry in manifest.files)
     yield Check("files", True, f"sizes and SHA-256 of {total:,} bytes are as promised")
     golden = manifest.golden
-    inputs = {name: _read_array(folder, path) for name, path in golden.inputs.items()}
-    expected = {name: _read_array(folder, path) for name, path in golden.outputs.items()}
+    inputs = {name: read_array(folder, path) for name, path in golden.inputs.items()}
+    expected = read_outputs(folder, golden.outputs)
     for name, native in (("native", True), ("portable", False)):
         yield from _check_session(folder, manifest, name, native, inputs, expected)
 
@@ -56,11 +57,19 @@ def _check_session(
     inputs: dict[str, NDArray[np.float32]],
     expected: dict[str, NDArray[np.float32]],
 ) -> Iterator[Check]:
+    session = load(folder, native=native, verify=False)
+    for kind, given, known in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", expected, session.get_outputs()),
+    ):
+        if unknown := sorted(given.keys() - {value.name for value in known}):
+            raise ArtifactError(f"{folder / MANIFEST}: golden: the model has no {kind} {some_of(unknown)}")
     try:
-        session = load(folder, native=native, verify=False)
-        computed = dict(zip(expected, session.run(list(expected), complete_inputs(session, inputs)), strict=True))
-    except ArtifactError:
-        raise
+        feeds = complete_inputs(session, inputs)
+    except ValueError as error:
+        raise ArtifactError(f"{folder / MANIFEST}: golden: inputs: {error}") from None
+    try:
+        computed = dict(zip(expected, session.run(list(expected), feeds), strict=True))
     except Exception as error:  # onnxruntime's own exceptions share no base class
         yield Check(name, False, f"onnxruntime {onnxruntime.__version__} cannot run it: {error}")
         return
@@ -76,11 +85,15 @@ def _check_session(
 
 
 def last_entries(array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Cut ``array`` to its last entries along every axis, ``shape`` in all: golden logits of a text are those after its
-    last token alone. Arrays of other dimensions, or with fewer entries, are returned as they are."""
-    if array.ndim != len(shape) or any(own < wanted for own, wanted in zip(array.shape, shape, strict=True)):
+    """Cut ``array`` to its last entries along one axis, ``shape`` in all: golden logits of a text are those after its
+    last token alone. Arrays that differ from it otherwise, or in their last axis, are returned as they are."""
+    if array.ndim != len(shape):
         return array
-    return array[tuple(slice(own - wanted, None) for own, wanted in zip(array.shape, shape, strict=True))]
+    cut = [axis for axis, (own, wanted) in enumerate(zip(array.shape, shape, strict=True)) if own != wanted]
+    if len(cut) != 1 or cut[0] == array.ndim - 1 or array.shape[cut[0]] < shape[cut[0]]:
+        return array
+    first = array.shape[cut[0]] - shape[cut[0]]
+    return array.take(range(first, array.shape[cut[0]]), axis=cut[0])
 
 
 def relative_difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -89,14 +102,6 @@ def relative_difference(actual: NDArray[np.float32], expected: NDArray[np.float3
         return float("inf")
     difference = float(np.abs(actual - expected).max())
     return difference / max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-
-
-def _read_array(folder: Path, path: str) -> NDArray[np.float32]:
-    try:
-        array: NDArray[np.float32] = np.load(inside(folder, path), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ArtifactError(f"{folder / path}: not a .npy file: {error}") from None
-    return array
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

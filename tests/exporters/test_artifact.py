@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from artifact_samples import edit_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_samples import images, sample, write_sample
@@ -42,11 +43,6 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def edit_manifest(folder: Path, **changes: Any) -> None:
-    content = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(content | changes))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ namespace fips {
 namespace {
 
 constexpr const char* kDomain = "ai.fips";
+// The session option that says that the operators are registered; its value names the options they are registered with.
+constexpr const char* kRegistered = "ai.fips.registered";
 
 // Turns a status into an exception, which the outermost function turns into a status again.
 void check(const ort::Api& api, OrtStatus* status) {
@@ -298,6 +300,23 @@ OrtStatus* create_library(const void* table, Library** result) {
   return nullptr;
 }
 
+// Registered twice, the domain would make every session fail. Another copy of this library may have done it, so the
+// options themselves remember. The address is there because clones of options have their entries, but no domains.
+void add_domain(const ort::Api& api, OrtSessionOptions* options, OrtCustomOpDomain* domain) {
+  const std::string self = std::to_string(reinterpret_cast<uintptr_t>(options));
+  int found = 0;
+  check(api, api.has_session_config_entry(options, kRegistered, &found));
+  if (found) {
+    size_t size = 0;
+    check(api, api.session_config_entry(options, kRegistered, nullptr, &size));
+    std::string value(size, '\0');
+    check(api, api.session_config_entry(options, kRegistered, value.data(), &size));
+    if (value.c_str() == self) return;
+  }
+  check(api, api.add_custom_op_domain(options, domain));
+  check(api, api.add_session_config_entry(options, kRegistered, self.c_str()));
+}
+
 OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base) noexcept {
   const void* table = base->get_api(ort::kApiVersion);
   if (!table) {
@@ -313,12 +332,12 @@ OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base) noex
     static std::vector<std::pair<const void*, Library*>> libraries;  // per ONNX Runtime in the process
     const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& [known, library] : libraries) {
-      if (known == table) return check(api, api.add_custom_op_domain(options, library->domain));
+      if (known == table) return add_domain(api, options, library->domain);
     }
     Library* library = nullptr;
     check(api, create_library(table, &library));
     libraries.emplace_back(table, library);
-    check(api, api.add_custom_op_domain(options, library->domain));
+    add_domain(api, options, library->domain);
   });
 }
 

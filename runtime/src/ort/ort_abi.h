@@ -59,6 +59,16 @@ class Api {
   OrtStatus* add_custom_op_domain(OrtSessionOptions* options, OrtCustomOpDomain* domain) const {
     return call<OrtStatus*, OrtSessionOptions*, OrtCustomOpDomain*>(28, options, domain);
   }
+  OrtStatus* add_session_config_entry(OrtSessionOptions* options, const char* key, const char* value) const {
+    return call<OrtStatus*, OrtSessionOptions*, const char*, const char*>(130, options, key, value);
+  }
+  OrtStatus* has_session_config_entry(const OrtSessionOptions* options, const char* key, int* found) const {
+    return call<OrtStatus*, const OrtSessionOptions*, const char*, int*>(237, options, key, found);
+  }
+  // `size`: of `value` with its final zero, in and out.
+  OrtStatus* session_config_entry(const OrtSessionOptions* options, const char* key, char* value, size_t* size) const {
+    return call<OrtStatus*, const OrtSessionOptions*, const char*, char*, size_t*>(238, options, key, value, size);
+  }
   void release_custom_op_domain(OrtCustomOpDomain* domain) const { call<void, OrtCustomOpDomain*>(101, domain); }
 
   OrtStatus* tensor_data(const OrtValue* value, void** data) const {
