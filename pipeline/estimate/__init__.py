@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.estimate.checks import check_inputs, check_rest_blocks
+from pipeline.estimate.checks import check_export, check_inputs, check_rest_blocks
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
 from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
@@ -70,8 +70,8 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Plan a run, with the largest choices where some are left to an allocation.
 
-    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, and blocks outside
-    the MLPs that do not divide.
+    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, blocks outside the
+    MLPs that do not divide, and what could not be exported.
     """
     check_inputs(recipe)
     choices = []
@@ -85,6 +85,7 @@ def estimate(recipe: Recipe) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_rest_blocks(recipe, model, sites)
+    check_export(recipe, config, model)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
     passed = dry_run(recipe, plan, model, config, shapes_only)

@@ -1,13 +1,15 @@
-"""What can be refused before anything is computed: inputs that are not there, blocks that do not divide."""
+"""What can be refused before anything is computed: inputs that are not there, blocks that do not divide,
+language models that would not come out."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.estimate.sizes import rest_linears
+from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.plan import MLPSite
-from pipeline.recipe.schema import ImageFolderData, LocalTextData, Recipe
+from pipeline.recipe.schema import ImageFolderData, LanguageModelSection, LocalTextData, Recipe
 
 _OFFENDERS_NAMED = 3
 
@@ -23,6 +25,16 @@ def check_inputs(recipe: Recipe) -> None:
         for key, file in (("train", data.train), ("test", data.test)):
             if file is not None and not Path(file).is_file():
                 raise InputError(f"data.{key}: {file}: no such file")
+
+
+def check_export(recipe: Recipe, config: Any, model: Any) -> None:
+    """Raise InputError for a language model that could be trained but not exported.
+
+    ``config``: its configuration; ``model``: the model, whose weights are not read.
+    """
+    if isinstance(recipe.model, LanguageModelSection):
+        check_graph(recipe.model, config)
+        check_saved_config(recipe.model, model)
 
 
 def check_rest_blocks(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> None:

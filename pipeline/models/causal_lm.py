@@ -10,7 +10,7 @@ from typing import Any
 
 from optimum.exporters.tasks import TasksManager
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 from pipeline.models.adapters import check_model_type
@@ -77,7 +77,7 @@ def load_language_model(section: LanguageModelSection, tokenizer: Any = None) ->
         partial(source.load, language_model_class().from_pretrained, config=config),
         source.where,
         "a whole causal language model",
-        attention=_ATTENTION.get(config.model_type, "sdpa"),
+        attention=attention_of(config),
     )
     if source.gguf_file is not None:
         _forget_quantization(model)
@@ -88,6 +88,27 @@ def load_language_model(section: LanguageModelSection, tokenizer: Any = None) ->
     if tokenizer is None:
         tokenizer = load_tokenizer(section)
     return LoadedLanguageModel(model, tokenizer, hash_model(model))
+
+
+def load_generation_config(section: LanguageModelSection) -> Any:
+    """What a recipe's language model says of generation, in a file of its own; None if it has none."""
+    source = _Source.of(section)
+    if source.gguf_file is not None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
+    except OSError:  # no such file
+        return None
+
+
+def attention_of(config: Any) -> str:
+    """Transformers' name of the attention with which a model of this configuration is computed."""
+    return _ATTENTION.get(config.model_type, "sdpa")
+
+
+def name_of(section: LanguageModelSection) -> str:
+    """How errors name a recipe's language model."""
+    return _Source.of(section).where
 
 
 def language_model_class() -> Any:
