@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.estimate.checks import check_export, check_inputs, check_rest_blocks
+from pipeline.estimate.checks import check_inputs, check_lengths, check_rest_blocks
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
 from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import language_model_class, load_language_config
+from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.recipe.choices import choices_of, largest_choice
 from pipeline.recipe.plan import GroupSize, Plan, make_plan
@@ -85,7 +86,8 @@ def estimate(recipe: Recipe) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_rest_blocks(recipe, model, sites)
-    check_export(recipe, config, model)
+    if isinstance(recipe.model, LanguageModelSection):
+        check_saved_config(recipe.model, model)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
     passed = dry_run(recipe, plan, model, config, shapes_only)
@@ -108,6 +110,8 @@ def _shapes(recipe: Recipe) -> tuple[Any, Any, AbstractContextManager[Any]]:
     shapes_only: AbstractContextManager[Any]
     if isinstance(recipe.model, LanguageModelSection):
         config, kind = load_language_config(recipe.model), language_model_class()
+        check_lengths(recipe, config)
+        check_graph(recipe.model, config)
         # Masks of language models depend on data where tensors are on the meta device, not where they are fake.
         shapes_only = FakeTensorMode()
     else:

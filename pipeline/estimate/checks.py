@@ -1,15 +1,17 @@
 """What can be refused before anything is computed: inputs that are not there, blocks that do not divide,
-language models that would not come out."""
+texts that are too long."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exporters.causal_lm import MAX_LENGTH
 from pipeline.estimate.sizes import rest_linears
-from pipeline.models.export_check import check_graph, check_saved_config
+from pipeline.evaluation.text_speed import GENERATED_TOKENS
+from pipeline.models.causal_lm import longest_text
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.plan import MLPSite
-from pipeline.recipe.schema import ImageFolderData, LanguageModelSection, LocalTextData, Recipe
+from pipeline.recipe.schema import ImageFolderData, LocalTextData, Recipe, TextSection
 
 _OFFENDERS_NAMED = 3
 
@@ -27,14 +29,16 @@ def check_inputs(recipe: Recipe) -> None:
                 raise InputError(f"data.{key}: {file}: no such file")
 
 
-def check_export(recipe: Recipe, config: Any, model: Any) -> None:
-    """Raise InputError for a language model that could be trained but not exported.
-
-    ``config``: its configuration; ``model``: the model, whose weights are not read.
-    """
-    if isinstance(recipe.model, LanguageModelSection):
-        check_graph(recipe.model, config)
-        check_saved_config(recipe.model, model)
+def check_lengths(recipe: Recipe, config: Any) -> None:
+    """Raise InputError if texts are longer than the language model of configuration ``config`` takes."""
+    longest = longest_text(config)
+    limited = f"config.json: max_position_embeddings: {config.max_position_embeddings}"
+    if longest <= GENERATED_TOKENS:
+        raise InputError(f"{limited}: too short: {GENERATED_TOKENS} tokens are generated to measure speed")
+    context = recipe.data.context if isinstance(recipe.data, TextSection) else 0
+    if context > longest:
+        why = limited if longest < MAX_LENGTH else "no model is exported for more"
+        raise InputError(f"data.context: {context} is more than the {longest} tokens that the model takes ({why})")
 
 
 def check_rest_blocks(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
+from exporters.causal_lm import MAX_LENGTH
 from pipeline.models.adapters import check_model_type
 from pipeline.models.checkpoint import load_weights, loading
 from pipeline.models.gguf_tokenizer import check_saved_tokenizer, check_tokenizer, read_metadata
@@ -104,6 +105,11 @@ def load_generation_config(section: LanguageModelSection) -> Any:
 def attention_of(config: Any) -> str:
     """Transformers' name of the attention with which a model of this configuration is computed."""
     return _ATTENTION.get(config.model_type, "sdpa")
+
+
+def longest_text(config: Any) -> int:
+    """Tokens, prompt and answer together, for which a model of this configuration is exported."""
+    return int(min(MAX_LENGTH, config.max_position_embeddings))
 
 
 def name_of(section: LanguageModelSection) -> str:

@@ -15,8 +15,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from exporters.causal_lm import MAX_LENGTH, STATIC_ROPE, export_causal_lm
-from exporters.genai_builder import layer_types
+from exporters.causal_lm import STATIC_ROPE, export_causal_lm
 from exporters.genai_config import TokenizerError, save_causal_lm_config
 from fips_ort.causal_lm import prefill_inputs
 from pipeline.models.causal_lm import (
@@ -24,6 +23,7 @@ from pipeline.models.causal_lm import (
     language_model_class,
     load_generation_config,
     load_tokenizer,
+    longest_text,
     name_of,
 )
 from pipeline.plumbing.errors import InputError
@@ -44,6 +44,7 @@ _NEITHER_SIZE_NOR_KIND = frozenset(
 """Keys of a configuration that a miniature sets itself, or that change nothing that is computed."""
 _REMEDIES = {
     "head_dim": "take a model whose heads have a size that 16 divides",
+    "num_key_value_heads": "num_attention_heads must be a multiple of it",
     "hidden_act": "take a model with silu, gelu, gelu_pytorch_tanh, relu or relu2",
     "hidden_activation": "take a model with silu, gelu, gelu_pytorch_tanh, relu or relu2",
 }
@@ -61,7 +62,7 @@ def check_graph(section: LanguageModelSection, config: Any) -> None:
         return
     culprits = _culprits(config)
     named = ", ".join(f"{key}: {value}" for key, value in culprits.items())
-    remedy = next((_REMEDIES[key] for key in culprits if key in _REMEDIES), "take a model without")
+    remedy = next((_REMEDIES[key] for key in culprits if key in _REMEDIES), "take a model without it")
     raise InputError(
         f"{name_of(section)}: config.json{f': {named}' if named else ''}: cannot be exported to ONNX: {reason}; {remedy}"
     )
@@ -80,7 +81,7 @@ def check_saved_config(section: LanguageModelSection, model: nn.Module) -> None:
     described.generation_config = load_generation_config(section) or described.generation_config
     with tempfile.TemporaryDirectory() as folder:
         try:
-            save_causal_lm_config(Path(folder), model, tokenizer, min(MAX_LENGTH, config.max_position_embeddings))
+            save_causal_lm_config(Path(folder), model, tokenizer, longest_text(config))
         except TokenizerError as error:
             raise InputError(f"{where}: its tokenizer cannot go into an artefact: {error}") from None
         except ValueError as error:  # settings that transformers does not write
@@ -113,7 +114,7 @@ def _refusal(small: Any) -> str | None:
     """Why a miniature's graph cannot be made or run, or how far it is from PyTorch; None if they agree."""
     quiet = onnxruntime.SessionOptions()
     quiet.log_severity_level = 4
-    length = min(MAX_LENGTH, small.max_position_embeddings)
+    length = longest_text(small)
     try:
         model = _random_model(small)
         graph = ir.serde.serialize_model(export_causal_lm(model, length))
@@ -123,7 +124,8 @@ def _refusal(small: Any) -> str | None:
             expected = model(input_ids=input_ids, use_cache=False).logits
         (found,) = session.run(["logits"], prefill_inputs(session, input_ids.numpy()))
     except Exception as error:  # whatever transformers, the builder or ONNX Runtime raise for what they do not know
-        return " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return reason.rpartition("Status Message: ")[2]  # what ONNX Runtime says before is about nodes of the miniature
     difference = float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
     return None if difference <= _TOLERANCE else f"its logits are off by {difference:.2g} of the largest"
 
@@ -144,7 +146,7 @@ def _culprits(config: Any) -> dict[str, Any]:
     Empty if they are not found: if it cannot be exported with every key at its default.
     """
     usual = type(config)()
-    usual.head_dim = _USUAL_HEAD
+    usual.head_dim, usual.num_key_value_heads = _USUAL_HEAD, 1
     given = {key: value for key, value in config.to_dict().items() if key not in _NEITHER_SIZE_NOR_KIND}
     given["head_dim"] = _head_size(config)
     unusual = [key for key, value in given.items() if not key.startswith("_") and value != getattr(usual, key, None)]
