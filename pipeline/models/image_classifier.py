@@ -17,7 +17,7 @@ from pipeline.data.images import ImageData, TensorSplit
 from pipeline.data.packages import package_file
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.models.adapters import check_model_type
-from pipeline.models.checkpoint import CONFIG_ERRORS, load_weights, loading
+from pipeline.models.checkpoint import CONFIG_ERRORS, load_checkpoint_config, load_weights, loading
 from pipeline.models.classifier_training import random_affine, train_classifier
 from pipeline.models.packaged_dinov2 import load_classifier
 from pipeline.models.weights import check_finite, hash_model
@@ -154,7 +154,7 @@ def _train_scratch(
 
 
 def _pretrained_preprocessing(section: PretrainedModel) -> Preprocessing:
-    config = _from_hub(section, AutoConfig.from_pretrained)
+    config = load_checkpoint_config(section.path, section.revision, f"model.path: {section.path}")
     check_model_type(config.model_type, "image-classification")
     processor = _from_hub(section, AutoImageProcessor.from_pretrained, backend="pil")
     size = _square(config.image_size, f"model.path: {section.path}: image_size")
@@ -170,7 +170,7 @@ def _pretrained_preprocessing(section: PretrainedModel) -> Preprocessing:
 
 
 def _pretrained(section: PretrainedModel) -> nn.Module:
-    config = _from_hub(section, AutoConfig.from_pretrained)
+    config = load_checkpoint_config(section.path, section.revision, f"model.path: {section.path}")
     for key, value in _NO_DROPOUT.items():
         if hasattr(config, key):
             setattr(config, key, value)
@@ -266,7 +266,7 @@ def load_config(section: ImageModelSection, labels: int) -> Any:
     if isinstance(section, PackagedOnnxModel):
         path = package_file(section.package, section.file, "model")
         return load_classifier(path, section.image_size, labels).config
-    return _from_hub(section, AutoConfig.from_pretrained)
+    return load_checkpoint_config(section.path, section.revision, f"model.path: {section.path}")
 
 
 def model_class() -> Any:
