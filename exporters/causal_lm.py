@@ -28,7 +28,7 @@ from fips_ort.ops import DOMAIN, node_attributes, op_type
 MAX_LENGTH = 8192
 """Limit of tokens, prompt and answer together, unless the export is given another."""
 
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
 _MICROSOFT = "com.microsoft"
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -323,8 +323,8 @@ class _StoredModel:
             frequencies = getattr(self.rotary, f"{layer_type}inv_freq")
             rope_type = self.rotary.rope_type
             kind = rope_type[layer_type.removesuffix("_")] if isinstance(rope_type, dict) else rope_type
-            if kind not in _STATIC_ROPE:
-                raise ValueError(f"cannot export rotary embeddings of type {kind!r}, only {', '.join(_STATIC_ROPE)}")
+            if kind not in STATIC_ROPE:
+                raise ValueError(f"cannot export rotary embeddings of type {kind!r}, only {', '.join(STATIC_ROPE)}")
             limits = [f"/model/constants/FLOAT/{number}" for number in (0.0, float(length), 1.0)]
             self._node("Range", limits, "rotary/positions", [length])
             self._node("Unsqueeze", ["rotary/positions", "/model/constants/INT64/[1]"], "rotary/column", [length, 1])

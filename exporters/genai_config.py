@@ -1,10 +1,12 @@
 """Configuration and tokenizer files of a language model's artefact, for onnxruntime-genai and for transformers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -31,8 +33,20 @@ SAMPLE_TEXTS = (
 """Texts of what tokenizers have been seen to disagree on: scripts, accents, joined emoji, code, runs of white space."""
 
 
+_PLACES = ("{0}a", "a{0}", "a{0}b", "a {0} b", " {0}", "{0} ", "{0}{0}", "{0} {0}", "a\n{0}\nb", "1{0}2", ".{0}.")
+"""Where a token may stand in a text: at its ends and inside; beside letters, digits, white space and itself."""
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+"""What an added token may ask of the text around it; onnxruntime-genai 0.18 does not heed all of it."""
+_UNKNOWN_FLAGS = ("lstrip", "single_word")
+
+_END_OF_TEXT_REMEDY = (
+    "set eos_token_id in config.json or generation_config.json of a copy of the model, or eos_token in its "
+    "tokenizer_config.json"
+)
+
+
 class TokenizerError(ValueError):
-    """Raised if two tokenizers of one model make different tokens of a text."""
+    """Raised if two tokenizers of one model make different tokens of a text, or onnxruntime-genai cannot use one."""
 
 
 def save_causal_lm_config(folder: Path, model: nn.Module, tokenizer: Any, max_length: int) -> None:
@@ -40,7 +54,8 @@ def save_causal_lm_config(folder: Path, model: nn.Module, tokenizer: Any, max_le
 
     ``model`` and ``max_length`` are those given to :func:`exporters.causal_lm.export_causal_lm`. ``genai_config.json``
     names the file of the native library, which :func:`exporters.artifact.write_artifact` puts into the folder. Raises
-    TokenizerError if what was saved makes other tokens than ``tokenizer`` (:func:`check_tokenizers`).
+    TokenizerError if what was saved makes other tokens than ``tokenizer`` (:func:`check_tokenizers`), or if no token
+    ends a text.
     """
     config: Any = model.config
     config.save_pretrained(folder)
@@ -51,37 +66,83 @@ def save_causal_lm_config(folder: Path, model: nn.Module, tokenizer: Any, max_le
     builder = new_builder(type(model).__name__, config, max_length)
     # The builder reads special tokens from the files beside it, and writes its result there.
     builder.model_name_or_path, builder.filename = str(folder), MODEL
-    with silent():
-        builder.make_genai_config(config.__class__.from_pretrained(folder), {"local_files_only": True}, str(folder))
+    try:
+        with silent():
+            builder.make_genai_config(config.__class__.from_pretrained(folder), {"local_files_only": True}, str(folder))
+    except ValueError as error:  # says which token it lacks
+        raise TokenizerError(f"{error}; {_END_OF_TEXT_REMEDY}") from None
     path = folder / GENAI_CONFIG
     content = json.loads(path.read_text(encoding="utf-8"))
     content["model"]["decoder"]["session_options"]["custom_ops_library"] = library_path().name
     content["search"]["chunk_size"] = PREFILL_TOKENS
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _check_end_of_text(content["model"])
     check_tokenizers(folder, tokenizer)
 
 
 def check_tokenizers(folder: Path, tokenizer: Any, texts: Sequence[str] = SAMPLE_TEXTS) -> None:
     """Compare the tokenizer in ``folder``, read by transformers and by onnxruntime-genai, with ``tokenizer``.
 
-    All must make the same token ids of every text, ``<bos>`` included where the tokenizer adds it. Raises
-    TokenizerError with the first difference.
+    All must make the same token ids of every text, and of every added token in many places of a text, with what the
+    tokenizer puts around a text (``<bos>``, say) and without it. Raises TokenizerError with the first difference, or if
+    onnxruntime-genai cannot read the tokenizer.
     """
-    import onnxruntime_genai
+    tokenizers = _Tokenizers(folder, tokenizer)
+    added = [token for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    # There may be thousands: all places of a token in one text, which is taken apart where it differs.
+    in_places = ["\n".join(place.format(token.content) for place in (*_PLACES, "{0}")) for token in added]
+    for add_special in (True, False):
+        difference = tokenizers.first_difference(texts, add_special)
+        if difference is not None:
+            raise TokenizerError(difference.description)
+        difference = tokenizers.first_difference(in_places, add_special)
+        if difference is not None:
+            token = added[difference.index]
+            apart = [place.format(token.content) for place in ("{0}", *_PLACES)]
+            difference = tokenizers.first_difference(apart, add_special) or difference
+            raise TokenizerError(f"{difference.description}; {_describe_flags(token)}")
 
-    onnxruntime_genai.disable_telemetry_events()
-    saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    runtime = onnxruntime_genai.Tokenizer(str(folder))
-    runtime.update_options(add_special_tokens="true")
-    for text in texts:
-        expected = list(tokenizer(text)["input_ids"])
-        found = {
-            "the saved tokenizer": list(saved(text)["input_ids"]),
-            "onnxruntime-genai's tokenizer": [int(token) for token in runtime.encode(text)],
-        }
-        for name, tokens in found.items():
-            if tokens != expected:
-                raise TokenizerError(_describe_difference(name, text, tokens, expected))
+
+@dataclass(frozen=True)
+class _Difference:
+    """The text number ``index`` of a list, of which two tokenizers make different tokens."""
+
+    index: int
+    description: str
+
+
+class _Tokenizers:
+    """A tokenizer beside those that transformers and onnxruntime-genai read from a folder."""
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        import onnxruntime_genai
+
+        onnxruntime_genai.disable_telemetry_events()
+        self._own = tokenizer
+        self._saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            self._runtime = onnxruntime_genai.Tokenizer(str(folder))
+        except Exception as error:  # plain RuntimeErrors, and others of its bindings
+            raise TokenizerError(
+                f"onnxruntime-genai cannot read the tokenizer, a {_kind(tokenizer)}: {' '.join(str(error).split())}"
+            ) from None
+
+    def first_difference(self, texts: Sequence[str], add_special: bool) -> _Difference | None:
+        """The first of ``texts`` that is not the same token ids to all three; None if all are."""
+        if not texts:
+            return None
+        self._runtime.update_options(add_special_tokens=str(add_special).lower())
+        expected = self._own(list(texts), add_special_tokens=add_special, verbose=False)["input_ids"]
+        saved = self._saved(list(texts), add_special_tokens=add_special, verbose=False)["input_ids"]
+        for index, text in enumerate(texts):
+            found = {
+                "the saved tokenizer": saved[index],
+                "onnxruntime-genai's tokenizer": [int(token) for token in self._runtime.encode(text)],
+            }
+            for name, tokens in found.items():
+                if tokens != expected[index]:
+                    return _Difference(index, _describe_difference(name, text, tokens, expected[index]))
+        return None
 
 
 def _describe_difference(name: str, text: str, tokens: list[int], expected: list[int]) -> str:
@@ -91,6 +152,38 @@ def _describe_difference(name: str, text: str, tokens: list[int], expected: list
         f"{name} makes other tokens of {text!r} than the model's own: from token {place} on "
         f"{tokens[place : place + 8]}, expected {expected[place : place + 8]}"
     )
+
+
+def _describe_flags(token: AddedToken) -> str:
+    """An added token and the flags that it has, which say how it is found in a text."""
+    flags = [name for name in _FLAGS if getattr(token, name)]
+    described = f"tokenizer.json: added_tokens: {token.content!r} has {', '.join(f'{name}: true' for name in flags)}"
+    unknown = [name for name in flags if name in _UNKNOWN_FLAGS]
+    if not unknown:
+        return described if flags else f"tokenizer.json: added_tokens: {token.content!r}"
+    return (
+        f"{described}; onnxruntime-genai does not heed {' and '.join(unknown)}: set it to false in a copy of the model, "
+        "or take a model without"
+    )
+
+
+def _kind(tokenizer: Any) -> str:
+    """What sort of tokenizer it is: the model of a fast one, by its name in tokenizer.json, or its class."""
+    if not tokenizer.is_fast:
+        return type(tokenizer).__name__
+    kind: str = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"]
+    return f"{type(tokenizer).__name__} of type {kind}"
+
+
+def _check_end_of_text(described: Mapping[str, Any]) -> None:
+    """Raise TokenizerError if no token of the model's vocabulary ends a text, by what genai_config.json says."""
+    end = described["eos_token_id"]
+    ids = end if isinstance(end, list) else [end]
+    if not ids or not all(0 <= token < described["vocab_size"] for token in ids):
+        raise TokenizerError(
+            f"eos_token_id: {end} is no token of the model's vocabulary of {described['vocab_size']}, and nothing else "
+            f"would end a text; {_END_OF_TEXT_REMEDY}"
+        )
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.estimate.checks import check_rest_blocks
+from pipeline.estimate.checks import check_lengths, check_rest_blocks
 from pipeline.estimate.inputs import check_inputs
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
 from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import language_model_class, load_language_config
+from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.choices import choices_of, largest_choice
@@ -75,8 +76,8 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Plan a run, with the largest choices where some are left to an allocation.
 
-    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, and blocks outside
-    the MLPs that do not divide.
+    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, blocks outside the
+    MLPs that do not divide, and what could not be exported.
     """
     notes = check_inputs(recipe)
     choices = []
@@ -90,6 +91,8 @@ def estimate(recipe: Recipe) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_rest_blocks(recipe, model, sites)
+    if isinstance(recipe.model, LanguageModelSection):
+        check_saved_config(recipe.model, model)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
     with _fitting_together():
@@ -114,6 +117,8 @@ def _shapes(recipe: Recipe) -> tuple[Any, Any, AbstractContextManager[Any]]:
     shapes_only: AbstractContextManager[Any]
     if isinstance(recipe.model, LanguageModelSection):
         config, kind = load_language_config(recipe.model), language_model_class()
+        check_lengths(recipe, config)
+        check_graph(recipe.model, config)
         # Masks of language models depend on data where tensors are on the meta device, not where they are fake.
         shapes_only = FakeTensorMode()
     else:

@@ -61,8 +61,8 @@ _LAYOUTS = {
 }
 _DESCRIPTIONS = {_VISION: "an image classifier", _LANGUAGE: "a language model"}
 _SOURCES = {_VISION: "pretrained", _LANGUAGE: "causal_lm"}
-# Models of several modalities, and the type of the language model that they contain.
-_CONTAINED = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+LANGUAGE_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+"""Models that read images too and whose language model can be taken out, and the type of that."""
 
 
 def supported_model_types(purpose: Purpose) -> tuple[str, ...]:
@@ -78,11 +78,6 @@ def check_model_type(model_type: str, purpose: Purpose) -> None:
         raise InputError(
             f"model type {model_type!r} is {_DESCRIPTIONS[layout.purpose]}, not {_DESCRIPTIONS[purpose]} "
             f"({supported}); for it, model.source is {_SOURCES[layout.purpose]}"
-        )
-    if purpose == _LANGUAGE and model_type in _CONTAINED:
-        raise InputError(
-            f"model type {model_type!r} reads images too; take a checkpoint of its language model alone, "
-            f"model type {_CONTAINED[model_type]!r} ({supported})"
         )
     if layout is None:
         raise InputError(f"model type {model_type!r} has no MLPs known to FiPS; {supported}")

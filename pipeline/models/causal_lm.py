@@ -10,11 +10,12 @@ from typing import Any
 
 from optimum.exporters.tasks import TasksManager
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from pipeline.models.adapters import check_model_type
-from pipeline.models.checkpoint import load_weights, loading
+from exporters.causal_lm import MAX_LENGTH
+from pipeline.models.adapters import LANGUAGE_PARTS, check_model_type, supported_model_types
+from pipeline.models.checkpoint import load_checkpoint_config, load_weights, loading
 from pipeline.models.gguf_tokenizer import check_saved_tokenizer, check_tokenizer, read_metadata
 from pipeline.models.packaged_gguf import locate_gguf
 from pipeline.models.weights import check_finite, hash_model
@@ -23,6 +24,19 @@ from pipeline.recipe.schema import CausalLanguageModel, LanguageModelSection, Pa
 
 # scaled_dot_product_attention has no soft cap of the scores, which these models need.
 _ATTENTION = {"gemma2": "eager"}
+# Names of the language model's weights in a model of several modalities, new ones and those of older files, and alone.
+_LANGUAGE_PART_WEIGHTS = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "tiktoken.model", "qwen.tiktoken",
+)  # fmt: skip
+"""Any of these can hold the vocabulary of a tokenizer."""
+_NO_TOKENIZER = "no tokenizer in it; put tokenizer.json and tokenizer_config.json of the model beside its config.json"
 
 
 @dataclass(frozen=True)
@@ -42,27 +56,44 @@ def load_tokenizer(section: LanguageModelSection) -> Any:
     """The tokenizer of a recipe's language model. Raises InputError when it is not found, or is rebuilt from a GGUF
     file and does not do what the file says (:func:`check_tokenizer`)."""
     source = _Source.of(section)
-    tokenizer = source.load(AutoTokenizer.from_pretrained)
+    folder = Path(source.path)
+    if source.gguf_file is None and folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(f"{source.where}: {_NO_TOKENIZER}")
+    tokenizer = source.load(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    if not tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys():  # made up by transformers
+        raise InputError(f"{source.where}: {_NO_TOKENIZER}")
     for key in ("is_local", "local_files_only"):  # how it was found; would be saved with it
         tokenizer.init_kwargs.pop(key, None)
     if source.gguf_file is not None:
         check_tokenizer(tokenizer, source.gguf_path())
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            check_saved_tokenizer(tokenizer, Path(folder))
+        with tempfile.TemporaryDirectory() as saved:
+            tokenizer.save_pretrained(saved)
+            check_saved_tokenizer(tokenizer, Path(saved))
     return tokenizer
 
 
 def load_language_config(section: LanguageModelSection) -> Any:
-    """The configuration of a recipe's language model, its weights unread. Raises InputError when it is not found or
-    its MLPs are not known."""
-    source = _Source.of(section)
-    if source.gguf_file is not None:
-        _check_rotary_embeddings(source.gguf_path())
-    config = source.load(AutoConfig.from_pretrained)
+    """The configuration of a recipe's language model, its weights unread; of a model that reads images too, that of its
+    language model.
+
+    Raises InputError when it is not found, its MLPs are not known, or its weights could not be trained
+    (:func:`pipeline.models.checkpoint.load_checkpoint_config`).
+    """
+    config = _language_part(_load_whole_config(section))
     check_model_type(config.model_type, "text-generation")
     _forget_source(config)
     return config
+
+
+def notes_on(section: LanguageModelSection) -> tuple[str, ...]:
+    """What a user should know of how a recipe's language model was taken, a sentence each."""
+    config = _load_whole_config(section)
+    if config.model_type not in LANGUAGE_PARTS:
+        return ()
+    return (
+        f"The model's language part was taken ({LANGUAGE_PARTS[config.model_type]} of {config.model_type}); what reads "
+        "images was left out.",
+    )
 
 
 def load_language_model(section: LanguageModelSection, tokenizer: Any = None) -> LoadedLanguageModel:
@@ -73,11 +104,12 @@ def load_language_model(section: LanguageModelSection, tokenizer: Any = None) ->
     """
     source = _Source.of(section)
     config = load_language_config(section)
+    options = {} if source.gguf_file is not None else {"key_mapping": _LANGUAGE_PART_WEIGHTS}
     model = load_weights(
-        partial(source.load, language_model_class().from_pretrained, config=config),
+        partial(source.load, language_model_class().from_pretrained, config=config, **options),
         source.where,
         "a whole causal language model",
-        attention=_ATTENTION.get(config.model_type, "sdpa"),
+        attention=attention_of(config),
     )
     if source.gguf_file is not None:
         _forget_quantization(model)
@@ -88,6 +120,32 @@ def load_language_model(section: LanguageModelSection, tokenizer: Any = None) ->
     if tokenizer is None:
         tokenizer = load_tokenizer(section)
     return LoadedLanguageModel(model, tokenizer, hash_model(model))
+
+
+def load_generation_config(section: LanguageModelSection) -> Any:
+    """What a recipe's language model says of generation, in a file of its own; None if it has none."""
+    source = _Source.of(section)
+    if source.gguf_file is not None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
+    except OSError:  # no such file
+        return None
+
+
+def attention_of(config: Any) -> str:
+    """Transformers' name of the attention with which a model of this configuration is computed."""
+    return _ATTENTION.get(config.model_type, "sdpa")
+
+
+def longest_text(config: Any) -> int:
+    """Tokens, prompt and answer together, for which a model of this configuration is exported."""
+    return int(min(MAX_LENGTH, config.max_position_embeddings))
+
+
+def name_of(section: LanguageModelSection) -> str:
+    """How errors name a recipe's language model."""
+    return _Source.of(section).where
 
 
 def language_model_class() -> Any:
@@ -129,6 +187,37 @@ class _Source:
     def gguf_path(self) -> Path:
         with loading(self.where):
             return Path(cached_file(self.path, self.gguf_file, revision=self.revision or "main"))
+
+
+def _load_whole_config(section: LanguageModelSection) -> Any:
+    """The configuration as it is in the checkpoint."""
+    source = _Source.of(section)
+    if source.gguf_file is None:
+        return load_checkpoint_config(source.path, source.revision, source.where)
+    _check_rotary_embeddings(source.gguf_path())
+    return source.load(AutoConfig.from_pretrained)
+
+
+def _language_part(config: Any) -> Any:
+    """The configuration of the language model in a model of several modalities; any other's is returned as it is.
+
+    Raises InputError for models whose language model cannot be taken out.
+    """
+    text = config.get_text_config()
+    if text is config:
+        return config
+    if LANGUAGE_PARTS.get(config.model_type) != text.model_type:
+        raise InputError(
+            f"model type {config.model_type!r} is not for text alone, and its language model of type "
+            f"{text.model_type!r} cannot be taken out of it; take a checkpoint of a language model, of type "
+            f"{', '.join(supported_model_types('text-generation'))}, or of {' or '.join(LANGUAGE_PARTS)}"
+        )
+    text.tie_word_embeddings = config.tie_word_embeddings
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        of_all = getattr(config, name, None)
+        if of_all is not None:
+            setattr(text, name, of_all)
+    return text
 
 
 def _forget_source(config: Any) -> None:

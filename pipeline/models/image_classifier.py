@@ -18,7 +18,7 @@ from pipeline.data.images import ImageData, TensorSplit
 from pipeline.data.packages import package_file
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.models.adapters import check_model_type
-from pipeline.models.checkpoint import CONFIG_ERRORS, load_weights, loading
+from pipeline.models.checkpoint import CONFIG_ERRORS, load_checkpoint_config, load_weights, loading
 from pipeline.models.classifier_training import random_affine, train_classifier
 from pipeline.models.packaged_dinov2 import load_classifier
 from pipeline.models.weights import check_finite, hash_model
@@ -159,8 +159,8 @@ def _train_scratch(
 
 
 def _pretrained_preprocessing(section: PretrainedModel) -> Preprocessing:
-    config = _from_hub(section, AutoConfig.from_pretrained)
     where = f"model.path: {section.path}"
+    config = load_checkpoint_config(section.path, section.revision, where)
     check_model_type(config.model_type, "image-classification")
     _check_channels(config, f"{where}: num_channels")
     size = _square(config.image_size, f"{where}: image_size")
@@ -213,7 +213,7 @@ def _check_processor(preprocessing: Preprocessing, where: str) -> None:
 
 
 def _pretrained(section: PretrainedModel) -> nn.Module:
-    config = _from_hub(section, AutoConfig.from_pretrained)
+    config = load_checkpoint_config(section.path, section.revision, f"model.path: {section.path}")
     for key, value in _NO_DROPOUT.items():
         if hasattr(config, key):
             setattr(config, key, value)
@@ -309,7 +309,7 @@ def load_config(section: ImageModelSection, labels: int) -> Any:
     if isinstance(section, PackagedOnnxModel):
         path = package_file(section.package, section.file, "model")
         return load_classifier(path, section.image_size, labels).config
-    return _from_hub(section, AutoConfig.from_pretrained)
+    return load_checkpoint_config(section.path, section.revision, f"model.path: {section.path}")
 
 
 def model_class() -> Any:

@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.artifact import Golden
-from exporters.causal_lm import MAX_LENGTH, export_causal_lm
+from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import save_causal_lm_config
 from exporters.packed_model import PackedModel
 from exporters.rest import quantize_embedding, quantize_linears, round_to_float16
@@ -38,9 +37,9 @@ from pipeline.evaluation.perplexity import (
     paired_difference,
     save_perplexity,
 )
-from pipeline.evaluation.text_speed import PROMPT_TOKENS, bench_causal_lm
+from pipeline.evaluation.text_speed import GENERATED_TOKENS, PROMPT_TOKENS, bench_causal_lm
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import load_language_config, load_language_model, load_tokenizer
+from pipeline.models.causal_lm import load_language_config, load_language_model, load_tokenizer, longest_text
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
@@ -248,10 +247,11 @@ class CausalLMTask(Task):
         context = self.data.test.context
         window = getattr(self.model.config, "sliding_window", None) or context
         stream = self.data.test.batch(range(min(len(self.data.test), 1 + window // context + 1))).flatten()
-        return [stream[None, : PARITY_TOKENS], stream[None, : window + PARITY_TOKENS]]
+        longest = min(window + PARITY_TOKENS, longest_text(self.model.config))
+        return [stream[None, : PARITY_TOKENS], stream[None, : longest]]
 
     def export_graph(self, stored: nn.Module, packed: PackedModel) -> ir.Model:
-        return export_causal_lm(stored, self._max_length)
+        return export_causal_lm(stored, longest_text(self.model.config))
 
     def golden(self, predict: Predict, tolerance: float) -> Golden:
         input_ids = self.data.test.batch([0])[:, :GOLDEN_TOKENS]
@@ -260,19 +260,15 @@ class CausalLMTask(Task):
         return Golden({"input_ids": input_ids.numpy()}, {"logits": logits.numpy()}, tolerance)
 
     def save_config(self, folder: Path) -> None:
-        save_causal_lm_config(folder, self.model, self.tokenizer, self._max_length)
+        save_causal_lm_config(folder, self.model, self.tokenizer, longest_text(self.model.config))
 
     def bench(self, artifact: Path) -> Benchmark:
         threads = os.cpu_count() or 1
-        prompt = self.data.test.batch([0])[0, :PROMPT_TOKENS].tolist()
+        longest = min(PROMPT_TOKENS, longest_text(self.model.config) - GENERATED_TOKENS)
+        prompt = self.data.test.batch([0])[0, :longest].tolist()
         speed, by_backend = bench_causal_lm(artifact, self.model, self.tokenizer, prompt, threads)
         memory = ArtifactMemory(**measure_memory(artifact), load_rss_by_backend=by_backend)
         return Benchmark(speed=speed, memory=memory)
-
-    @property
-    def _max_length(self) -> int:
-        config: Any = self.model.config
-        return int(min(MAX_LENGTH, config.max_position_embeddings))
 
 
 def _describe(quality: Perplexity) -> str:
