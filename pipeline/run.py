@@ -23,6 +23,7 @@ After each step that changes the model, a stage ``evaluate/STEP`` measures its q
 single groups are in :mod:`pipeline.stages.groups`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +37,13 @@ from pipeline.estimate import estimate
 from pipeline.evaluation.measurements import TrainedStage
 from pipeline.plumbing.engines import Engine
 from pipeline.plumbing.files import write_aside
+from pipeline.plumbing.ownership import check_mine, claim
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import RunFolder, StageResult
 from pipeline.quantization.freeze import freeze
 from pipeline.recipe.schema import Recipe
 from pipeline.report.assembly import assemble_report
-from pipeline.report.render import remove_report, write_report
+from pipeline.report.render import REPORT_FILES, remove_report, write_report
 from pipeline.report.schema import Report
 from pipeline.stages import deliver
 from pipeline.stages.evaluate import Evaluations
@@ -71,13 +73,18 @@ def run(
     what they have in common with this one (:mod:`pipeline.plumbing.run_folder`). Raises InputError for what the user
     can mend, StageError if the artefact does not keep what was promised.
     """
-    estimate(recipe)  # refuses what cannot work before anything is computed or written
     run_folder = RunFolder(folder, progress, fresh=fresh, shared=shared)
+    # Refuse what is in the way and what cannot work before anything is computed or written.
+    run_folder.check()
+    check_mine(folder, f"--out {folder}", REPORT_FILES)
+    known = deliver.known_files(run_folder.work / "export", folder / ARTIFACT)
+    estimate(recipe)
     with run_folder.lock():
-        return _run(recipe, run_folder, progress, engine)
+        claim(folder, f"--out {folder}", REPORT_FILES)
+        return _run(recipe, run_folder, progress, engine, known)
 
 
-def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) -> Report:
+def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine, known: Collection[str]) -> Report:
     task, dense = open_dense(recipe, folder, progress)
     evaluations = Evaluations(task, folder, progress)
     evaluations.evaluate_dense(dense)
@@ -91,7 +98,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
     # U ≈ s q and V ≈ s q, then trained so.
     quantized = _quantize(calibrated, dense, unquantized, evaluations)
     # q as bytes of an artefact, which is proved right and measured.
-    return _deliver(calibrated, quantized, evaluations)
+    return _deliver(calibrated, quantized, evaluations, known)
 
 
 def _compress(calibrated: Calibrated, evaluations: Evaluations) -> SavedFactors:
@@ -183,8 +190,12 @@ def _quantize(
     return _Quantized(inputs, start, last)
 
 
-def _deliver(calibrated: Calibrated, quantized: _Quantized, evaluations: Evaluations) -> Report:
-    """Freeze the factors to integer codes, export, validate and measure the artefact, and write the report."""
+def _deliver(
+    calibrated: Calibrated, quantized: _Quantized, evaluations: Evaluations, known: Collection[str]
+) -> Report:
+    """Freeze the factors to integer codes, export, validate and measure the artefact, and write the report.
+
+    ``known``: files of the artefact that may be there (:func:`deliver.known_files`)."""
     recipe, task, plan, folder = calibrated.recipe, calibrated.task, calibrated.plan, calibrated.folder
     trained = quantized.trained
     mlps = restore_quantized(quantized.inputs, quantized.start.folder, trained.folder)
@@ -204,7 +215,7 @@ def _deliver(calibrated: Calibrated, quantized: _Quantized, evaluations: Evaluat
     artifact = folder.folder / ARTIFACT
 
     def export(out: Path) -> None:
-        deliver.export(out, task, stored, packed, artifact)
+        deliver.export(out, task, stored, packed, artifact, known)
         remove_report(folder.folder)  # one of an earlier run would now speak of another artefact
 
     exported = folder.stage(

@@ -369,6 +369,38 @@ def test_other_folder_in_the_artefacts_place_is_left_alone(finished_run: Finishe
     assert [path.name for path in (run / "artifact").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("options", [[], ["--fresh"]])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "artifact/thesis.txt", "artifact", "artifact.rejected/thesis.txt", ".artifact.old/thesis.txt",
+        ".artifact.partial/thesis.txt", "report.html", "report.json/thesis.txt", "work", "work/model/thesis.txt",
+    ],
+)  # fmt: skip
+def test_what_is_not_ours_is_refused_at_the_start(
+    command: Command, tmp_path: Path, place: str, options: list[str]
+) -> None:
+    out = tmp_path / "run"
+    (out / place).parent.mkdir(parents=True)
+    (out / place).write_text("years of work", encoding="utf-8")
+    before = hashes(out)
+    status, _, err = command("run", write_recipe(tmp_path), "--out", out, *options)
+    assert_one_message(status, err, f"--out {out}: ", str(out / place.partition("/")[0]))
+    assert hashes(out) == before
+
+
+@pytest.mark.parametrize("options", [[], ["--fresh"], ["--set", "seed=1"]])
+def test_notes_in_an_artefact_are_refused_at_the_start(
+    command: Command, finished_run: FinishedRun, tmp_path: Path, options: list[str]
+) -> None:
+    out = Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
+    (out / "artifact" / "notes.txt").write_text("years of work", encoding="utf-8")
+    before = hashes(out)
+    status, _, err = command("run", finished_run.recipe, "--out", out, *options)
+    assert_one_message(status, err, f"--out {out}: ", "notes.txt: is no part of the artefact")
+    assert hashes(out) == before
+
+
 @pytest.mark.parametrize("limit", [0, 100, 50_000])
 def test_disk_full_from_the_start(finished_run: FinishedRun, tmp_path: Path, limit: int) -> None:
     status, err = fips(["run", str(finished_run.recipe), "--out", str(tmp_path / "run")], file_limit=limit)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.plumbing.files import write_aside
+from pipeline.plumbing.integrity import forget, is_whole, note_hash
 from pipeline.plumbing.progress import Progress
 
 CHECKPOINT_SECONDS = 20.0
@@ -37,7 +38,8 @@ def train(
     """Train all parameters of ``module`` that require a gradient on ``loss(step)``; returns the losses.
 
     ``loss`` must depend on nothing but the module and the step (draw batches from :func:`step_generator`):
-    then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. The learning rate
+    then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit; a damaged checkpoint is said and
+    left aside. The learning rate
     follows :func:`learning_rate_factor`; weights decay, but not vectors (biases, norms); gradients are clipped
     to norm 1. Raises FloatingPointError if the loss is not finite.
     """
@@ -51,10 +53,14 @@ def train(
     )
     first, losses = 0, []
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, losses = saved["step"], saved["losses"]
+        if is_whole(checkpoint):
+            saved = torch.load(checkpoint, weights_only=True)
+            module.load_state_dict(saved["module"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first, losses = saved["step"], saved["losses"]
+        else:
+            progress.say(f"  {label}: {checkpoint} is damaged; training starts anew")
+            remove_checkpoint(checkpoint)
     saved_at = time.monotonic()
     with progress.task(label, steps, start=first) as advance:
         for step in range(first, steps):
@@ -81,7 +87,18 @@ def train(
 
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "losses": losses}
-    write_aside(path, lambda temporary: torch.save(state, temporary))
+
+    def write(temporary: Path) -> None:
+        torch.save(state, temporary)
+        note_hash(path, of=temporary)
+
+    write_aside(path, write)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint of :func:`train`, if it is there."""
+    path.unlink(missing_ok=True)
+    forget(path)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
