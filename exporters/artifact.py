@@ -158,7 +158,7 @@ def recover(folder: Path) -> None:
 def _check_own(folder: Path, known: Collection[str] = ()) -> None:
     """Raise ArtifactError if there is anything in ``folder`` that is no part of an artefact."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ArtifactError(f"{folder}: exists and is no artefact, which is a folder; it is left untouched: move it away")
+        raise ArtifactError(f"{folder}: exists and is no artefact, but a file or link; it is left untouched: move it")
     found = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")

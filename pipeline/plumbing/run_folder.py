@@ -6,8 +6,8 @@ same key). It also lists the result's files with their sizes and SHA-256: a resu
 changed, is computed anew. Only successes are kept. A key covers: the stage's name and settings, the keys of the stages
 that it reads, our own source code and the versions of the libraries that compute.
 
-``work/`` carries a mark (:mod:`pipeline.plumbing.ownership`), ``work/.stages/`` has an empty file for every stage that was
-ever begun, and nothing else is replaced or deleted.
+``work/`` carries a mark (:mod:`pipeline.plumbing.ownership`), ``work/.stages/`` has an empty file for every stage that
+was ever begun, and nothing else is replaced or deleted.
 
 Runs that have stages in common (a sweep's) can share a folder of results by key: whoever comes first computes, the
 others wait, and all link the same files.
@@ -176,9 +176,10 @@ class RunFolder:
         if done is None or done.key != result.key:
             return False
         try:
+            files = {result.folder / path: file for path, file in done.files.items()}
             # All sizes before the first SHA-256: what is truncated is found at once.
-            return all((result.folder / path).stat().st_size == file.bytes for path, file in done.files.items()) and all(
-                self._sha256(result.folder / path) == file.sha256 for path, file in done.files.items()
+            return all(path.stat().st_size == file.bytes for path, file in files.items()) and all(
+                self._sha256(path) == file.sha256 for path, file in files.items()
             )
         except OSError:
             return False
