@@ -30,12 +30,14 @@ from pathlib import Path
 
 from exporters.modules import install_packed
 from exporters.packed_model import load_packed_model, save_packed_model
+from fips_ort.errors import ArtifactError
 from fips_ort.manifest import sha256
 from fips_ort.native import library_path
 from pipeline.compression.factors import install
 from pipeline.estimate import estimate
 from pipeline.evaluation.measurements import TrainedStage
 from pipeline.plumbing.engines import Engine
+from pipeline.plumbing.errors import InputError, StageError, UnforeseenError
 from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.ownership import check_mine, claim
 from pipeline.plumbing.progress import Progress
@@ -71,7 +73,7 @@ def run(
 
     Stages whose inputs have not changed are taken from ``folder/work``, or from ``shared``, where other runs have left
     what they have in common with this one (:mod:`pipeline.plumbing.run_folder`). Raises InputError for what the user
-    can mend, StageError if the artefact does not keep what was promised.
+    can mend, StageError if the artefact does not keep what was promised, UnforeseenError for anything else.
     """
     run_folder = RunFolder(folder, progress, fresh=fresh, shared=shared)
     # Refuse what is in the way and what cannot work before anything is computed or written.
@@ -81,7 +83,12 @@ def run(
     estimate(recipe)
     with run_folder.lock():
         claim(folder, f"--out {folder}", REPORT_FILES)
-        return _run(recipe, run_folder, progress, engine, known)
+        try:
+            return _run(recipe, run_folder, progress, engine, known)
+        except (InputError, StageError, ArtifactError, FloatingPointError):
+            raise
+        except Exception as error:
+            raise UnforeseenError(run_folder.computing, run_folder.work) from error
 
 
 def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine, known: Collection[str]) -> Report:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.reading import parse_recipe, parse_section, read_yaml, set_key
-from pipeline.recipe.schema import Positive, Recipe, Section
+from pipeline.recipe.schema import AtKeyError, Positive, Recipe, Section
 
 _LONGEST_NAME = 150
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{name}{digit}" for name in ("COM", "LPT") for digit in range(1, 10))}
@@ -45,10 +45,15 @@ class SweepFile(Section):
             return axes
         labelled = {}
         for name, values in axes.items():
-            if isinstance(values, list):
-                values = {_label(name, value): {name: value} for value in values}
-            if isinstance(values, dict):
-                values = {str(label): overrides for label, overrides in values.items()}
+            pairs: list[tuple[Any, Any]] | None = None
+            if isinstance(values, list) and isinstance(name, str):
+                pairs = [(_label(name, value), {name: value}) for value in values]
+            elif isinstance(values, dict):
+                pairs = [(str(label), overrides) for label, overrides in values.items()]
+            if pairs is not None:
+                values = dict(pairs)
+                if len(values) < len(pairs):
+                    raise AtKeyError(str(name), "two of its values have one label; leave one out, or give labels")
             labelled[name] = values
         return labelled
 
