@@ -170,15 +170,15 @@ def _check_own(folder: Path, known: Collection[str] = ()) -> None:
         raise ArtifactError(
             f"{folder}: exists and is no artefact (it has no {MANIFEST}); it is left untouched: move it away"
         )
+    own = {MANIFEST, *known}
     try:
-        own = {MANIFEST, *(entry.path for entry in read_manifest(folder).files)}
+        own |= {entry.path for entry in read_manifest(folder).files}
     except ArtifactError as error:
         if not known:
             raise ArtifactError(
                 f"{folder}: exists, and which files are the artefact's cannot be told ({error}); it is left untouched: "
                 "move it away"
             ) from None
-        own = {MANIFEST, *known}
     foreign = [path for path in found if path not in own]
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""

@@ -79,7 +79,7 @@ def run(
     # Refuse what is in the way and what cannot work before anything is computed or written.
     run_folder.check()
     check_mine(folder, f"--out {folder}", REPORT_FILES)
-    known = deliver.known_files(run_folder.work / "export", folder / ARTIFACT)
+    known = deliver.known_files(run_folder.work, folder / ARTIFACT)
     estimate(recipe)
     with run_folder.lock():
         claim(folder, f"--out {folder}", REPORT_FILES)
@@ -222,7 +222,7 @@ def _deliver(
     artifact = folder.folder / ARTIFACT
 
     def export(out: Path) -> None:
-        deliver.export(out, task, stored, packed, artifact, known)
+        deliver.export(out, folder.work, task, stored, packed, artifact, known)
         remove_report(folder.folder)  # one of an earlier run would now speak of another artefact
 
     exported = folder.stage(

@@ -37,6 +37,8 @@ from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.records import Record, find_record, read_record, write_record
 
 LIBRARIES = ("fips-onnx", "fips-ort", "torch", "torchao", "transformers", "numpy", "onnx", "onnx-ir", "onnxruntime")
+NOT_INSTALLED = "unknown"
+"""Version of a library that is used without being installed, from its sources or its build folder."""
 
 ROOMS = (
     "model", "evaluate", "calibrate", "allocate", "factorize", "fit", "finetune", "qat", "pack", "export", "validate",
@@ -376,5 +378,19 @@ def code_digest() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a result depends on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """Versions of the libraries that a result depends on.
+
+    Distributions of one library under several names (``onnxruntime-gpu``, ``onnxruntime-qnn``, ``torch`` builds) count
+    as the library; the name is beside the version then.
+    """
+    return {name: _version(name) for name in LIBRARIES}
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        module = library.replace("-", "_")
+        others = sorted({*importlib.metadata.packages_distributions().get(module, ())})
+        found = [f"{importlib.metadata.version(name)} ({name})" for name in others]
+        return ", ".join(found) or NOT_INSTALLED

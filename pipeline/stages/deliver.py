@@ -33,23 +33,29 @@ FREEZING_TOLERANCE = 1e-4
 logit: they are the same numbers, summed in another order."""
 _STAGES: dict[str, Stage] = {"native": "onnx_native", "portable": "onnx_portable"}
 """Backend → the report's name of the artefact on it."""
-_EXPORTED = "artifact.json"
+_EXPORTED, _FILES = "artifact.json", "artifact_files.json"
 
 
 class _Exported(Record):
-    """What the export stage has written: SHA-256 of the manifest, and the files that it lists."""
+    """What the export stage has written: SHA-256 of the manifest."""
 
     manifest_sha256: str
+
+
+class _Files(Record):
+    """Content of ``work/artifact_files.json``: the files of the artefact that was exported last. It is kept apart from
+    the stage, so that it outlives the artefact's manifest."""
+
     files: list[str]
 
 
-def known_files(out: Path, artifact: Path) -> list[str]:
-    """The files that the export stage in the folder ``out`` has written into ``artifact``; none if it has not.
+def known_files(work: Path, artifact: Path) -> list[str]:
+    """The files that a run with the folder ``work`` has written into ``artifact``; none if none has.
 
     Raises InputError if there is something else where artefacts, or rejected ones, are written.
     """
-    exported = find_record(_Exported, out / _EXPORTED)
-    known = [] if exported is None else exported.files
+    written = find_record(_Files, work / _FILES)
+    known = [] if written is None else written.files
     try:
         check_replaceable(artifact, known)
         check_replaceable(_rejected(artifact))
@@ -59,9 +65,10 @@ def known_files(out: Path, artifact: Path) -> list[str]:
 
 
 def export(
-    out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path, known: Collection[str] = ()
+    out: Path, work: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path, known: Collection[str]
 ) -> None:
-    """Audit what the artefact is going to store, and write it. ``known``: :func:`known_files`."""
+    """Audit what the artefact is going to store, and write it. ``known``: :func:`known_files`, which is written to
+    ``work`` anew."""
     recipe = task.recipe
     exported = task.export_graph(stored, packed)
     golden = task.golden(task.predictor(stored), GOLDEN_TOLERANCE[recipe.export.accuracy_level])
@@ -83,8 +90,8 @@ def export(
     except ArtifactError as error:
         raise InputError(str(error)) from None
     write_json(out / "audit.json", [asdict(row) for row in rows])
-    files = [entry.path for entry in manifest.files]
-    write_record(out / _EXPORTED, _Exported(manifest_sha256=sha256(artifact / MANIFEST), files=files))
+    write_record(work / _FILES, _Files(files=[entry.path for entry in manifest.files]))
+    write_record(out / _EXPORTED, _Exported(manifest_sha256=sha256(artifact / MANIFEST)))
 
 
 def is_intact(out: Path, artifact: Path) -> bool:

@@ -1,6 +1,7 @@
 """Stages of a run folder: computed once, again when what they depend on changes, never half."""
 
 import hashlib
+import importlib.metadata
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,23 @@ def test_key_covers_code_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_and_versions() -> None:
     assert code_digest() == code_digest.__wrapped__()
     assert {"torch", "torchao", "transformers", "numpy", "onnxruntime", "fips-onnx", "fips-ort"} <= versions().keys()
+
+
+@pytest.mark.parametrize("installed", [["onnxruntime-gpu"], ["onnxruntime-qnn"], ["onnxruntime-directml"], []])
+def test_another_flavour_of_a_library_counts(monkeypatch: pytest.MonkeyPatch, installed: list[str]) -> None:
+    """And one that is used from its build folder, without any distribution, is no obstacle."""
+    version = importlib.metadata.version
+
+    def of(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.99.0" if name in installed else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"onnxruntime": installed * 2})
+    found = versions.__wrapped__()
+    assert found["onnxruntime"] == (f"1.99.0 ({installed[0]})" if installed else "unknown")
+    assert found["torch"] == version("torch")
 
 
 def test_interrupted_stage_finds_what_it_left(folder: RunFolder) -> None:
