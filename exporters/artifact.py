@@ -2,11 +2,14 @@
 
 It is written into a sibling folder and moved into place when complete, so that an artefact that was there
 before survives a full disk or a crash. Nothing in it depends on time or place: two runs write the same bytes.
+
+Only artefacts are replaced and deleted: folders with a manifest, and with no file beside those that it lists.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from fips_ort.manifest import (
     Manifest,
     TensorEntry,
     WeightEntry,
+    read_manifest,
     sha256,
 )
 from fips_ort.native import library_path
@@ -34,6 +38,8 @@ MODEL = "model.onnx"
 INLINE_BYTES = 256
 """Initializers below this size stay in the graph: shapes and scalars, which graph optimizers read."""
 _PAGE, _LINE = 4096, 64
+_WRITING = ".being-written"
+"""File in an artefact that is not complete yet; without it, a folder there is somebody else's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,16 +75,17 @@ def write_artifact(
     provenance: Provenance,
     save_config: Callable[[Path], object],
     max_shard_size: int,
+    known: Collection[str] = (),
 ) -> Manifest:
     """Write the artefact into ``folder``, replacing one that is there.
 
     ``save_config`` is called with the folder being written and saves config.json, preprocessor_config.json and
-    whatever else belongs to the model. Raises ArtifactError if ``folder`` holds something else than an artefact,
-    the disk is too small or a write fails; then ``folder`` is as it was before.
+    whatever else belongs to the model. ``known``: files of the old artefact, should its manifest be damaged. Raises
+    ArtifactError if ``folder`` holds something else than an artefact, or more (:func:`check_replaceable`), the disk is
+    too small or a write fails; then ``folder`` is as it was before.
     """
+    check_replaceable(folder, known)
     recover(folder)
-    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder}: exists and is no artefact (it has no {MANIFEST}); it is left untouched")
     folder.parent.mkdir(parents=True, exist_ok=True)
     library = library_path()
     # The initializers of the copy come to refer to files; those of ``model`` keep their data.
@@ -86,9 +93,10 @@ def write_artifact(
     initializers = group_by_bytes(model.graph.initializers.values())
     _check_space(folder.parent, initializers, golden, library)
     partial = _sibling(folder, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
+        _delete(partial)
         partial.mkdir()
+        (partial / _WRITING).touch()
         save_config(partial)
         tensors = _write_model(partial, model, initializers, max_shard_size)
         shutil.copyfile(library, partial / library.name)
@@ -106,13 +114,34 @@ def write_artifact(
         )
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         _synchronize(partial / MANIFEST)
+        (partial / _WRITING).unlink()
+        check_replaceable(folder, known)
+        _move_into_place(partial, folder)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _delete(partial)
         if isinstance(error, OSError):
             raise ArtifactError(f"{folder}: cannot write the artefact: {error.strerror or error}") from error
         raise
-    _move_into_place(partial, folder)
     return manifest
+
+
+def check_replaceable(folder: Path, known: Collection[str] = ()) -> None:
+    """Raise ArtifactError unless ``folder``, and the siblings in which an artefact is written and kept, are not there
+    or hold an artefact and nothing else.
+
+    ``known``: files of the artefact in ``folder``, should its manifest be damaged; paths with slashes.
+    """
+    _check_own(folder, known)
+    _check_own(_sibling(folder, "old"), known)
+    partial = _sibling(folder, "partial")
+    if partial.is_symlink() or not (partial / _WRITING).is_file():
+        _check_own(partial)
+
+
+def delete_artifact(folder: Path) -> None:
+    """Delete the artefact in ``folder``, if there is one. Raises ArtifactError if it holds something else."""
+    _check_own(folder)
+    _delete(folder)
 
 
 def recover(folder: Path) -> None:
@@ -121,9 +150,54 @@ def recover(folder: Path) -> None:
     if not old.exists():
         return
     if folder.exists():
-        shutil.rmtree(old)
+        _delete(old)
     else:
         os.replace(old, folder)
+
+
+def _check_own(folder: Path, known: Collection[str] = ()) -> None:
+    """Raise ArtifactError if there is anything in ``folder`` that is no part of an artefact."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ArtifactError(f"{folder}: exists and is no artefact, but a file or link; it is left untouched: move it")
+    found = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
+    if not found:
+        return
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{folder}: exists and is no artefact (it has no {MANIFEST}); it is left untouched: move it away"
+        )
+    own = {MANIFEST, *known}
+    try:
+        own |= {entry.path for entry in read_manifest(folder).files}
+    except ArtifactError as error:
+        if not known:
+            raise ArtifactError(
+                f"{folder}: exists, and which files are the artefact's cannot be told ({error}); it is left untouched: "
+                "move it away"
+            ) from None
+    foreign = [path for path in found if path not in own]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ArtifactError(
+            f"{folder / foreign[0]}{more}: is no part of the artefact there ({MANIFEST} does not list it) and would be "
+            "lost with it; move it away"
+        )
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder of ours, what marks it as such last: a killed deletion leaves nothing that looks foreign."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in (_WRITING, MANIFEST)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    folder.rmdir()
 
 
 def plan_shards(sizes: list[int], max_shard_size: int) -> list[list[tuple[int, int]]]:
@@ -223,7 +297,7 @@ def _weight_entry(name: str, weight: PackedWeight) -> WeightEntry:
 
 def _list_files(folder: Path) -> list[FileEntry]:
     entries = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _WRITING):
         _synchronize(path)
         entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, sha256(path)))
     return entries
@@ -248,8 +322,13 @@ def _move_into_place(partial: Path, folder: Path) -> None:
     old = _sibling(folder, "old")
     if folder.exists():
         os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        recover(folder)
+        raise
+    with contextlib.suppress(OSError):  # the next one to write deletes it
+        _delete(old)
 
 
 def _sibling(folder: Path, role: str) -> Path:

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fips_ort.errors import ArtifactError
 from pipeline.plumbing.console import table_console
 from pipeline.plumbing.engines import Engine
 from pipeline.plumbing.environment import prepare_process
-from pipeline.plumbing.errors import InputError, StageError
+from pipeline.plumbing.errors import InputError, StageError, UnforeseenError, describe_unforeseen
+from pipeline.plumbing.output import forgiving_output
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.reading import load_recipe
 
@@ -267,18 +269,21 @@ def evaluate_artifact(
 
 
 def main() -> None:
-    """Entry point: bad input is one message and exit status 2, a failed run one message and 1."""
-    prepare_process()
-    from fips_ort.errors import ArtifactError
-
-    try:
-        app()
-    except (InputError, ArtifactError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (StageError, FloatingPointError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Entry point: bad input is one message and exit status 2, a failed run one message and 1. Output that cannot be
+    written changes neither."""
+    with forgiving_output():
+        try:
+            prepare_process()
+            app()
+        except (InputError, ArtifactError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            foreseen = isinstance(error, StageError | FloatingPointError) and not isinstance(error, UnforeseenError)
+            print(f"failed: {error if foreseen else describe_unforeseen(error)}", file=sys.stderr)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

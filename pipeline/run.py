@@ -23,25 +23,29 @@ After each step that changes the model, a stage ``evaluate/STEP`` measures its q
 single groups are in :mod:`pipeline.stages.groups`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from exporters.modules import install_packed
 from exporters.packed_model import load_packed_model, save_packed_model
+from fips_ort.errors import ArtifactError
 from fips_ort.manifest import sha256
 from fips_ort.native import library_path
 from pipeline.compression.factors import install
 from pipeline.estimate import estimate
 from pipeline.evaluation.measurements import TrainedStage
 from pipeline.plumbing.engines import Engine
+from pipeline.plumbing.errors import InputError, StageError, UnforeseenError
 from pipeline.plumbing.files import write_aside
+from pipeline.plumbing.ownership import check_mine, claim
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import RunFolder, StageResult
 from pipeline.quantization.freeze import freeze
 from pipeline.recipe.schema import Recipe
 from pipeline.report.assembly import assemble_report
-from pipeline.report.render import remove_report, write_report
+from pipeline.report.render import REPORT_FILES, remove_report, write_report
 from pipeline.report.schema import Report
 from pipeline.stages import deliver
 from pipeline.stages.evaluate import Evaluations
@@ -69,17 +73,26 @@ def run(
 
     Stages whose inputs have not changed are taken from ``folder/work``, or from ``shared``, where other runs have left
     what they have in common with this one (:mod:`pipeline.plumbing.run_folder`). Raises InputError for what the user
-    can mend, StageError if the artefact does not keep what was promised.
+    can mend, StageError if the artefact does not keep what was promised, UnforeseenError for anything else.
     """
-    estimated = estimate(recipe)  # refuses what cannot work before anything is computed or written
-    for note in estimated.notes:
-        progress.say(f"note: {note}")
     run_folder = RunFolder(folder, progress, fresh=fresh, shared=shared)
+    # Refuse what is in the way and what cannot work before anything is computed or written.
+    run_folder.check()
+    check_mine(folder, f"--out {folder}", REPORT_FILES)
+    known = deliver.known_files(run_folder.work, folder / ARTIFACT)
+    for note in estimate(recipe).notes:
+        progress.say(f"note: {note}")
     with run_folder.lock():
-        return _run(recipe, run_folder, progress, engine)
+        claim(folder, f"--out {folder}", REPORT_FILES)
+        try:
+            return _run(recipe, run_folder, progress, engine, known)
+        except (InputError, StageError, ArtifactError, FloatingPointError):
+            raise
+        except Exception as error:
+            raise UnforeseenError(run_folder.computing, run_folder.work) from error
 
 
-def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) -> Report:
+def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine, known: Collection[str]) -> Report:
     task, dense = open_dense(recipe, folder, progress)
     evaluations = Evaluations(task, folder, progress)
     evaluations.evaluate_dense(dense)
@@ -93,7 +106,7 @@ def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine) 
     # U ≈ s q and V ≈ s q, then trained so.
     quantized = _quantize(calibrated, dense, unquantized, evaluations)
     # q as bytes of an artefact, which is proved right and measured.
-    return _deliver(calibrated, quantized, evaluations)
+    return _deliver(calibrated, quantized, evaluations, known)
 
 
 def _compress(calibrated: Calibrated, evaluations: Evaluations) -> SavedFactors:
@@ -185,8 +198,12 @@ def _quantize(
     return _Quantized(inputs, start, last)
 
 
-def _deliver(calibrated: Calibrated, quantized: _Quantized, evaluations: Evaluations) -> Report:
-    """Freeze the factors to integer codes, export, validate and measure the artefact, and write the report."""
+def _deliver(
+    calibrated: Calibrated, quantized: _Quantized, evaluations: Evaluations, known: Collection[str]
+) -> Report:
+    """Freeze the factors to integer codes, export, validate and measure the artefact, and write the report.
+
+    ``known``: files of the artefact that may be there (:func:`deliver.known_files`)."""
     recipe, task, plan, folder = calibrated.recipe, calibrated.task, calibrated.plan, calibrated.folder
     trained = quantized.trained
     mlps = restore_quantized(quantized.inputs, quantized.start.folder, trained.folder)
@@ -206,7 +223,7 @@ def _deliver(calibrated: Calibrated, quantized: _Quantized, evaluations: Evaluat
     artifact = folder.folder / ARTIFACT
 
     def export(out: Path) -> None:
-        deliver.export(out, task, stored, packed, artifact)
+        deliver.export(out, folder.work, task, stored, packed, artifact, known)
         remove_report(folder.folder)  # one of an earlier run would now speak of another artefact
 
     exported = folder.stage(

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 from finished_run import FinishedRun
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail as OnnxRuntimeFail
 from PIL import Image
 from run_samples import TINY, artifact_hashes, fips, hashes, write_recipe
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from pipeline import cli
+from pipeline.plumbing.records import read_record
+from pipeline.report.schema import Report
+from pipeline.tasks import image_classification
 
 IMAGE_LABELS = ("cat", "dog", "emu")
 DATA_FILE = "model.onnx.data"
@@ -340,6 +345,84 @@ def test_interrupted_run_says_how_to_go_on(
     assert (status, out, err) == (130, "", "stopped; the same command resumes\n")
 
 
+# --- output and what nobody has foreseen -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["ascii", "full", "closed pipe"])
+def test_output_never_kills_a_finished_run(
+    finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fips", "run", str(finished_run.recipe), "--out", str(finished_run.folder)])
+    if where == "closed pipe":
+        read, write = os.pipe()
+        os.close(read)
+        stdout = open(write, "w", encoding="utf-8")  # noqa: SIM115
+    else:
+        path = "/dev/full" if where == "full" else tmp_path / "out"
+        stdout = open(path, "w", encoding="ascii", errors="strict")  # noqa: SIM115
+    monkeypatch.setattr("pipeline.run.run", lambda *_, **__: read_record(Report, finished_run.folder / "report.json"))
+    with stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+    if where == "ascii":
+        assert "\\xb1" in (tmp_path / "out").read_text(encoding="ascii")  # ± of the verdict
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("a value\nof two lines"), "ValueError: a value of two lines"),
+        (ImportError("No module named 'x'"), "ImportError: No module named 'x'"),
+        (MemoryError(), "MemoryError (out of memory)"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (AssertionError(), "AssertionError"),
+        (UnicodeEncodeError("ascii", "→", 0, 1, "no"), "UnicodeEncodeError: "),
+        (OnnxRuntimeFail("[ONNXRuntimeError] : 1 : FAIL"), "Fail: [ONNXRuntimeError] : 1 : FAIL"),
+    ],
+)
+@pytest.mark.parametrize("name", ["run", "plan"])
+def test_what_nobody_has_foreseen_is_one_line_and_a_traceback_kept(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out, arguments = tmp_path / "run", [name, write_recipe(tmp_path)]
+    if name == "run":
+        monkeypatch.setattr(image_classification.ImageClassificationTask, "make_dense", fail)
+        arguments += ["--out", out]
+    else:
+        monkeypatch.setattr("pipeline.estimate.estimate", fail)
+    status, stdout, err = command(*arguments)
+    assert (status, stdout) == (1, "")
+    line = err.splitlines()[-1]
+    assert line.startswith(f"failed: {'model: ' if name == 'run' else ''}{said}")
+    assert "Traceback" not in err
+    kept = Path(line.rpartition("the traceback is in ")[2])
+    assert kept.parent == (out / "work" if name == "run" else tmp_path)
+    text = kept.read_text(encoding="utf-8")
+    assert text.startswith("Traceback")
+    assert "in fail" in text
+
+
+def test_a_traceback_that_no_disk_takes_is_shown(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.estimate.estimate", fail)
+    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    status, _, err = command("plan", write_recipe(tmp_path))
+    assert status == 1
+    assert err.startswith("failed: OSError: [Errno 28] No space left on device; this was not foreseen, and no disk")
+    assert "Traceback" in err
+
+
 # --- bad places to write to ------------------------------------------------------------------------------------
 
 
@@ -367,6 +450,38 @@ def test_other_folder_in_the_artefacts_place_is_left_alone(finished_run: Finishe
     status, err = fips(["run", str(finished_run.recipe), "--out", str(run)])
     assert_one_message(status, err, "is no artefact")
     assert [path.name for path in (run / "artifact").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("options", [[], ["--fresh"]])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "artifact/thesis.txt", "artifact", "artifact.rejected/thesis.txt", ".artifact.old/thesis.txt",
+        ".artifact.partial/thesis.txt", "report.html", "report.json/thesis.txt", "work", "work/model/thesis.txt",
+    ],
+)  # fmt: skip
+def test_what_is_not_ours_is_refused_at_the_start(
+    command: Command, tmp_path: Path, place: str, options: list[str]
+) -> None:
+    out = tmp_path / "run"
+    (out / place).parent.mkdir(parents=True)
+    (out / place).write_text("years of work", encoding="utf-8")
+    before = hashes(out)
+    status, _, err = command("run", write_recipe(tmp_path), "--out", out, *options)
+    assert_one_message(status, err, f"--out {out}: ", str(out / place.partition("/")[0]))
+    assert hashes(out) == before
+
+
+@pytest.mark.parametrize("options", [[], ["--fresh"], ["--set", "seed=1"]])
+def test_notes_in_an_artefact_are_refused_at_the_start(
+    command: Command, finished_run: FinishedRun, tmp_path: Path, options: list[str]
+) -> None:
+    out = Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
+    (out / "artifact" / "notes.txt").write_text("years of work", encoding="utf-8")
+    before = hashes(out)
+    status, _, err = command("run", finished_run.recipe, "--out", out, *options)
+    assert_one_message(status, err, f"--out {out}: ", "notes.txt: is no part of the artefact")
+    assert hashes(out) == before
 
 
 @pytest.mark.parametrize("limit", [0, 100, 50_000])

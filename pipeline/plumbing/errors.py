@@ -1,9 +1,56 @@
-"""Errors that are the user's to mend: one clear message, exit status 2, no traceback."""
+"""Errors that end a command with one clear message and no traceback; that of what nobody has foreseen is kept."""
+
+import tempfile
+import traceback
+from pathlib import Path
+
+_LONGEST = 300
+"""Characters of an unforeseen error that are shown."""
 
 
 class InputError(ValueError):
-    """Bad input: the message names file, key, value and remedy."""
+    """Bad input, the user's to mend: the message names file, key, value and remedy. Exit status 2."""
 
 
 class StageError(RuntimeError):
     """A run that could not reach what it promised (a parity failure, say): exit status 1, no traceback."""
+
+
+class UnforeseenError(StageError):
+    """What nobody has foreseen, its cause, in a run. ``stage``: what was being computed. ``folder``: where to keep the
+    traceback."""
+
+    def __init__(self, stage: str | None, folder: Path) -> None:
+        super().__init__(f"{stage or 'between two stages'}: an error that was not foreseen")
+        self.stage = stage
+        self.folder = folder
+
+
+def describe_unforeseen(error: BaseException) -> str:
+    """Describe an error that nobody has foreseen in one line, and keep its traceback in a file that the line names."""
+    where, folder, cause = "", None, error
+    if isinstance(error, UnforeseenError) and error.__cause__ is not None:
+        where, folder, cause = f"{error.stage}: " if error.stage else "", error.folder, error.__cause__
+    said = " ".join(str(cause).split())
+    said = f"{type(cause).__name__}: {said}" if said else type(cause).__name__
+    if isinstance(cause, MemoryError):
+        said += " (out of memory)"
+    if len(said) > _LONGEST:
+        said = f"{said[:_LONGEST]}…"
+    text = "".join(traceback.format_exception(cause))
+    kept = _keep(text, folder)
+    traced = f"the traceback is in {kept}" if kept else f"and no disk takes the traceback:\n{text}"
+    return f"{where}{said}; this was not foreseen, {traced}"
+
+
+def _keep(text: str, folder: Path | None) -> Path | None:
+    """Write a traceback into a new file in ``folder``, else where temporary files go; None if neither takes it."""
+    for place in (folder, None) if folder is not None else (None,):
+        try:
+            descriptor, name = tempfile.mkstemp(dir=place, prefix="failure-", suffix=".txt")
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+            return Path(name)
+        except OSError:
+            continue
+    return None

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.plumbing.files import write_aside
+from pipeline.plumbing.integrity import forget, is_whole, note_hash
 from pipeline.plumbing.progress import Progress
 
 CHECKPOINT_SECONDS = 20.0
-"""A checkpoint is written after the first step that ends so long after the one before."""
+"""A checkpoint is written after the first step that ends so long after the one before, or earlier where it is cheap."""
+_SECONDS_TO_FIRST = 1.0
+_LEAST_RATIO = 50.0
+"""Training between two checkpoints takes at least so many times what writing one takes, and a second, unless that is
+longer than :data:`CHECKPOINT_SECONDS`: kills that come closely one after another then still get to the end."""
 BETAS = (0.9, 0.95)
 """Decay of AdamW's first and second moments."""
 LARGEST_GRADIENT = 1.0
@@ -37,9 +42,9 @@ def train(
     """Train all parameters of ``module`` that require a gradient on ``loss(step)``; returns the losses.
 
     ``loss`` must depend on nothing but the module and the step (draw batches from :func:`step_generator`):
-    then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. The learning rate
-    follows :func:`learning_rate_factor`; weights decay, but not vectors (biases, norms); gradients are clipped
-    to norm 1. Raises FloatingPointError if the loss is not finite.
+    then a run resumed from ``checkpoint`` repeats an uninterrupted one bit by bit. A damaged checkpoint is said, and
+    training starts anew. The learning rate follows :func:`learning_rate_factor`; weights decay, but not vectors
+    (biases, norms); gradients are clipped to norm 1. Raises FloatingPointError if the loss is not finite.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
@@ -51,11 +56,15 @@ def train(
     )
     first, losses = 0, []
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, losses = saved["step"], saved["losses"]
-    saved_at = time.monotonic()
+        if is_whole(checkpoint):
+            saved = torch.load(checkpoint, weights_only=True)
+            module.load_state_dict(saved["module"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first, losses = saved["step"], saved["losses"]
+        else:
+            progress.say(f"  {label}: {checkpoint} is damaged; training starts anew")
+            remove_checkpoint(checkpoint)
+    saved_at, pause = time.monotonic(), min(CHECKPOINT_SECONDS, _SECONDS_TO_FIRST)
     with progress.task(label, steps, start=first) as advance:
         for step in range(first, steps):
             for group in optimizer.param_groups:
@@ -73,15 +82,28 @@ def train(
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"{label}: the loss is {losses[-1]} at step {step + 1}")
             advance(1, f"loss {losses[-1]:.4g}")
-            if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            if checkpoint is not None and time.monotonic() - saved_at > pause:
+                begin = time.monotonic()
                 _save(checkpoint, module, optimizer, step + 1, losses)
                 saved_at = time.monotonic()
+                pause = min(CHECKPOINT_SECONDS, max(_SECONDS_TO_FIRST, _LEAST_RATIO * (saved_at - begin)))
     return losses
 
 
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "losses": losses}
-    write_aside(path, lambda temporary: torch.save(state, temporary))
+
+    def write(temporary: Path) -> None:
+        torch.save(state, temporary)
+        note_hash(path, of=temporary)
+
+    write_aside(path, write)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint of :func:`train`, if it is there."""
+    path.unlink(missing_ok=True)
+    forget(path)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -5,6 +5,7 @@ about a model (group indices, divisibility, rank) is checked against that model 
 """
 
 import os
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -80,6 +81,24 @@ class ScratchModel(Section):
     config: dict[str, Any]
     training: Training
     augmentation: Literal["none", "affine"] = "none"
+
+    @model_validator(mode="after")
+    def _keys_are_text(self) -> "ScratchModel":
+        """Keys of an artefact's recipe are, which is JSON."""
+        for path, value in _inner_mappings(self.config, "config"):
+            for key in value:
+                if not isinstance(key, str):
+                    raise AtKeyError(f"{path}.{key}", "keys are text here; write it in quotes")
+        return self
+
+
+def _inner_mappings(value: Any, path: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """All mappings in a value that has no schema, with their dotted paths."""
+    if isinstance(value, dict):
+        yield path, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from _inner_mappings(part, f"{path}.{key}")
 
 
 class PretrainedModel(Section):

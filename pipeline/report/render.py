@@ -31,7 +31,7 @@ _FIGURES: dict[Plot, Callable[[Report], Figure]] = {
     "reconstruction": reconstruction_figure,
 }
 
-_JSON, _MARKDOWN, _HTML = "report.json", "report.md", "report.html"
+REPORT_FILES = _JSON, _MARKDOWN, _HTML = "report.json", "report.md", "report.html"
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -47,7 +47,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 def remove_report(folder: Path) -> None:
     """Remove what :func:`write_report` wrote, if it is there."""
-    for name in (_JSON, _MARKDOWN, _HTML):
+    for name in REPORT_FILES:
         (folder / name).unlink(missing_ok=True)
 
 

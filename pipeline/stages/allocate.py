@@ -18,6 +18,7 @@ from pipeline.compression.moments import open_moments
 from pipeline.compression.sparsify import mask_schedule
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.integrity import read_sealed, write_sealed
 from pipeline.plumbing.progress import Progress
 from pipeline.quantization.freeze import freeze
 from pipeline.quantization.prepare import start_quantization
@@ -51,11 +52,11 @@ def allocate(folder: Path, task: Task, plan: Plan, calibration: Path, progress: 
     with progress.task("sensitivities", len(choices) * len(plan.groups)) as advance:
         for group in plan.groups:
             path = folder / MEASURED / f"{group.name}.json"
-            known = _load(path) if path.exists() else []
+            known = load_measured(path, choices)
             advance(len(known), group.name)
             for choice in choices[len(known) :]:
                 known.append(_measure(choice, task, group, calibration))
-                write_json(path, [asdict(entry) for entry in known])
+                write_sealed(path, [asdict(entry) for entry in known])
                 advance(1, group.name)
             measured[group.name] = known
     budget = recipe.allocate.target * sum(group.dense_parameters for group in plan.groups) / 8
@@ -128,5 +129,9 @@ def _divergence(task: Task, model: nn.Module) -> float:
     return sum(float(loss(step)) for step in range(samples)) / samples
 
 
-def _load(path: Path) -> list[Measured]:
-    return [Measured(**entry | {"choice": Choice(**entry["choice"])}) for entry in read_json(path)]
+def load_measured(path: Path, choices: Sequence[Choice]) -> list[Measured]:
+    """What a killed attempt has measured of ``choices``, which come in their order; nothing if that is damaged."""
+    entries = read_sealed(path)
+    if not isinstance(entries, list):
+        return []
+    return [Measured(**entry | {"choice": choice}) for entry, choice in zip(entries, choices, strict=False)]

@@ -10,7 +10,7 @@ from pipeline.compression.moments import open_moments
 from pipeline.compression.sparsify import mask_schedule
 from pipeline.plumbing.files import write_json
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.training_loop import train
+from pipeline.plumbing.training_loop import remove_checkpoint, train
 from pipeline.recipe.plan import GroupPlan
 from pipeline.recipe.schema import Recipe
 from pipeline.stages.results import FACTORS, save_group
@@ -55,4 +55,4 @@ def fit(
         after_backward=schedule.after_backward if schedule else None,
     )
     save_group(folder, recipe, dense, mlps, calibration)
-    checkpoint.unlink(missing_ok=True)
+    remove_checkpoint(checkpoint)

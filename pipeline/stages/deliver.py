@@ -1,14 +1,14 @@
 """The last stages: export of the artefact, its validation three ways, and how fast it runs."""
 
 import os
-import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from exporters.artifact import Provenance, write_artifact
+from exporters.artifact import Provenance, check_replaceable, delete_artifact, write_artifact
 from exporters.audit import AuditError, audit
 from exporters.packed_model import PackedModel
 from exporters.parity import Difference, Parity, ParityError, check_parity
@@ -18,9 +18,9 @@ from fips_ort.load import load
 from fips_ort.manifest import MANIFEST, read_manifest, sha256
 from pipeline.evaluation.measurements import Agreement, LogitDifference, Stage
 from pipeline.plumbing.errors import InputError, StageError
-from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.files import write_json
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.records import write_record
+from pipeline.plumbing.records import Record, find_record, read_record, write_record
 from pipeline.plumbing.run_folder import versions
 from pipeline.tasks.base import Task
 
@@ -32,10 +32,42 @@ FREEZING_TOLERANCE = 1e-4
 logit: they are the same numbers, summed in another order."""
 _STAGES: dict[str, Stage] = {"native": "onnx_native", "portable": "onnx_portable"}
 """Backend → the report's name of the artefact on it."""
+_EXPORTED, _FILES = "artifact.json", "artifact_files.json"
 
 
-def export(out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path) -> None:
-    """Audit what the artefact is going to store, and write it."""
+class _Exported(Record):
+    """What the export stage has written: SHA-256 of the manifest."""
+
+    manifest_sha256: str
+
+
+class _Files(Record):
+    """Content of ``work/artifact_files.json``: the files of the artefact that was exported last. It is kept apart from
+    the stage, so that it outlives the artefact's manifest."""
+
+    files: list[str]
+
+
+def known_files(work: Path, artifact: Path) -> list[str]:
+    """The files that a run with the folder ``work`` has written into ``artifact``; none if none has.
+
+    Raises InputError if there is something else where artefacts, or rejected ones, are written.
+    """
+    written = find_record(_Files, work / _FILES)
+    known = [] if written is None else written.files
+    try:
+        check_replaceable(artifact, known)
+        check_replaceable(_rejected(artifact))
+    except ArtifactError as error:
+        raise InputError(f"--out {artifact.parent}: {error}") from None
+    return known
+
+
+def export(
+    out: Path, work: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path, known: Collection[str]
+) -> None:
+    """Audit what the artefact is going to store, and write it. ``known``: :func:`known_files`, which is written to
+    ``work`` anew."""
     recipe = task.recipe
     exported = task.export_graph(stored, packed)
     golden = task.golden(task.predictor(stored), TOLERANCES[recipe.export.accuracy_level])
@@ -51,19 +83,22 @@ def export(out: Path, task: Task, stored: nn.Module, packed: PackedModel, artifa
     except AuditError as error:
         raise StageError(str(error)) from None
     try:
-        write_artifact(artifact, exported, packed, golden, provenance, task.save_config, recipe.export.max_shard_size)
+        manifest = write_artifact(
+            artifact, exported, packed, golden, provenance, task.save_config, recipe.export.max_shard_size, known
+        )
     except ArtifactError as error:
         raise InputError(str(error)) from None
     write_json(out / "audit.json", [asdict(row) for row in rows])
-    write_json(out / "artifact.json", {"manifest_sha256": sha256(artifact / MANIFEST)})
+    write_record(work / _FILES, _Files(files=[entry.path for entry in manifest.files]))
+    write_record(out / _EXPORTED, _Exported(manifest_sha256=sha256(artifact / MANIFEST)))
 
 
 def is_intact(out: Path, artifact: Path) -> bool:
     """Whether the artefact is the one that the export stage wrote, byte by byte."""
     try:
         read_manifest(artifact).check_files(artifact)
-        return bool(sha256(artifact / MANIFEST) == read_json(out / "artifact.json")["manifest_sha256"])
-    except (ArtifactError, OSError):
+        return bool(sha256(artifact / MANIFEST) == read_record(_Exported, out / _EXPORTED).manifest_sha256)
+    except (OSError, ValueError):  # an ArtifactError is one
         return False
 
 
@@ -91,8 +126,11 @@ def validate(
     try:
         parity = check_parity(artifact, stored, batches, PARITY_TOLERANCE)
     except ParityError as error:
-        rejected = artifact.with_name(f"{artifact.name}.rejected")
-        shutil.rmtree(rejected, ignore_errors=True)
+        rejected = _rejected(artifact)
+        try:
+            delete_artifact(rejected)
+        except ArtifactError as obstacle:
+            raise StageError(f"{error}; the artefact must not be used: {artifact} ({obstacle})") from None
         os.replace(artifact, rejected)
         raise StageError(f"{error}; the artefact was moved to {rejected}") from None
     for backend in task.evaluated_backends:
@@ -101,6 +139,10 @@ def validate(
         progress.say(f"  {name}: {task.measure(session, out / name, name, progress, against_dense=dense_quality)}")
         del session
     write_record(out / "parity.json", _describe_parity(parity))
+
+
+def _rejected(artifact: Path) -> Path:
+    return artifact.with_name(f"{artifact.name}.rejected")
 
 
 def _describe_parity(parity: Parity) -> Agreement:

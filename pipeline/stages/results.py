@@ -10,6 +10,7 @@ from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import restore_group, save_factors
 from pipeline.compression.fit import local_targets, reconstruction_errors
 from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.integrity import is_whole, note_hash
 from pipeline.plumbing.run_folder import StageResult
 from pipeline.recipe.plan import GroupPlan, Plan
 from pipeline.recipe.schema import Recipe
@@ -60,13 +61,21 @@ class SavedFactors:
 def save_group(
     folder: Path, recipe: Recipe, dense: nn.Module, mlps: Sequence[FactorizedMLP], calibration: Path
 ) -> None:
-    """Write the factors of one group, and their reconstruction errors on the calibration data, into ``folder``.
-
-    The factors come last: where they are, the group is complete.
-    """
+    """Write the factors of one group, and their reconstruction errors on the calibration data, into ``folder``."""
     errors = reconstruction_errors(local_targets(dense, mlps, calibration), _ERROR_TOKENS, recipe.seed)
     write_json(folder / _ERRORS, errors)
     save_factors(mlps, folder / FACTORS)
+
+
+def note_group(folder: Path) -> None:
+    """Note that the group in ``folder`` is complete, for an attempt that comes after a killed one."""
+    for name in (_ERRORS, FACTORS):
+        note_hash(folder / name)
+
+
+def is_group_whole(folder: Path) -> bool:
+    """Whether ``folder`` holds a group as it was when :func:`note_group` noted it."""
+    return all(is_whole(folder / name) for name in (_ERRORS, FACTORS))
 
 
 def save_groups(

@@ -10,12 +10,12 @@ from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import install, load_factors
 from pipeline.compression.fit import GroupModule, local_loss, local_targets
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.training_loop import train
+from pipeline.plumbing.training_loop import remove_checkpoint, train
 from pipeline.quantization.rest_training import make_rest_trainable, save_rest
 from pipeline.recipe.plan import Plan
 from pipeline.recipe.schema import EndToEnd, LocalTraining, QuantizedEndToEnd
 from pipeline.stages.quantize import TRAINED_REST, QuantizationInputs, open_base, restore_quantized
-from pipeline.stages.results import FACTORS, SavedFactors, save_group, save_groups
+from pipeline.stages.results import FACTORS, SavedFactors, is_group_whole, note_group, save_group, save_groups
 from pipeline.tasks.base import Task
 
 _CHECKPOINT = "checkpoint.pt"
@@ -39,7 +39,7 @@ def finetune(
         progress=progress,
     )
     save_groups(folder, plan, dense, mlps, calibration)
-    (folder / _CHECKPOINT).unlink(missing_ok=True)
+    remove_checkpoint(folder / _CHECKPOINT)
 
 
 def train_quantized(
@@ -75,7 +75,7 @@ def _train_locally(
     for group in inputs.plan.groups:
         members = [mlp for mlp in mlps if mlp.group == group.name]
         finished, checkpoint = folder / group.name, folder / f"{group.name}.pt"
-        if (finished / FACTORS).exists():
+        if is_group_whole(finished):
             load_factors(members, finished / FACTORS)
             continue
         train(
@@ -89,7 +89,8 @@ def _train_locally(
             checkpoint=checkpoint,
         )
         save_group(finished, inputs.recipe, inputs.dense, members, inputs.calibration)
-        checkpoint.unlink(missing_ok=True)
+        note_group(finished)
+        remove_checkpoint(checkpoint)
 
 
 def _train_together(
@@ -113,7 +114,7 @@ def _train_together(
     if rest is not None:
         save_rest(rest, folder / TRAINED_REST)
     save_groups(folder, inputs.plan, inputs.dense, mlps, inputs.calibration)
-    (folder / _CHECKPOINT).unlink(missing_ok=True)
+    remove_checkpoint(folder / _CHECKPOINT)
 
 
 def _train_end_to_end(

@@ -1,5 +1,6 @@
 """``fips choose``: the best point of a finished sweep within limits."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Chosen:
 
     def write_recipe(self, path: Path) -> None:
         """Write the recipe as YAML. Raises InputError rather than replace a file."""
-        if path.exists():
+        if os.path.lexists(path):
             raise InputError(f"--out {path}: the file is there already; give another name, or remove it")
         text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True, width=120)
         write_text(path, f"# {self.description}\n{text}")

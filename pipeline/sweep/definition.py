@@ -14,8 +14,10 @@ from pydantic import Field, field_validator
 
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.reading import parse_recipe, parse_section, read_yaml, set_key
-from pipeline.recipe.schema import Positive, Recipe, Section, UserPath
+from pipeline.recipe.schema import AtKeyError, Positive, Recipe, Section, UserPath
 
+_LONGEST_NAME = 150
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{name}{digit}" for name in ("COM", "LPT") for digit in range(1, 10))}
 Overrides = dict[str, Any]
 """Dotted key of a recipe → value."""
 
@@ -43,10 +45,15 @@ class SweepFile(Section):
             return axes
         labelled = {}
         for name, values in axes.items():
-            if isinstance(values, list):
-                values = {_label(name, value): {name: value} for value in values}
-            if isinstance(values, dict):
-                values = {str(label): overrides for label, overrides in values.items()}
+            pairs: list[tuple[Any, Any]] | None = None
+            if isinstance(values, list) and isinstance(name, str):
+                pairs = [(_label(name, value), {name: value}) for value in values]
+            elif isinstance(values, dict):
+                pairs = [(str(label), overrides) for label, overrides in values.items()]
+            if pairs is not None:
+                values = dict(pairs)
+                if len(values) < len(pairs):
+                    raise AtKeyError(str(name), "two of its values have one label; leave one out, or give labels")
             labelled[name] = values
         return labelled
 
@@ -80,6 +87,7 @@ def load_sweep(path: Path) -> Sweep:
     base = read_yaml(path.parent / file.recipe, "recipe")
     parse_recipe(base, str(path.parent / file.recipe))
     points: dict[str, Point] = {}
+    taken: dict[str, str] = {}
     for combination in itertools.product(*(values.items() for values in file.axes.values())):
         labels = dict(zip(file.axes, (label for label, _ in combination), strict=True))
         overrides = {**file.set}
@@ -87,8 +95,11 @@ def load_sweep(path: Path) -> Sweep:
             overrides.update(more)
         name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", label) for label in labels.values())
         where = f"{path}: point {name}"
-        if name in points:
-            raise InputError(f"{path}: axes: two points would be called {name}; give their values other labels")
+        _check_name(name, f"{path}: axes")
+        if other := taken.get(name.lower()):
+            which = f"called {name}" if other == name else f"called {other} and {name}, which some disks take for one"
+            raise InputError(f"{path}: axes: two points would be {which}; give their values other labels")
+        taken[name.lower()] = name
         content = copy.deepcopy(base)
         for key, value in overrides.items():
             set_key(content, key, copy.deepcopy(value), where)
@@ -96,6 +107,22 @@ def load_sweep(path: Path) -> Sweep:
         points[name] = Point(name, labels, overrides, content, parse_recipe(content, where))
     axes = {name: list(values) for name, values in file.axes.items()}
     return Sweep(file.name, axes, tuple(points.values()), file.threads)
+
+
+def _check_name(name: str, where: str) -> None:
+    """Raise InputError, which ``where`` begins, unless a point's name can be that of a folder, on any system."""
+    begin, _, _ = name.partition(".")
+    if not re.search("[A-Za-z0-9]", begin):
+        said = "begins with no letter or digit"
+    elif name.endswith("."):
+        said = "ends in a full stop"
+    elif len(name) > _LONGEST_NAME:
+        said = f"has {len(name)} characters, and {_LONGEST_NAME} at most can be in the name of a folder"
+    elif begin.upper() in _RESERVED:
+        said = "is a device on Windows"
+    else:
+        return
+    raise InputError(f"{where}: a point would be called {name[:80]!r}, which {said}; give its values other labels")
 
 
 def _label(key: str, value: Any) -> str:

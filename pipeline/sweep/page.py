@@ -24,6 +24,7 @@ from pipeline.report.units import (
 from pipeline.sweep.plots import group_ids, speed_label, sweep_figure
 from pipeline.sweep.results import SIZES, Failure, Results, Row
 
+SWEEP_FILES = ("sweep.json", "sweep.csv", "sweep.md", "sweep.html", "sweep.png")
 _PIXELS_PER_INCH = 200
 _NUMBERS = (
     "value",
@@ -43,11 +44,12 @@ _NUMBERS = (
 def write_results(results: Results, folder: Path) -> None:
     """Write all files into ``folder``. Equal results give equal bytes, but for what was timed, which is not in the
     CSV."""
-    write_record(folder / "sweep.json", results)
-    write_text(folder / "sweep.csv", render_csv(results))
-    write_text(folder / "sweep.md", render("sweep.md.j2", results))
-    write_text(folder / "sweep.html", render("sweep.html.j2", results))
-    write_aside(folder / "sweep.png", lambda path: _save_png(results, path))
+    json, table, markdown, html, picture = (folder / name for name in SWEEP_FILES)
+    write_record(json, results)
+    write_text(table, render_csv(results))
+    write_text(markdown, render("sweep.md.j2", results))
+    write_text(html, render("sweep.html.j2", results))
+    write_aside(picture, lambda path: _save_png(results, path))
 
 
 def render_csv(results: Results) -> str:

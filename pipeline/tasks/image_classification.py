@@ -34,7 +34,7 @@ from pipeline.models.adapters import find_mlps
 from pipeline.models.image_classifier import ATTENTION, load_model, load_preprocessing, model_class
 from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.progress import Progress
-from pipeline.plumbing.training_loop import step_generator
+from pipeline.plumbing.training_loop import remove_checkpoint, step_generator
 from pipeline.recipe.schema import (
     EndToEnd,
     ImageDataSection,
@@ -84,7 +84,7 @@ class ImageClassificationTask(Task):
         checkpoint = folder / "checkpoint.pt"
         loaded = load_model(self.section, self.data, self.recipe.seed, progress, checkpoint)
         loaded.model.save_pretrained(folder / "model")  # type: ignore[operator]
-        checkpoint.unlink(missing_ok=True)
+        remove_checkpoint(checkpoint)
 
     def load_dense(self, folder: Path) -> Dense:
         if isinstance(self.section, PretrainedModel):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packed_samples import images, sample, write_sample
 
-from exporters.artifact import plan_shards, recover, shard_names
+from exporters.artifact import check_replaceable, plan_shards, recover, shard_names
 from exporters.audit import audit
 from fips_ort.errors import ArtifactError
 from fips_ort.load import check_onnxruntime, load
@@ -118,6 +118,8 @@ def test_the_graph_in_memory_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_a_new_artefact_replaces_the_old_one_whole(folder: Path) -> None:
     (folder / "stale").write_text("from the old artefact")
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    edit_manifest(folder, files=[*files, {"path": "stale", "bytes": 21, "sha256": sha256(folder / "stale")}])
     write_sample(folder, sample("vit", "1:4"), title="new")
     assert "stale" not in contents(folder)
     assert not list(folder.glob("model-*"))
@@ -152,6 +154,66 @@ def test_what_is_no_artefact_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="exists and is no artefact"):
         write_sample(tmp_path, sample("vit", "1:4"))
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "golden/mine.npy", "mine/notes.txt", ".being-written"])
+def test_files_that_are_not_the_artefacts_are_not_lost_with_it(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    before = contents(folder)
+    with pytest.raises(ArtifactError, match=rf"{name}: is no part of the artefact there"):
+        write_sample(folder, sample("vit", "1:4"), title="new")
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("role", ["partial", "old"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_called_like_our_siblings_is_left_alone(folder: Path, role: str, kind: str) -> None:
+    place, elsewhere = folder.with_name(f".{folder.name}.{role}"), folder.with_name("elsewhere")
+    (place if kind == "folder" else elsewhere).mkdir()
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "link":
+        place.symlink_to(elsewhere)
+    ((place if kind == "folder" else elsewhere) / "thesis.txt").write_text("years of work")
+    before = contents(folder.parent)
+    with pytest.raises(ArtifactError, match=rf"\.{folder.name}\.{role}: exists and is no artefact"):
+        write_sample(folder, sample("vit", "1:4"), title="new")
+    assert contents(folder.parent) == before
+
+
+def test_an_artefact_that_is_a_link_is_left_alone(folder: Path) -> None:
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    before = contents(folder)
+    with pytest.raises(ArtifactError, match="link: exists and is no artefact"):
+        write_sample(link, sample("vit", "1:4"), title="new")
+    assert contents(folder) == before
+    assert link.is_symlink()
+
+
+def test_leftovers_of_a_killed_write_are_replaced(folder: Path) -> None:
+    partial, old = (folder.with_name(f".{folder.name}.{role}") for role in ("partial", "old"))
+    shutil.copytree(folder, old)
+    (old / "config.json").unlink()  # a killed deletion
+    partial.mkdir()
+    (partial / ".being-written").touch()
+    (partial / "config.json").touch()
+    write_sample(folder, sample("vit", "1:4"), title="new")
+    assert read_manifest(folder).recipe == {"name": "new"}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_damaged_manifest_is_replaced_where_its_files_are_known(folder: Path) -> None:
+    names = [entry.path for entry in read_manifest(folder).files]
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match=r"cannot be told \(.*not valid JSON"):
+        check_replaceable(folder)
+    check_replaceable(folder, names)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt: is no part"):
+        check_replaceable(folder, names)
 
 
 def test_too_little_disk_is_told_before_anything_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,10 +208,114 @@ def test_a_finished_checkpoint_trains_no_further(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(value, first[1][name]) for name, value in again[1].items())
 
 
-def test_checkpoints_wait_for_their_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step_seconds", "save_seconds", "expected"),
+    [
+        (0.05, 0.0, []),  # 14 steps are over before the first is due
+        (0.4, 0.0, [3, 6, 9, 12]),  # one a second where it costs nothing
+        (0.4, 0.05, [3, 10]),  # 50 times what it takes
+        (3.0, 9.0, [1, 8]),  # every 20 seconds, whatever it takes
+        (30.0, 9.0, [*range(1, 15)]),
+    ],
+)
+def test_checkpoints_wait_for_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_seconds: float, save_seconds: float, expected: list[int]
+) -> None:
+    now, saved = 0.0, []
+
+    def save(*arguments: Any) -> None:
+        nonlocal now
+        now += save_seconds
+        saved.append(arguments[3])
+
+    def after(_: int) -> None:
+        nonlocal now
+        now += step_seconds
+
+    monkeypatch.setattr(training_loop, "_save", save)
+    monkeypatch.setattr(training_loop.time, "monotonic", lambda: now)
+    module = nn.Linear(1, 1)
+    train(
+        module, lambda _: module(torch.ones(1, 1)).square().sum(), steps=14, learning_rate=0.1, weight_decay=0.0,
+        progress=Progress(), label="slow", checkpoint=tmp_path / "checkpoint.pt", after_backward=after,
+    )
+    assert saved == expected
+
+
+# --- damaged checkpoints ---------------------------------------------------------------------------------------
+
+
+def truncated(checkpoint: Path) -> None:
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
+
+
+def emptied(checkpoint: Path) -> None:
+    checkpoint.write_bytes(b"")
+
+
+def flipped(checkpoint: Path) -> None:
+    """A bit of a tensor, which torch.load does not notice."""
+    content = bytearray(checkpoint.read_bytes())
+    saved = torch.load(checkpoint, weights_only=True)
+    weight = next(value for value in saved["module"].values() if value.dtype == torch.float32)
+    content[bytes(content).index(weight.numpy().tobytes()) + 1] ^= 1
+    checkpoint.write_bytes(content)
+    assert torch.load(checkpoint, weights_only=True)["step"] == saved["step"]
+
+
+def replaced(checkpoint: Path) -> None:
+    torch.save({"another": 1}, checkpoint)
+
+
+def without_its_note(checkpoint: Path) -> None:
+    checkpoint.with_name("checkpoint.pt.sha256").unlink()
+
+
+def with_a_damaged_note(checkpoint: Path) -> None:
+    checkpoint.with_name("checkpoint.pt.sha256").write_bytes(b"\xff[")
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, emptied, flipped, replaced, without_its_note, with_a_damaged_note]
+)
+def test_a_damaged_checkpoint_is_said_and_training_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    expected = run(recipe(), quantized=False, checkpoint=None)
+    monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", -1.0)
     checkpoint = tmp_path / "checkpoint.pt"
-    run(recipe(), quantized=False, checkpoint=checkpoint)
-    assert not checkpoint.exists()
+    for _ in range(2):  # at each resume
+        with pytest.raises(KilledError):
+            run(recipe(), quantized=False, checkpoint=checkpoint, killed_at=5)
+        damage(checkpoint)
+    losses, state = run(recipe(), quantized=False, checkpoint=checkpoint)
+    assert losses == expected[0]
+    assert all(torch.equal(value, expected[1][name]) for name, value in state.items())
+    assert capsys.readouterr().err.count(f"  fit: {checkpoint} is damaged; training starts anew\n") == 2
+
+
+def test_a_kill_before_a_checkpoint_is_moved_into_place_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice in a row, so that the note of the hash is two steps ahead of the file."""
+    expected = run(recipe(), quantized=False, checkpoint=None)
+    monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", -1.0)
+    checkpoint, move = tmp_path / "checkpoint.pt", os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == checkpoint and torch.load(source, weights_only=True)["step"] == stop:
+            raise KilledError
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    for stop in (6, 6, 9):
+        with pytest.raises(KilledError):
+            run(recipe(), quantized=False, checkpoint=checkpoint)
+        assert torch.load(checkpoint, weights_only=True)["step"] == stop - 1
+    stop = 99
+    losses, _ = run(recipe(), quantized=False, checkpoint=checkpoint)
+    assert losses == expected[0]
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_weights_decay_and_vectors_do_not() -> None:

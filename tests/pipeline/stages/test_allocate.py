@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from run_samples import TINY, StoppingProgress, StopRun, no_bench, tiny_recipe
 from pipeline.estimate import estimate
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import read_json, write_json
+from pipeline.plumbing.integrity import read_sealed, write_sealed
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.choices import Choice, choices_of
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import Report
 from pipeline.run import run
-from pipeline.stages.allocate import Measured, best_combination
+from pipeline.stages.allocate import Measured, best_combination, load_measured
 from pipeline.tasks.image_classification import ImageClassificationTask
 
 NOTHING = Choice(None, None, None)
@@ -140,7 +142,8 @@ def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Pa
     assert sorted(chosen) == ["group_0", "group_1"]
     total = 0
     for group in report.groups:
-        measured = read_json(work / "measured" / f"{group.name}.json")
+        measured = read_sealed(work / "measured" / f"{group.name}.json")
+        assert isinstance(measured, list)
         assert [entry["choice"]["budget"] for entry in measured] == [0.9, 0.9, 0.6, 0.6]
         assert chosen[group.name] in measured
         total += chosen[group.name]["stored_bytes"]
@@ -170,19 +173,37 @@ def test_a_killed_allocation_goes_on(allocated: tuple[Recipe, Path, Report], tmp
     recipe, folder, _ = allocated
     with pytest.raises(StopRun):
         run(recipe, tmp_path, StoppingProgress("factorize/group_0"))
-    expected = read_json(folder / "work/allocate/measured/group_1.json")
+    expected = read_sealed(folder / "work/allocate/measured/group_1.json")
+    assert isinstance(expected, list)
     # As if it had been killed after the second choice of the last group.
     work = tmp_path / "work/allocate"
     (work / "chosen.json").unlink()
     stage = read_json(work / "stage.json")
     (work / "stage.json").unlink()
     write_json(work / "started.json", {"key": stage["key"]})
-    write_json(work / "measured/group_1.json", [{**expected[0], "divergence": 99.0}, *expected[1:2]])
+    write_sealed(work / "measured/group_1.json", [{**expected[0], "divergence": 99.0}, *expected[1:2]])
     with pytest.raises(StopRun):
         run(recipe, tmp_path, StoppingProgress("factorize/group_0"))
-    found = read_json(work / "measured/group_1.json")
+    found = read_sealed(work / "measured/group_1.json")
+    assert isinstance(found, list)
     assert found[0]["divergence"] == 99.0  # taken, not measured again
     assert found[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"sha256": "0", "content": []}', b"\xff", None])
+def test_damaged_measurements_of_a_killed_allocation_are_made_again(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    """None: one figure is another, in as many bytes."""
+    path = tmp_path / "measured.json"
+    choices = [Choice(0.5, None, 4), Choice(0.5, None, 2)]
+    entries = [asdict(Measured(choice, 100, 0.25)) for choice in choices]
+    write_sealed(path, entries[:1])
+    assert load_measured(path, choices) == [Measured(choices[0], 100, 0.25)]
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.35") if content is None else content)
+    assert load_measured(path, choices) == []
+    path.unlink()
+    assert load_measured(path, choices) == []
 
 
 def test_a_target_too_low_names_one_that_works(tmp_path: Path) -> None:

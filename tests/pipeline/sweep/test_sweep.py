@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from hypothesis import strategies as st
 from places import RECIPES, SAMPLES
 from run_samples import TINY
 
+from fips_ort.manifest import sha256
 from pipeline import cli
 from pipeline.evaluation.measurements import Samples, TokenSpeed, TokenSpeedRow
+from pipeline.plumbing.engines import Outcome
 from pipeline.plumbing.errors import InputError, StageError
-from pipeline.plumbing.files import read_json
+from pipeline.plumbing.files import read_json, write_json
 from pipeline.plumbing.hardware import Hardware
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.records import read_record, write_record
@@ -108,6 +111,18 @@ def test_an_axis_may_be_a_list_of_a_keys_values(tmp_path: Path) -> None:
         ({"axes": {"compression.budgte": [0.5]}}, ["point budgte_0.5", "compression.budgte", "unknown key"]),
         ({"axes": {"compression.budget": [0.5, -1]}}, ["point budget_1", "compression.budget", "-1"]),
         ({"axes": {"a": {"x y": {}, "x/y": {}}}}, ["two points", "x_y"]),
+        ({"axes": {"a": {"Big": {}, "big": {}}}}, ["two points", "Big and big"]),
+        ({"axes": {"a": {"..": {}}}}, ["axes", "'..'", "no letter or digit"]),
+        ({"axes": {"a": {".": {}}}}, ["axes", "'.'", "no letter or digit"]),
+        ({"axes": {"a": {"": {}}}}, ["axes", "''", "no letter or digit"]),
+        ({"axes": {"a": {"/": {}}}}, ["axes", "'_'", "no letter or digit"]),
+        ({"axes": {"a": {"\0": {}}}}, ["axes", "'_'", "no letter or digit"]),
+        ({"axes": {"a": {".hidden": {}}}}, ["axes", "'.hidden'", "no letter or digit"]),
+        ({"axes": {"a": {"..": {}}, "b": {"..": {}}}}, ["axes", "'..-..'", "no letter or digit"]),
+        ({"axes": {"a": {"dot.": {}}}}, ["axes", "'dot.'", "ends in a full stop"]),
+        ({"axes": {"a": {"nul": {}}}}, ["axes", "'nul'", "device on Windows"]),
+        ({"axes": {"a": {"COM1.x": {}}}}, ["axes", "'COM1.x'", "device on Windows"]),
+        ({"axes": {"a": {"x" * 151: {}}}}, ["axes", "151 characters"]),
         (
             {"axes": {"a": {"x": {"quantization.basis": None}, "y": {}}, "b": {"z": {"quantization.basis.bits": 2}}}},
             ["x-z"],
@@ -245,6 +260,7 @@ def test_a_finished_sweep_runs_nothing_again(serial: Serial, sweep: Sweep) -> No
     ("name", "content"),
     [
         ("report.json", b"{}"),
+        ("report.json", b'{"quality": {"onnx_native": 1.0}}'),
         ("report.json", b"[1]"),
         ("report.json", b"\xff"),
         ("report.json", None),
@@ -267,6 +283,69 @@ def test_a_point_without_a_whole_report_is_not_finished(
     else:
         (folder / name).write_bytes(content)
     assert finished_report(tmp_path, point) is None
+
+
+@pytest.mark.parametrize("change", ["digit", "recipe"])
+def test_a_changed_or_foreign_report_is_no_finished_one(
+    serial: Serial, sweep: Sweep, tmp_path: Path, change: str
+) -> None:
+    """A report that reads well, with another figure in it, or that of another point with its own mark."""
+    point, other = sweep.points[:2]
+    folder = tmp_path / "points" / point.name
+    folder.mkdir(parents=True)
+    shutil.copy(serial[0] / "points" / point.name / "finished.json", folder)
+    if change == "digit":
+        report = read_json(serial[0] / "points" / point.name / "report.json")
+        report["quality"]["onnx_native"] = report["quality"]["dense"]
+        write_json(folder / "report.json", report)
+    else:
+        shutil.copy(serial[0] / "points" / other.name / "report.json", folder)
+        mark = read_json(folder / "finished.json") | {"report_sha256": sha256(folder / "report.json")}
+        write_json(folder / "finished.json", mark)
+    assert finished_report(tmp_path, point) is None
+
+
+def test_a_point_whose_command_leaves_another_report_has_failed(
+    serial: Serial, sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = sweep.points[0]
+    folder = tmp_path / "points" / point.name
+    folder.mkdir(parents=True)
+    for content in (b"{}", (serial[0] / "points" / sweep.points[1].name / "report.json").read_bytes()):
+        (folder / "report.json").write_bytes(content)
+        monkeypatch.setattr(runner, "run_side_by_side", lambda *_: [Outcome(point.name, 0, "")])
+        with pytest.raises(StageError, match=r"report\.json is damaged, or is another recipe's"):
+            run_sweep(replace(sweep, points=(point,)), tmp_path, Said())
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("place", ["points/mine.txt", "shared/mine.txt", "sweep.csv", "points"])
+def test_a_sweep_refuses_a_folder_that_holds_something_else(
+    sweep: Sweep, tmp_path: Path, place: str, fresh: bool
+) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"--out {tmp_path}: .* was not made by fips"):
+        run_sweep(sweep, tmp_path, Said(), fresh=fresh)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == [place]
+
+
+def test_a_fresh_sweep_deletes_its_own_results_only(
+    serial: Serial, sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(serial[0], folder)
+    mine = [folder / place for place in ("mine.txt", "points/mine/a.txt", "shared/mine.txt", "points/4-fips/mine.txt")]
+    mine.append(folder / "points/4-fips/work/my_dataset/stage.json")
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(runner, "run_side_by_side", lambda *_: [])
+    with pytest.raises(StageError, match="no point"):
+        run_sweep(sweep, folder, Said(), fresh=True)
+    assert all(path.read_text(encoding="utf-8") == "mine" for path in mine)
+    assert not [*folder.rglob("factors.safetensors")]
+    assert all(finished_report(folder, point) is None for point in sweep.points)
 
 
 def test_points_side_by_side_give_the_same(serial: Serial, sweep: Sweep, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""Which folders and files are ours: only what carries our mark is ever replaced or deleted."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.files import write_text, writing
+
+MARK = ".made-by-fips"
+"""Name of the file that marks a folder. It is written while nothing else is there that we would replace or delete."""
+_TEXT = "The command fips has made this folder, and writes over its own results here.\n"
+
+
+def check_mine(folder: Path, where: str, names: Iterable[str] | None = None) -> None:
+    """Raise InputError, which ``where`` begins, if ``folder`` holds what we have not made; nothing is written.
+
+    ``names``: the entries that we would replace, where others may be there too; all entries if not given.
+    """
+    with writing(folder):
+        if not os.path.lexists(folder) or (folder / MARK).is_file():
+            return
+        there = {*os.listdir(folder)} - {f".{MARK}.tmp"}
+    foreign = sorted(there if names is None else there & {*names})
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise InputError(
+            f"{where}: {folder / foreign[0]}{more} was not made by fips and is left untouched; move it away, or choose "
+            "another folder"
+        )
+
+
+def claim(folder: Path, where: str, names: Iterable[str] | None = None) -> None:
+    """Make ``folder`` ours: create and mark it, unless it is marked already. Raises InputError as :func:`check_mine`
+    does."""
+    check_mine(folder, where, names)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MARK).is_file():
+        write_text(folder / MARK, _TEXT)
