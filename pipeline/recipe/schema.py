@@ -32,8 +32,9 @@ class AtKeyError(ValueError):
         self.key = key
 
 
-def _user_path(text: str) -> str:
-    """A path, or a hub id, with the home folder in the place of ``~`` or ``~user``."""
+def user_path(text: str) -> str:
+    """A path, or a hub id, with the home folder in the place of ``~`` or ``~user``. Raises ValueError for what is no
+    path, or a home folder that is not known."""
     if not text or "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("not a path: it is empty, or holds characters that no path has")
     expanded = os.path.expanduser(text)
@@ -42,7 +43,7 @@ def _user_path(text: str) -> str:
     return expanded
 
 
-UserPath = Annotated[str, AfterValidator(_user_path)]
+UserPath = Annotated[str, AfterValidator(user_path)]
 """A path in a recipe or a sweep, ``~`` expanded; where it may also be a hub id, that stays as it is."""
 
 
