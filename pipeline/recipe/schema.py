@@ -136,8 +136,8 @@ class DigitsData(Section):
 
 
 class ImageFolderData(Section):
-    """Image files in folders as ImageNet has them, ``path/{train,test}/LABEL/image.*``; the label is a name or index
-    that the model knows."""
+    """Image files in folders as ImageNet has them, ``path/{train,test}/LABEL/image.*`` or deeper; the label is a name or
+    index that the model knows."""
 
     source: Literal["image_folder"]
     path: UserPath
@@ -177,7 +177,7 @@ class PackagedTextData(TextSection):
 
 
 class LocalTextData(TextSection):
-    """Local files: plain text (one document), or JSONL with a document in ``field`` of every line.
+    """Local files: plain text (one document), or JSON Lines or JSON with a document in ``field`` of every record.
 
     Without ``test``, ``test_fraction`` of the documents (of a plain text: of its lines) is for evaluation.
     """
