@@ -18,6 +18,7 @@ from pipeline.plumbing.errors import InputError, StageError, UnforeseenError, de
 from pipeline.plumbing.output import forgiving_output
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.reading import load_recipe
+from pipeline.recipe.schema import user_path
 
 app = typer.Typer(
     name="fips",
@@ -27,8 +28,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
-ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder of an artefact")]
+
+
+def _path(text: str) -> Path:
+    """A path; shells leave the ``~`` of ``--out=~/runs`` as it is."""
+    try:
+        return Path(user_path(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}") from None
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", parser=_path, help="recipe file (YAML)")]
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTEFACT", parser=_path, help="folder of an artefact")]
 SetOptions = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe's key")]
 EngineName = Annotated[Engine, typer.Option(help="ray: the cluster at RAY_ADDRESS, or one on this machine")]
 TrustLibraries = Annotated[
@@ -55,11 +66,19 @@ def plan(recipe: RecipePath, overrides: SetOptions = None) -> None:
 @app.command()
 def run(
     recipe: RecipePath,
-    out: Annotated[Path | None, typer.Option(help="folder for artefact and report; default runs/NAME")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", parser=_path, help="folder for artefact and report; default runs/NAME"),
+    ] = None,
     overrides: SetOptions = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="use no result of an earlier run")] = False,
     shared: Annotated[
-        Path | None, typer.Option(help="folder in which runs leave results for others that have stages in common")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            parser=_path,
+            help="folder in which runs leave results for others that have stages in common",
+        ),
     ] = None,
     engine: EngineName = "local",
 ) -> None:
@@ -83,8 +102,11 @@ def run(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="sweep file (YAML)")],
-    out: Annotated[Path | None, typer.Option(help="folder for points and results; default runs/sweeps/NAME")] = None,
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", parser=_path, help="sweep file (YAML)")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", parser=_path, help="folder for points and results; default runs/sweeps/NAME"),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="points side by side; 0: as many as the sweep's threads allow")] = 0,
     engine: EngineName = "local",
     fresh: Annotated[bool, typer.Option("--fresh", help="use no result of an earlier sweep")] = False,
@@ -114,12 +136,16 @@ def sweep(
 
 @app.command()
 def choose(
-    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a finished sweep, or its sweep.json")],
+    sweep: Annotated[
+        Path, typer.Argument(metavar="SWEEP", parser=_path, help="folder of a finished sweep, or its sweep.json")
+    ],
     max_bytes: Annotated[str | None, typer.Option(help="of the whole artefact: 150MB, 1.2GB, 800kB")] = None,
     max_loss: Annotated[
         str | None, typer.Option(help="2%: points of accuracy, or per cent of the dense perplexity")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="recipe file to write; default POINT.yaml")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", parser=_path, help="recipe file to write; default POINT.yaml")
+    ] = None,
 ) -> None:
     """Print the best point of a sweep within limits, and write its recipe: the best quality under --max-bytes; without
     it, the smallest artefact under --max-loss."""
@@ -170,7 +196,10 @@ def bench(
     threads: Threads = 0,
     seconds: Annotated[float | None, typer.Option(help="about how long to measure images; default 10")] = None,
     beside: Annotated[
-        list[Path] | None, typer.Option(help="another onnxruntime-genai folder to measure in the same run; repeatable")
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH", parser=_path, help="another onnxruntime-genai folder to measure in the same run; repeatable"
+        ),
     ] = None,
     trust_libraries: TrustLibraries = False,
 ) -> None:

@@ -2,22 +2,26 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+import yaml
 from causal_lm_samples import tiny_language_model
 from language_samples import byte_level_tokenizer
 from PIL import Image
-from run_samples import TINY, language_recipe, tiny_recipe
+from run_samples import TINY, language_recipe, tiny_recipe, write_recipe
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from typer.testing import CliRunner
 
+from pipeline import cli
 from pipeline.estimate import estimate
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.run import run
+from pipeline.sweep.definition import load_sweep
 
 LABELS = ("tabby cat", "golden retriever")
 
@@ -255,3 +259,40 @@ def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_paths_that_cannot_be(path: str) -> None:
     with pytest.raises(InputError, match=r"r\.yaml: model\.path: got .*(home folder|not a path)"):
         parse_recipe({**TINY, "model": {"source": "pretrained", "path": path}}, "r.yaml")
+
+
+def test_home_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave the ``~`` of ``--out=~/runs`` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cli, "load_recipe", lambda path, _: given.setdefault("recipe", path) and tiny_recipe())
+    monkeypatch.setattr("pipeline.run.run", lambda _, folder, *rest, **options: given.update(out=folder, **options))
+    monkeypatch.setattr("pipeline.report.sections.verdict", lambda _: "")
+    monkeypatch.setattr("pipeline.report.sections.verdict_detail", lambda _: "")
+    result = CliRunner().invoke(cli.app, ["run", "~/r.yaml", "--out=~/runs", "--shared=~/shared"])
+    assert result.exit_code == 0, result.output
+    assert given["recipe"] == tmp_path / "r.yaml"
+    assert (given["out"], given["shared"]) == (tmp_path / "runs", tmp_path / "shared")
+    assert CliRunner().invoke(cli.app, ["plan", "~nobody-of-that-name/r.yaml"]).exit_code == 2
+
+
+def test_every_path_of_the_command_knows_home() -> None:
+    paths = 0
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if "Path" in str(hint):
+                (given,) = next(part.__metadata__ for part in (hint, *get_args(hint)) if hasattr(part, "__metadata__"))
+                assert given.parser is cli._path, (command.callback, name)
+                paths += 1
+    assert paths > 10
+
+
+def test_home_in_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_recipe(tmp_path)
+    sweep = {"name": "s", "recipe": "~/tiny.yaml", "axes": {"seed": [0, 1]}}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    assert len(load_sweep(tmp_path / "elsewhere" / "sweep.yaml").points) == 2

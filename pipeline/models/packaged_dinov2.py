@@ -6,6 +6,7 @@ the graph: a weight's product is added to a bias that has kept its name; the pat
 the embeddings, whose result is concatenated with the class position.
 """
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,10 @@ from transformers import Dinov2Config, Dinov2ForImageClassification
 from pipeline.plumbing.errors import InputError
 
 _PREFIX = "backbone."
+_PATCHES = "embeddings.patch_embeddings.projection.weight"
+_CLASS_TOKEN = "embeddings.cls_token"
+_POSITIONS = "embeddings.position_embeddings"
+_FIRST_HIDDEN = "encoder.layer.0.mlp.fc1.bias"
 _LAST_BIAS = _PREFIX + "layernorm.bias"
 _RENAMED = (
     ("attention.attention.query.", "attention.q_proj."),
@@ -40,12 +45,12 @@ def load_classifier(path: Path, image_size: int, labels: int) -> Dinov2ForImageC
     at run time. Raises InputError when the file does not hold a DINOv2 backbone, or a weight is left over.
     """
     weights = read_backbone(path)
-    patch = weights["embeddings.patch_embeddings.projection.weight"].shape[-1]
+    patch = _patch_size(weights, path)
     if image_size % patch:
         raise InputError(f"model.image_size: {image_size} is not a multiple of the patch size, {patch}")
-    positions = weights["embeddings.position_embeddings"]
-    weights["embeddings.position_embeddings"] = resize_positions(positions, image_size // patch)
-    model = Dinov2ForImageClassification(_config(weights, image_size, labels))
+    positions = weights[_POSITIONS]
+    weights[_POSITIONS] = resize_positions(positions, image_size // patch)
+    model = Dinov2ForImageClassification(_config(weights, image_size, patch, labels))
     _fill(model.dinov2, weights, path)
     return model
 
@@ -83,7 +88,7 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
             if bias is not None:
                 place(node.input[1], _renamed(bias.removesuffix("bias") + "weight"), arrays[node.input[1]].T)
     patches, class_position = _position_initializers(nodes, consumers, arrays, path)
-    place(patches, "embeddings.position_embeddings", np.concatenate([arrays[class_position], arrays[patches]], axis=1))
+    place(patches, _POSITIONS, np.concatenate([arrays[class_position], arrays[patches]], axis=1))
     used[class_position] += 1
     read = {name for node in nodes for name in node.input if name in arrays}
     wrong = sorted(name for name in read if used[name] != 1)
@@ -115,12 +120,29 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     """Position embeddings [1, 1 + n², d] for a grid of ``grid`` x ``grid`` patches, [1, 1 + grid², d].
 
     Bicubic to the given size without antialiasing, as the ONNX file does (its ``Resize`` takes sizes, cubic with
-    a = -0.75, half-pixel centres) and transformers too.
+    a = -0.75, half-pixel centres) and transformers too. Raises InputError where the grid is not square.
     """
-    side = round((positions.shape[1] - 1) ** 0.5)
+    side = math.isqrt(positions.shape[1] - 1)
+    if side * side != positions.shape[1] - 1:
+        raise InputError(f"{positions.shape[1] - 1} position embeddings of patches are no square of them")
     patches = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     resized = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _patch_size(weights: dict[str, Tensor], path: Path) -> int:
+    """Side of the square patches of RGB images that the backbone reads. Raises InputError where it reads others, or
+    lacks a weight that tells a size."""
+    absent = [name for name in (_PATCHES, _CLASS_TOKEN, _POSITIONS, _FIRST_HIDDEN) if name not in weights]
+    if absent:
+        raise InputError(f"{path}: weights missing: {', '.join(absent)}")
+    shape = list(weights[_PATCHES].shape)
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise InputError(
+            f"{path}: the patch embedding has shape {shape}; images are read as RGB and cut into square "
+            "patches, [width, 3, patch, patch]"
+        )
+    return int(shape[3])
 
 
 def _renamed(name: str) -> str:
@@ -159,16 +181,16 @@ def _position_initializers(
     raise InputError(f"{path}: no position embeddings: no Resize of an initializer that is then joined to another")
 
 
-def _config(weights: dict[str, Tensor], image_size: int, labels: int) -> Dinov2Config:
-    width = weights["embeddings.cls_token"].shape[-1]
+def _config(weights: dict[str, Tensor], image_size: int, patch: int, labels: int) -> Dinov2Config:
+    width = weights[_CLASS_TOKEN].shape[-1]
     layers = {int(found[1]) for name in weights if (found := re.match(r"encoder\.layer\.(\d+)\.", name))}
     return Dinov2Config(
         hidden_size=width,
         num_hidden_layers=len(layers),
         num_attention_heads=width // _HEAD_CHANNELS,
-        mlp_ratio=weights["encoder.layer.0.mlp.fc1.bias"].shape[0] // width,
+        mlp_ratio=weights[_FIRST_HIDDEN].shape[0] // width,
         image_size=image_size,
-        patch_size=weights["embeddings.patch_embeddings.projection.weight"].shape[-1],
+        patch_size=patch,
         use_mask_token=False,  # only pre-training reads it, so the ONNX file does not have it
         num_labels=labels,
     )

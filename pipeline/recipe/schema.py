@@ -33,8 +33,9 @@ class AtKeyError(ValueError):
         self.key = key
 
 
-def _user_path(text: str) -> str:
-    """A path, or a hub id, with the home folder in the place of ``~`` or ``~user``."""
+def user_path(text: str) -> str:
+    """A path, or a hub id, with the home folder in the place of ``~`` or ``~user``. Raises ValueError for what is no
+    path, or a home folder that is not known."""
     if not text or "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("not a path: it is empty, or holds characters that no path has")
     expanded = os.path.expanduser(text)
@@ -43,7 +44,7 @@ def _user_path(text: str) -> str:
     return expanded
 
 
-UserPath = Annotated[str, AfterValidator(_user_path)]
+UserPath = Annotated[str, AfterValidator(user_path)]
 """A path in a recipe or a sweep, ``~`` expanded; where it may also be a hub id, that stays as it is."""
 
 
@@ -154,8 +155,8 @@ class DigitsData(Section):
 
 
 class ImageFolderData(Section):
-    """Image files in folders as ImageNet has them, ``path/{train,test}/LABEL/image.*``; the label is a name or index
-    that the model knows."""
+    """Image files in folders as ImageNet has them, ``path/{train,test}/LABEL/image.*`` or deeper; the label is a name or
+    index that the model knows."""
 
     source: Literal["image_folder"]
     path: UserPath
@@ -195,7 +196,7 @@ class PackagedTextData(TextSection):
 
 
 class LocalTextData(TextSection):
-    """Local files: plain text (one document), or JSONL with a document in ``field`` of every line.
+    """Local files: plain text (one document), or JSON Lines or JSON with a document in ``field`` of every record.
 
     Without ``test``, ``test_fraction`` of the documents (of a plain text: of its lines) is for evaluation.
     """

@@ -175,3 +175,17 @@ def test_graphs_that_are_not_dinov2(proto: onnx.ModelProto, tmp_path: Path) -> N
     onnx.save(broken, path)
     with pytest.raises(InputError, match=r"another shape: encoder\.layer\.3\.mlp\.fc1\.bias$"):
         load_classifier(path, 28, 10)
+
+    # Patches of grey images, and of such that are not square.
+    for shape in ((384, 1, 14, 14), (384, 3, 14, 7)):
+        broken = copy_of(proto)
+        patches = next(t for t in broken.graph.initializer if t.name.endswith("patch_embeddings.projection.weight"))
+        patches.CopyFrom(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), patches.name))
+        onnx.save(broken, path)
+        with pytest.raises(InputError, match=rf"the patch embedding has shape \[384, {shape[1]}, 14, {shape[3]}\];"):
+            load_classifier(path, 28, 10)
+
+
+def test_positions_of_no_square() -> None:
+    with pytest.raises(InputError, match="12 position embeddings of patches are no square"):
+        resize_positions(torch.ones(1, 1 + 12, 3), 2)
