@@ -17,7 +17,8 @@ from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stag
 from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import language_model_class, load_language_config
+from pipeline.models.causal_lm import language_model_class, load_language_config, notes_on
+from pipeline.models.checkpoint import loading
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.recipe.choices import choices_of, largest_choice
@@ -33,7 +34,8 @@ class Estimate:
     ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``activation_bytes_per_sample``: on
     disk, of what calibration records. ``group_training_bytes``: memory to train the factors of the largest group.
     ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
-    checkpoint, which need not stay in memory. ``work``: operations that take most of the time.
+    checkpoint, which need not stay in memory. ``work``: operations that take most of the time. ``notes``: what a user
+    should know of how the model is taken.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class Estimate:
     memory: dict[str, int]
     mapped_bytes: int
     work: Work
+    notes: tuple[str, ...] = ()
 
     @property
     def mlp_bytes(self) -> int:
@@ -102,6 +105,7 @@ def estimate(recipe: Recipe) -> Estimate:
         memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),
         mapped_bytes=mapped_bytes(recipe, config, model),
         work=count_work(wanted, plan, passed),
+        notes=notes_on(recipe.model) if isinstance(recipe.model, LanguageModelSection) else (),
     )
 
 
@@ -118,5 +122,6 @@ def _shapes(recipe: Recipe) -> tuple[Any, Any, AbstractContextManager[Any]]:
         # The number of labels, where it comes from the data, changes the size of one small layer.
         config, kind = load_config(recipe.model, labels=10), model_class()
         shapes_only = torch.device("meta")
-    with shapes_only:
+    # Sizes that no tensor can have.
+    with loading("config.json"), shapes_only:
         return config, kind.from_config(config), shapes_only

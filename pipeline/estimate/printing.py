@@ -48,6 +48,8 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
         )
     lasts = duration(recipe, estimated.plan, estimated.work, seconds_of_step)
     console.print(f"time                     {describe(lasts)}")
+    for note in estimated.notes:
+        console.print(f"note: {note}")
     for shortage in shortages(estimated, samples):
         console.print(f"warning: {shortage}")
 

@@ -63,13 +63,13 @@ def check_graph(section: LanguageModelSection, config: Any) -> None:
     culprits = _culprits(config)
     named = ", ".join(f"{key}: {value}" for key, value in culprits.items())
     remedy = next((_REMEDIES[key] for key in culprits if key in _REMEDIES), "take a model without it")
-    raise InputError(
-        f"{name_of(section)}: config.json{f': {named}' if named else ''}: cannot be exported to ONNX: {reason}; {remedy}"
-    )
+    where = f"{name_of(section)}: config.json{f': {named}' if named else ''}"
+    raise InputError(f"{where}: cannot be exported to ONNX: {reason}; {remedy}")
 
 
 def check_saved_config(section: LanguageModelSection, model: nn.Module) -> None:
-    """Raise InputError unless configuration and tokenizer can be written into an artefact and read by onnxruntime-genai.
+    """Raise InputError unless configuration and tokenizer can be written into an artefact and onnxruntime-genai reads
+    them.
 
     ``model``: the whole model, whose weights may be anywhere; they are not read.
     """
@@ -85,7 +85,8 @@ def check_saved_config(section: LanguageModelSection, model: nn.Module) -> None:
         except TokenizerError as error:
             raise InputError(f"{where}: its tokenizer cannot go into an artefact: {error}") from None
         except ValueError as error:  # settings that transformers does not write
-            raise InputError(f"{where}: generation_config.json or config.json: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{where}: generation_config.json or config.json: {reason}") from None
 
 
 def miniature(config: Any) -> Any:
