@@ -231,7 +231,7 @@ def _language_part(config: Any) -> Any:
             f"{', '.join(supported_model_types('text-generation'))}, or of {' or '.join(LANGUAGE_PARTS)}"
         )
     text.tie_word_embeddings = config.tie_word_embeddings
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype"):
         of_all = getattr(config, name, None)
         if of_all is not None:
             setattr(text, name, of_all)
