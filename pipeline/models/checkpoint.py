@@ -139,7 +139,8 @@ def _check_shards(folder: Path, where: str) -> None:
         if not index.is_file():
             continue
         with loading(f"{where}: {name}"):
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            weights = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            shards = sorted({str(shard) for shard in weights.values()})
         missing = [shard for shard in shards if not (index.parent / shard).is_file()]
         if missing:
             raise InputError(

@@ -47,7 +47,7 @@ def check_float16(
                 continue
             if bits is None and rest.weights == "float32":
                 continue
-            largest = float(tensor.abs().max())
+            largest = float(tensor.detach().abs().max())
             # The entry of largest magnitude of a block of codes is the lowest level times the scale.
             if largest >= _FLOAT16_END * (1 if bits is None or name != "weight" else 1 << (bits - 1)):
                 beyond[f"{path}.{name}"] = largest

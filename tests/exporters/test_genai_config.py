@@ -61,7 +61,8 @@ def test_texts_are_compared_without_special_tokens_too(tmp_path: Path) -> None:
     class WithBosAlways:
         """A tokenizer that puts ``<bos>`` before a text also where it was asked not to."""
 
-        added_tokens_decoder: dict[int, Any] = {}
+        def __init__(self) -> None:
+            self.added_tokens_decoder: dict[int, Any] = {}
 
         def __call__(self, texts: list[str], **_: Any) -> Any:
             return tokenizer(texts)
@@ -105,6 +106,6 @@ def test_normalizer_that_is_not_known_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", [None, [], 265, [1, 265], -1])
 def test_model_without_an_end_of_text_is_refused(end: Any, tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer(bos=False).backend_tokenizer)
-    with pytest.raises(TokenizerError, match="eos_token_id.*set eos_token_id in config.json or generation_config.json"):
+    with pytest.raises(TokenizerError, match=r"eos_token_id.*set eos_token_id in config\.json or generation_config"):
         save(tokenizer, tmp_path, eos_token_id=end)
     save(tokenizer, tmp_path, eos_token_id=[1, 2])

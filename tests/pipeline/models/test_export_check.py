@@ -1,4 +1,5 @@
-"""What ONNX Runtime or onnxruntime-genai would refuse at the export is refused before, with the keys that ask for it."""
+"""What ONNX Runtime or onnxruntime-genai would refuse at the export is refused before, with the keys that ask for it.
+"""
 
 import json
 from collections.abc import Callable
