@@ -173,12 +173,19 @@ def _head_size(config: Any) -> int:
 
 
 def _check_rope_types(section: LanguageModelSection, config: Any) -> None:
-    """Raise InputError for rotary embeddings whose frequencies change with the length of the text."""
+    """Raise InputError for rotary embeddings whose frequencies change with the length of the text, and for a type under
+    the key of older files where transformers leaves it out without a word (in Gemma 3)."""
     parameters = config.rope_parameters or {}
     layered = [key for key in parameters if key in ("full_attention", "sliding_attention")]
     by_key: Mapping[str, Any] = {f"rope_parameters.{key}": parameters[key] for key in layered}
     for key, values in (by_key or {"rope_parameters": parameters}).items():
         kind = (values or {}).get("rope_type", "default")
+        old = (values or {}).get("type", kind)
+        if old != kind:
+            raise InputError(
+                f"{name_of(section)}: config.json: {key}.type: {old!r} is not read by transformers, which takes rope_type, "
+                f"{kind!r}; call the key rope_type in a copy of the model"
+            )
         if kind not in STATIC_ROPE:
             raise InputError(
                 f"{name_of(section)}: config.json: {key}.rope_type: {kind!r} cannot be exported to ONNX (older files "

@@ -86,6 +86,14 @@ def test_rotary_embeddings_of_one_type_of_layers_are_named() -> None:
     check_graph(SECTION, Gemma3TextConfig(rope_parameters=rope))
 
 
+def test_type_that_transformers_leaves_out_is_named() -> None:
+    """Gemma 3 would be taken without its scaling."""
+    config = Gemma3TextConfig(rope_scaling={"type": "linear", "factor": 8.0})
+    assert refused(config).startswith("rope_parameters.full_attention.type: 'linear' is not read by transformers")
+    check_graph(SECTION, Gemma3TextConfig(rope_scaling={"rope_type": "linear", "factor": 8.0}))
+    check_graph(SECTION, LlamaConfig(rope_scaling={"type": "linear", "factor": 8.0}))
+
+
 @pytest.mark.parametrize("size", [20, 24, 100, 120])
 def test_sizes_of_heads_are_named(size: int) -> None:
     expected = f"head_dim: {size}: cannot be exported to ONNX: head_size "
