@@ -162,8 +162,8 @@ def _describe_flags(token: AddedToken) -> str:
     if not unknown:
         return described if flags else f"tokenizer.json: added_tokens: {token.content!r}"
     return (
-        f"{described}; onnxruntime-genai does not heed {' and '.join(unknown)}: set it to false in a copy of the model, "
-        "or take a model without"
+        f"{described}; onnxruntime-genai does not heed {' and '.join(unknown)}: set it to false in a copy of the "
+        "model, or take a model without"
     )
 
 

@@ -295,6 +295,68 @@ def test_blocks_that_do_not_divide_what_lies_outside_the_mlps(language: Recipe) 
     assert estimate(parse_recipe(content, "r.yaml")).rest_bytes > 0
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**content, **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 20}, r"model\.path: .*: config\.json: head_dim: 20: cannot be exported to ONNX"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            r"model\.path: .*: config\.json: rope_parameters\.full_attention\.rope_type: 'dynamic' cannot be exported",
+        ),
+        ({"intermediate_size": -4}, r"config\.json: cannot load it .* negative dimension -4"),
+        ({"vocab_size": 200}, r"65 tokens of its tokenizer have no row .*vocab_size: 200"),
+        ({"max_position_embeddings": 31}, r"config\.json: max_position_embeddings: 31: too short"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: gptq: the weights are already"),
+    ],
+)
+def test_models_that_would_not_come_out_are_refused(
+    language: Recipe, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(tmp_path / "model", **changes)
+    with pytest.raises(InputError, match=message):
+        estimate(language)
+
+
+def test_texts_longer_than_the_model_takes_are_refused(language: Recipe, tmp_path: Path) -> None:
+    change_config(tmp_path / "model", max_position_embeddings=40)
+    estimate(language)
+    content = language.model_dump(mode="json")
+    content["data"]["context"] = 41
+    with pytest.raises(InputError, match=r"data\.context: 41 is more than the 40 tokens .*max_position_embeddings: 40"):
+        estimate(parse_recipe(content, "r.yaml"))
+    change_config(tmp_path / "model", max_position_embeddings=100_000)
+    content["data"]["context"] = 8193
+    with pytest.raises(InputError, match=r"data\.context: 8193 is more than the 8192 tokens .*no model is exported"):
+        estimate(parse_recipe(content, "r.yaml"))
+
+
+def test_model_without_a_tokenizer_is_refused(language: Recipe, tmp_path: Path) -> None:
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"model\.path: .*: no tokenizer in it; put tokenizer\.json"):
+        estimate(language)
+
+
+def test_what_was_taken_of_a_model_is_printed(
+    language: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert estimate(language).notes == ()
+    content = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    whole = {"model_type": "gemma3", "text_config": content, "vision_config": {"model_type": "siglip_vision_model"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    estimated = estimate(language)
+    assert estimated.mlp_parameters == 4 * 3 * 32 * 64
+    print_estimate(language, estimated)
+    assert "note: The model's language part was taken (gemma3_text of gemma3)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_missing_text_is_named(language: Recipe, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(InputError, match=r"data\.test: .*test\.jsonl: no such file"):

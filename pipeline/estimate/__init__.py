@@ -19,7 +19,7 @@ from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stag
 from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import language_model_class, load_language_config
+from pipeline.models.causal_lm import language_model_class, load_language_config, notes_on
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.plumbing.errors import InputError
@@ -37,7 +37,7 @@ class Estimate:
     disk, of what calibration records. ``group_training_bytes``: memory to train the factors of the largest group.
     ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
     checkpoint, which need not stay in memory. ``work``: operations that take most of the time. ``notes``: what the user
-    should know of the inputs, a sentence each.
+    should know of how the model is taken, and of the inputs, a sentence each.
     """
 
     plan: Plan
@@ -97,6 +97,7 @@ def estimate(recipe: Recipe) -> Estimate:
     rest = rest_bytes(recipe, model, plan)
     with _fitting_together():
         passed = dry_run(recipe, plan, model, config, shapes_only)
+    taken = notes_on(recipe.model) if isinstance(recipe.model, LanguageModelSection) else ()
     return Estimate(
         plan=plan,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -108,7 +109,7 @@ def estimate(recipe: Recipe) -> Estimate:
         memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),
         mapped_bytes=mapped_bytes(recipe, config, model),
         work=count_work(wanted, plan, passed),
-        notes=notes,
+        notes=(*taken, *notes),
     )
 
 

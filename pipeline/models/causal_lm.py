@@ -18,6 +18,7 @@ from pipeline.models.adapters import LANGUAGE_PARTS, check_model_type, supported
 from pipeline.models.checkpoint import load_checkpoint_config, load_weights, loading
 from pipeline.models.gguf_tokenizer import check_saved_tokenizer, check_tokenizer, read_metadata
 from pipeline.models.packaged_gguf import locate_gguf
+from pipeline.models.split_gguf import SPLIT_COUNT, joined, part_names
 from pipeline.models.weights import check_finite, hash_model
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import CausalLanguageModel, LanguageModelSection, PackagedGGUFModel
@@ -145,7 +146,9 @@ def longest_text(config: Any) -> int:
 
 def name_of(section: LanguageModelSection) -> str:
     """How errors name a recipe's language model."""
-    return _Source.of(section).where
+    if isinstance(section, PackagedGGUFModel):
+        return f"model.package: {section.package}, {section.file}"
+    return f"model.path: {section.path}" + (f", {section.gguf_file}" if section.gguf_file else "")
 
 
 def language_model_class() -> Any:
@@ -172,11 +175,20 @@ class _Source:
             absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
             if absent:
                 raise InputError(f"model: GGUF files need {' and '.join(absent)}: pip install 'fips-onnx[gguf]'")
+        where = name_of(section)
         if isinstance(section, CausalLanguageModel):
-            where = f"model.path: {section.path}" + (f", {gguf_file}" if gguf_file else "")
-            return cls(section.path, section.revision, gguf_file, where)
-        path = locate_gguf(section.package, section.file)
-        return cls(str(path.parent), None, path.name, f"model.package: {section.package}, {section.file}")
+            source = cls(section.path, section.revision, gguf_file, where)
+            parts = part_names(gguf_file) if gguf_file is not None else []
+            if gguf_file is None or len(parts) == 1:
+                return source
+            folder = Path(section.path)
+            missing = [name for name in parts if folder.is_dir() and not (folder / name).is_file()]
+            if missing:
+                raise InputError(f"{where}: of its {len(parts)} parts, {', '.join(missing)} is not there; download it")
+            path = joined(gguf_file, source.file)
+        else:
+            path = joined(section.file, partial(locate_gguf, section.package))
+        return cls(str(path.parent), None, path.name, where)
 
     def load(self, load: Callable[..., Any], **options: Any) -> Any:
         if self.gguf_file is not None:
@@ -185,8 +197,14 @@ class _Source:
             return load(self.path, revision=self.revision or "main", trust_remote_code=False, **options)
 
     def gguf_path(self) -> Path:
-        with loading(self.where):
-            return Path(cached_file(self.path, self.gguf_file, revision=self.revision or "main"))
+        """The GGUF file on this machine."""
+        assert self.gguf_file is not None
+        return self.file(self.gguf_file)
+
+    def file(self, name: str) -> Path:
+        """A file of the model on this machine. Raises InputError if the model has none of this name."""
+        with loading(f"{self.where}: {name}"):
+            return Path(cached_file(self.path, name, revision=self.revision or "main"))
 
 
 def _load_whole_config(section: LanguageModelSection) -> Any:
@@ -194,7 +212,7 @@ def _load_whole_config(section: LanguageModelSection) -> Any:
     source = _Source.of(section)
     if source.gguf_file is None:
         return load_checkpoint_config(source.path, source.revision, source.where)
-    _check_rotary_embeddings(source.gguf_path())
+    _check_gguf(source.gguf_path())
     return source.load(AutoConfig.from_pretrained)
 
 
@@ -213,7 +231,7 @@ def _language_part(config: Any) -> Any:
             f"{', '.join(supported_model_types('text-generation'))}, or of {' or '.join(LANGUAGE_PARTS)}"
         )
     text.tie_word_embeddings = config.tie_word_embeddings
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype"):
         of_all = getattr(config, name, None)
         if of_all is not None:
             setattr(text, name, of_all)
@@ -234,9 +252,15 @@ def _forget_quantization(model: Any) -> None:
     model.hf_quantizer = None
 
 
-def _check_rotary_embeddings(gguf: Path) -> None:
-    """Raise InputError for scaled rotary embeddings, which transformers leaves out without a word."""
+def _check_gguf(gguf: Path) -> None:
+    """Raise InputError for scaled rotary embeddings, which transformers leaves out without a word, and for one of
+    several parts, which it takes for the whole."""
     metadata, tensors = read_metadata(gguf, ())
+    if metadata.get(SPLIT_COUNT, 1) > 1:
+        raise InputError(
+            f"{gguf.name}: it is one of {metadata[SPLIT_COUNT]} parts of a model ({SPLIT_COUNT}), but not called so; "
+            "give all parts their names again, which end like -00001-of-00002.gguf"
+        )
     scaled = [key for key, value in metadata.items() if ".rope.scaling." in key and value != "none"]
     scaled += [name for name in tensors if name.startswith("rope_freqs")]
     if scaled:

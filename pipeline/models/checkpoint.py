@@ -19,9 +19,7 @@ from pipeline.plumbing.errors import InputError
 
 CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError)
 """What transformers raises for settings that a model cannot have."""
-_CHECKPOINT_ERRORS = (
-    *CONFIG_ERRORS, LookupError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, struct.error
-)  # fmt: skip
+_CHECKPOINT_ERRORS = (*CONFIG_ERRORS, LookupError, OSError, RuntimeError, SafetensorError, struct.error)
 _REMOTE_CODE = "trust_remote_code"
 """What transformers' errors say of models that bring code of their own."""
 _QUANTIZATIONS = ("quantization_config", "compression_config", "quantization")
@@ -39,11 +37,16 @@ def loading(where: str) -> Iterator[None]:
     """Turn every error that a missing or damaged checkpoint causes into InputError, which ``where`` begins."""
     try:
         yield
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{where}: its weights hold more than tensors, which loading would execute; take a checkpoint in "
+            "safetensors"
+        ) from None
     except _CHECKPOINT_ERRORS as error:
         if _REMOTE_CODE in str(error):
             raise InputError(
-                f"{where}: auto_map in its configuration: it needs code that comes with it, which is not executed here; "
-                "take a model that transformers knows itself"
+                f"{where}: auto_map in its configuration: it needs code that comes with it, which is not executed "
+                "here; take a model that transformers knows itself"
             ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: cannot load it from a local folder or the Hugging Face hub: {reason}") from None
@@ -62,8 +65,8 @@ def load_checkpoint_config(path: str, revision: str | None, where: str) -> Any:
         adapter = find_adapter_config_file(path, revision=revision)
     if adapter is not None:
         raise InputError(
-            f"{where}: an adapter{_base_of(adapter)} (it has {Path(adapter).name}), not a whole model; merge the adapter "
-            "first (merge_and_unload() of peft) and give the folder in which the merged model was saved"
+            f"{where}: an adapter{_base_of(adapter)} (it has {Path(adapter).name}), not a whole model; merge the "
+            "adapter first (merge_and_unload() of peft) and give the folder in which the merged model was saved"
         )
     if folder.is_dir():
         _check_files(folder, where)
@@ -115,14 +118,14 @@ def _check_files(folder: Path, where: str) -> None:
             raise InputError(f"{where}: {name}: {_ALREADY_QUANTIZED}")
     config = folder / "config.json"
     if not config.is_file():
-        raise InputError(
-            f"{where}: no config.json in this folder; give the folder of a whole model{_gguf_hint(folder.glob('*.gguf'))}"
-        )
+        hint = _gguf_hint(folder.glob("*.gguf"))
+        raise InputError(f"{where}: no config.json in this folder; give the folder of a whole model{hint}")
     with loading(f"{where}: config.json"):
         content = json.loads(config.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise InputError(
-            f"{where}: config.json: model_type is missing; take the model's own config.json, in the form of transformers"
+            f"{where}: config.json: model_type is missing; take the model's own config.json, in the form of "
+            "transformers"
         )
     _check_shards(folder, where)
 
@@ -136,11 +139,12 @@ def _check_shards(folder: Path, where: str) -> None:
         if not index.is_file():
             continue
         with loading(f"{where}: {name}"):
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            weights = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            shards = sorted({str(shard) for shard in weights.values()})
         missing = [shard for shard in shards if not (index.parent / shard).is_file()]
         if missing:
             raise InputError(
-                f"{where}: {name} names {len(shards)} files of weights, of which {len(missing)} are not there: "
+                f"{where}: {name} names {len(shards)} files of weights, {len(missing)} of them missing: "
                 f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; download the model again"
             )
         return

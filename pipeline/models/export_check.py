@@ -63,13 +63,13 @@ def check_graph(section: LanguageModelSection, config: Any) -> None:
     culprits = _culprits(config)
     named = ", ".join(f"{key}: {value}" for key, value in culprits.items())
     remedy = next((_REMEDIES[key] for key in culprits if key in _REMEDIES), "take a model without it")
-    raise InputError(
-        f"{name_of(section)}: config.json{f': {named}' if named else ''}: cannot be exported to ONNX: {reason}; {remedy}"
-    )
+    where = f"{name_of(section)}: config.json{f': {named}' if named else ''}"
+    raise InputError(f"{where}: cannot be exported to ONNX: {reason}; {remedy}")
 
 
 def check_saved_config(section: LanguageModelSection, model: nn.Module) -> None:
-    """Raise InputError unless configuration and tokenizer can be written into an artefact and read by onnxruntime-genai.
+    """Raise InputError unless configuration and tokenizer can be written into an artefact and onnxruntime-genai reads
+    them.
 
     ``model``: the whole model, whose weights may be anywhere; they are not read.
     """
@@ -85,7 +85,8 @@ def check_saved_config(section: LanguageModelSection, model: nn.Module) -> None:
         except TokenizerError as error:
             raise InputError(f"{where}: its tokenizer cannot go into an artefact: {error}") from None
         except ValueError as error:  # settings that transformers does not write
-            raise InputError(f"{where}: generation_config.json or config.json: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{where}: generation_config.json or config.json: {reason}") from None
 
 
 def miniature(config: Any) -> Any:
@@ -172,12 +173,19 @@ def _head_size(config: Any) -> int:
 
 
 def _check_rope_types(section: LanguageModelSection, config: Any) -> None:
-    """Raise InputError for rotary embeddings whose frequencies change with the length of the text."""
+    """Raise InputError for rotary embeddings whose frequencies change with the length of the text, and for a type under
+    the key of older files where transformers leaves it out without a word (in Gemma 3)."""
     parameters = config.rope_parameters or {}
     layered = [key for key in parameters if key in ("full_attention", "sliding_attention")]
     by_key: Mapping[str, Any] = {f"rope_parameters.{key}": parameters[key] for key in layered}
     for key, values in (by_key or {"rope_parameters": parameters}).items():
         kind = (values or {}).get("rope_type", "default")
+        old = (values or {}).get("type", kind)
+        if old != kind:
+            raise InputError(
+                f"{name_of(section)}: config.json: {key}.type: {old!r} is not read by transformers, which takes rope_type, "
+                f"{kind!r}; call the key rope_type in a copy of the model"
+            )
         if kind not in STATIC_ROPE:
             raise InputError(
                 f"{name_of(section)}: config.json: {key}.rope_type: {kind!r} cannot be exported to ONNX (older files "

@@ -109,7 +109,7 @@ def assemble_report(
             pipeline_peak_rss_bytes=max(*folder.peak_rss_bytes.values(), peak_rss_bytes()),
             peak_rss_by_stage=folder.peak_rss_bytes,
         ),
-        warnings=(),
+        warnings=task.dense.notes,
         seconds=folder.seconds,
         disk_bytes=sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
         reused_stages=tuple(folder.reused),

@@ -29,11 +29,12 @@ Form = Union[nn.Module, "onnxruntime.InferenceSession"]
 @dataclass(frozen=True)
 class Dense:
     """A dense model, float32, in evaluation mode. ``sites``: its MLPs. ``source_hash``: SHA-256 of configuration and
-    weights, wherever they came from."""
+    weights, wherever they came from. ``notes``: what a user should know of how it was taken."""
 
     model: nn.Module
     sites: list[MLPSite]
     source_hash: str
+    notes: tuple[str, ...] = ()
 
 
 class Task(ABC):
@@ -63,8 +64,14 @@ class Task(ABC):
         """Load the dense model, from ``folder`` if :meth:`make_dense` saved it there."""
 
     def open_dense(self, folder: Path) -> None:
-        """Load the dense model (:meth:`load_dense`) and keep it for all that follows."""
+        """Load the dense model (:meth:`load_dense`) and keep it for all that follows. Raises InputError for weights
+        that cannot be stored as the recipe says."""
         self._dense = self.load_dense(folder)
+        self.check_stored()
+
+    @abstractmethod
+    def check_stored(self) -> None:
+        """Raise InputError if weights of the dense model cannot be stored as the recipe says."""
 
     @property
     def dense(self) -> Dense:

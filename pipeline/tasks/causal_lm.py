@@ -39,8 +39,15 @@ from pipeline.evaluation.perplexity import (
 )
 from pipeline.evaluation.text_speed import GENERATED_TOKENS, PROMPT_TOKENS, bench_causal_lm
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import load_language_config, load_language_model, load_tokenizer, longest_text
+from pipeline.models.causal_lm import (
+    load_language_config,
+    load_language_model,
+    load_tokenizer,
+    longest_text,
+    notes_on,
+)
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
+from pipeline.models.weights import check_float16
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
 from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
@@ -85,7 +92,13 @@ class CausalLMTask(Task):
     def load_dense(self, folder: Path) -> Dense:
         loaded = load_language_model(self.section, self.tokenizer)
         check_vocabulary(self.data, self.tokenizer, len(output_table(loaded.model)))
-        return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash)
+        return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash, notes_on(self.section))
+
+    def check_stored(self) -> None:
+        groups = make_plan(self.recipe, self.sites).groups
+        compressed = {path for group in groups for site in group.sites for path in site.linear_paths}
+        plain = {path for site in self.sites for path in site.linear_paths}
+        check_float16(self.model, self.recipe.quantization.rest, compressed, plain)
 
     # --- samples ---
 

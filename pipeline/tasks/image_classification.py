@@ -32,7 +32,7 @@ from pipeline.evaluation.measurements import (
 )
 from pipeline.models.adapters import find_mlps
 from pipeline.models.image_classifier import ATTENTION, load_model, load_preprocessing, model_class
-from pipeline.models.weights import check_finite, hash_model
+from pipeline.models.weights import check_finite, check_float16, hash_model
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import remove_checkpoint, step_generator
 from pipeline.recipe.schema import (
@@ -93,6 +93,10 @@ class ImageClassificationTask(Task):
         model = model_class().from_pretrained(folder / "model", attn_implementation=ATTENTION).eval()
         check_finite(model)
         return Dense(model, find_mlps(model), hash_model(model))
+
+    def check_stored(self) -> None:
+        plain = {"classifier", *(path for site in self.sites for path in site.linear_paths)}
+        check_float16(self.model, self.recipe.quantization.rest, plain=plain)
 
     # --- samples ---
 

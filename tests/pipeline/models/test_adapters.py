@@ -160,11 +160,6 @@ def test_model_of_another_task_is_pointed_to_its_source() -> None:
         check_model_type("qwen3", "image-classification")
 
 
-def test_gemma3_with_images_is_refused() -> None:
-    with pytest.raises(InputError, match=r"'gemma3' reads images too; take .* its language model.*'gemma3_text'"):
-        check_model_type("gemma3", "text-generation")
-
-
 def test_all_offenders_are_named() -> None:
     model = vit()
     model.vit.layers[0].mlp.fc1 = nn.Identity()

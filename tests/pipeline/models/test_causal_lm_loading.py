@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,30 @@ from language_samples import (
     write_gguf,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, ViTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Llama4Config,
+    LlavaConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PaliGemmaConfig,
+    PixtralVisionConfig,
+    Qwen2VLConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 from pipeline.data.text import leading_token
-from pipeline.models.causal_lm import load_language_config, load_language_model, load_tokenizer
+from pipeline.models.adapters import LANGUAGE_PARTS, find_mlps
+from pipeline.models.causal_lm import load_language_config, load_language_model, load_tokenizer, notes_on
 from pipeline.models.gguf_tokenizer import TOKENIZER_SAMPLES, SentencePieces, check_saved_tokenizer, check_tokenizer
 from pipeline.models.packaged_gguf import cache_folder, locate_gguf
 from pipeline.plumbing.errors import InputError
@@ -125,6 +146,67 @@ def test_absent_folder_and_other_models_are_refused(tmp_path: Path) -> None:
         load_language_config(section(tmp_path))
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"model\.path: .*cannot load it"):
+        load_language_config(section(tmp_path))
+
+
+# --- models that read images too -------------------------------------------------------------------------------
+
+
+def with_images(kind: str) -> Any:
+    """A tiny ``…ForConditionalGeneration`` around a language model; its end of text is said outside of that."""
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    if kind == "gemma3":
+        text = tiny_config(Gemma3TextConfig, sliding_window=8, initializer_range=0.3).to_dict()
+        vision_config = SiglipVisionConfig(**vision).to_dict()
+        config = Gemma3Config(text_config=text, vision_config=vision_config, mm_tokens_per_image=4, eos_token_id=[1, 3])
+        return Gemma3ForConditionalGeneration(config).eval()
+    text = tiny_config(MistralConfig, initializer_range=0.3).to_dict()
+    vision_config = PixtralVisionConfig(**vision, head_dim=16).to_dict()
+    mistral = Mistral3Config(
+        text_config=text, vision_config=vision_config, tie_word_embeddings=False, eos_token_id=[1, 3]
+    )
+    return Mistral3ForConditionalGeneration(mistral).eval()
+
+
+OLD_NAMES = {r"^model\.language_model\.": "language_model.model.", r"^lm_head\.": "language_model.lm_head."}
+NEW_NAMES = {r"^language_model\.model\.": "model.language_model.", r"^language_model\.lm_head\.": "lm_head."}
+
+
+@pytest.mark.parametrize("names", [OLD_NAMES, NEW_NAMES], ids=["old", "new"])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_language_part_of_a_model_that_reads_images_too(kind: str, names: dict[str, str], tmp_path: Path) -> None:
+    model = with_images(kind)
+    saved(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for pattern, replacement in names.items():
+        weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load_language_model(section(tmp_path))
+    assert loaded.model.config.model_type == LANGUAGE_PARTS[kind]
+    assert loaded.model.config.eos_token_id == [1, 3]
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == (kind == "gemma3")
+    note = f"language part was taken ({LANGUAGE_PARTS[kind]} of {kind})"
+    assert [note in line for line in notes_on(section(tmp_path))] == [True]
+    assert find_mlps(loaded.model)[1].path == "model.layers.1.mlp"
+
+
+def test_language_models_have_no_notes(tmp_path: Path) -> None:
+    assert notes_on(section(saved(tiny_llama(), tmp_path))) == ()
+
+
+@pytest.mark.parametrize("config", [PaliGemmaConfig(), LlavaConfig(), Llama4Config(), Qwen2VLConfig(), CLIPConfig()])
+def test_other_models_of_several_modalities_are_refused(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    part = config.get_text_config().model_type
+    with pytest.raises(
+        InputError,
+        match=rf"'{config.model_type}' is not for text alone, and its .*'{part}' cannot be taken .*gemma3 or mistral3",
+    ):
         load_language_config(section(tmp_path))
 
 
