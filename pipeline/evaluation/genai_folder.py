@@ -112,7 +112,7 @@ def _harmless(folder: Path, value: Any, path: str, library: str, *, replace_any:
         elif key.endswith(("filename", "_file", "_dir")) and isinstance(item, str) and item:
             try:
                 inside(folder, item)
-            except ArtifactError as error:
-                raise refuse(key, str(error)) from None
+            except ArtifactError:
+                raise refuse(key, f"{quoted(item)} is no plain path inside the folder") from None
         result[key] = _harmless(folder, item, f"{path}.{key}".lstrip("."), library, replace_any=replace_any)
     return result

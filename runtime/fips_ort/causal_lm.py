@@ -27,7 +27,7 @@ def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, 
     """Add to ``inputs`` what else the graph of ``session`` reads, for texts without a past: an attention mask of ones
     and an empty cache. Inputs of graphs that read neither are returned as they are.
 
-    Raises ValueError for token ids that the model does not have, or if there are none (:func:`checked_token_ids`).
+    Raises ValueError for token ids that the model does not have, or for no texts (:func:`checked_token_ids`).
     """
     result = dict(inputs)
     if "input_ids" in result:
@@ -51,15 +51,15 @@ def checked_token_ids(session: onnxruntime.InferenceSession, input_ids: Any) -> 
     ONNX Runtime does not check ids: a packed token table gives zeros for those that it does not have, and takes
     negative ones from its end. Raises ValueError for one outside the vocabulary (the last axis of the logits of
     ``session``, where the graph says how long it is), naming both; for what is not integers [batch, tokens]; and for no
-    texts or no tokens.
+    texts, which some models' graphs do not survive. Texts may be without tokens: feeds to put tokens into later.
     """
     ids = np.asarray(input_ids)
     if ids.dtype.kind not in "iu" or ids.ndim != 2:
         raise ValueError(f"token ids must be integers [batch, tokens], got {ids.dtype} {list(ids.shape)}")
-    if not ids.size:
-        raise ValueError(f"token ids [batch, tokens] are empty: {list(ids.shape)}")
+    if not len(ids):
+        raise ValueError(f"token ids [batch, tokens] of no texts: {list(ids.shape)}")
     vocabulary = next((value.shape[-1] for value in session.get_outputs() if value.name == "logits"), None)
-    for worst in (int(ids.min()), int(ids.max())):
+    for worst in (int(ids.min()), int(ids.max())) if ids.size else ():
         if isinstance(vocabulary, int) and not 0 <= worst < vocabulary:
             raise ValueError(f"token id {worst} is not in the model's vocabulary of {vocabulary:,}")
         if worst < 0:

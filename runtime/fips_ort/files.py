@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from fips_ort.errors import ArtifactError
 
+MANIFEST = "fips.json"
+"""The file that names all others."""
 _HUB_REPOSITORY = ("models--", "datasets--", "spaces--")
 _LONGEST_PATH = 1024
 
@@ -18,7 +20,7 @@ def inside(folder: Path, relative: str) -> Path:
     symbolic link. In a snapshot of the Hugging Face cache (``models--ORG--NAME/snapshots/REVISION``), where every file
     is a link, links may lead to the ``blobs`` of the same repository.
     """
-    where = f"{folder}: path {quoted(relative)}"
+    where = f"{folder / MANIFEST}: path {quoted(relative)}"
     pure = PurePosixPath(relative)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in relative or ":" in relative:
         raise ArtifactError(f"{where} leads outside the artefact's folder")

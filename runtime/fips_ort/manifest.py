@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fips_ort.errors import ArtifactError
-from fips_ort.files import file_size, inside, quoted, read_file, some_of
+from fips_ort.files import MANIFEST, file_size, inside, quoted, read_file, some_of
 from fips_ort.golden import TOLERANCES
 from fips_ort.layout import Layout, Pattern
 from fips_ort.onnx_tensors import InvalidModelError, ModelTensors, external_files, read_tensors
 from fips_ort.strict_json import parse_json
 
-MANIFEST = "fips.json"
 SCHEMA_VERSION = 1
 _MOST_BYTES = 1 << 24
 _MOST_ENTRIES = 100_000
