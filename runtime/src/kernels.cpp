@@ -101,6 +101,7 @@ constexpr Kernels all_kernels() {
   all.scratch_bytes = scratch_bytes;
   all.tile = run_tile;
   all.quantize_block = quantize_block;
+  all.largest_magnitude = largest_magnitude;
   all.add_parts = add_parts;
   return all;
 }

@@ -23,6 +23,8 @@ struct Kernels {
   // Rounds a block of activations (fips_ort/reference.py). A block with a value that is not finite gets the scale NaN.
   // sum: scale times the sum of the codes.
   void (*quantize_block)(const float* a, size_t size, int8_t* codes, float* scale, float* sum);
+  // The largest magnitude of `count` values, as bits: those of infinities and NaNs are larger than of all others.
+  int32_t (*largest_magnitude)(const float* values, size_t count);
   // y [size] = the sum of parts [count, size].
   void (*add_parts)(const float* parts, size_t count, size_t size, float* y);
 };

@@ -1,4 +1,4 @@
-// Rounds the activations, cuts a product into tiles for the threads, and adds what the parts of a sum give.
+// Brings activations into a range, rounds them, cuts a product into tiles for the threads, and adds what the parts of a sum give.
 
 #include "matmul.h"
 
@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "simd/integers.h"
 
@@ -16,6 +17,10 @@ namespace {
 constexpr size_t kAlignment = 64;
 // Below this many multiplications waking other threads costs more than it gains.
 constexpr size_t kSmallestParallelWork = 1 << 16;
+// Magnitudes of activations that are multiplied as they are, as bits of floats: scales and levels (up to 2^16 and 2^8)
+// and sums of up to 2^31 terms neither overflow then nor become subnormal. A row of others, 0 aside, is brought there.
+constexpr int32_t kSmallest = (127 - 64) << 23, kLargest = (127 + 64) << 23;
+constexpr float kUp = 0x1p64f, kDown = 0x1p-64f;
 // How many parts a sum is cut into.
 constexpr size_t kSumParts = 8;
 // What a tile has of stored rows at least and at most, and into how many tiles they are cut between that.
@@ -115,6 +120,17 @@ size_t tile_outputs_of(const Task& task, const Kernels& kernels) {
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
 
+// Calls body(i) for every i below `count`, on several threads if that much `work` is worth it.
+template <typename Body>
+void for_each_row(size_t count, size_t work, const ParallelFor& parallel_for, Body body) {
+  if (work < kSmallestParallelWork) {
+    for (size_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  parallel_for.run(
+      parallel_for.context, count, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, &body);
+}
+
 // Activations rounded to int8 in blocks. Kernels that cannot multiply integers get the rounded values as floats.
 void rounded_matmul(Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
   const Layout& layout = *task.weight->layout;
@@ -133,13 +149,7 @@ void rounded_matmul(Task& task, const Kernels& kernels, const ParallelFor& paral
       if (offset) std::transform(out, out + size, out, [](int8_t code) { return static_cast<int8_t>(code ^ -128); });
     }
   };
-  if (task.m * k < kSmallestParallelWork) {
-    for (size_t i = 0; i < task.m; ++i) quantize(i);
-  } else {
-    parallel_for.run(
-        parallel_for.context, task.m, [](void* data, size_t i) { (*static_cast<decltype(quantize)*>(data))(i); },
-        const_cast<void*>(static_cast<const void*>(&quantize)));
-  }
+  for_each_row(task.m, task.m * k, parallel_for, quantize);
   if (task.integers) {
     task.codes = codes.get();
     task.scales = scales.get();
@@ -160,11 +170,8 @@ void rounded_matmul(Task& task, const Kernels& kernels, const ParallelFor& paral
   run(task, kernels, parallel_for);
 }
 
-}  // namespace
-
-void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias, float* y, const Kernels& kernels,
+void multiply(const Weight& weight, const float* a, size_t m, const float* bias, float* y, const Kernels& kernels,
               const ParallelFor& parallel_for) {
-  if (m == 0) return;
   const Layout& layout = *weight.layout;
   Task task;
   task.weight = &weight;
@@ -179,6 +186,44 @@ void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias,
     rounded_matmul(task, kernels, parallel_for);
   } else {
     run(task, kernels, parallel_for);
+  }
+}
+
+// What brings a row of this magnitude into the range: 1 for most.
+float lift_of(int32_t magnitude) {
+  if (magnitude >= kLargest) return kDown;  // also of infinities and NaNs, which stay what they are
+  return magnitude != 0 && magnitude < kSmallest ? kUp : 1.0f;
+}
+
+}  // namespace
+
+void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias, float* y, const Kernels& kernels,
+              const ParallelFor& parallel_for) {
+  if (m == 0) return;
+  const Layout& layout = *weight.layout;
+  const size_t k = layout.trans_b ? layout.columns : layout.rows, n = layout.trans_b ? layout.rows : layout.columns;
+  std::vector<float> lifts(m);
+  for_each_row(m, m * k, parallel_for, [&](size_t i) { lifts[i] = lift_of(kernels.largest_magnitude(a + i * k, k)); });
+  std::vector<size_t> lifted;
+  for (size_t i = 0; i < m; ++i) {
+    if (lifts[i] != 1.0f) lifted.push_back(i);
+  }
+  if (lifted.size() < m) multiply(weight, a, m, bias, y, kernels, parallel_for);
+  if (lifted.empty()) return;
+
+  // Rare: these rows once more, by themselves, so that the others are what they are without them.
+  const AlignedArray<float> values(lifted.size() * k), products(lifted.size() * n);
+  for (size_t i = 0; i < lifted.size(); ++i) {
+    const float lift = lifts[lifted[i]];
+    std::transform(a + lifted[i] * k, a + (lifted[i] + 1) * k, values.get() + i * k,
+                   [lift](float value) { return value * lift; });
+  }
+  multiply(weight, values.get(), lifted.size(), nullptr, products.get(), kernels, parallel_for);
+  for (size_t i = 0; i < lifted.size(); ++i) {
+    const float back = 1.0f / lifts[lifted[i]];
+    for (size_t j = 0; j < n; ++j) {
+      y[lifted[i] * n + j] = products.get()[i * n + j] * back + (bias ? bias[j] : 0.0f);
+    }
   }
 }
 

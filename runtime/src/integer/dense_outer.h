@@ -17,6 +17,9 @@ namespace FIPS_ISA {
 namespace {
 
 constexpr float kLargest = 16256.0f; // 127 · 128: an activation is 128 · high + low, low from -64 to 63
+// Runs of smaller values, and of zeros, are rounded as if this were their largest: the scale stays a normal float, and
+// its inverse finite.
+constexpr float kSmallestMaximum = kLargest * 0x1p-126f;
 constexpr size_t kQuads = kRun / 4;
 constexpr size_t kGroup = 2 * Vec::kLanes;  // blocks of columns for which activations are rounded at a time
 
@@ -35,7 +38,8 @@ struct Rounded {
 
 // values [kRun] → rounded. maximum: of their magnitudes.
 inline void round_run(const float* values, float maximum, Rounded& out) {
-  const Vec::Floats factor = Vec::Set(f32, maximum > 0.0f ? kLargest / maximum : 0.0f), shift = Vec::Set(f32, kRounder);
+  maximum = maximum > kSmallestMaximum ? maximum : kSmallestMaximum;
+  const Vec::Floats factor = Vec::Set(f32, kLargest / maximum), shift = Vec::Set(f32, kRounder);
   Vec::Floats sum = Vec::Zero(f32);
   for (size_t k = 0; k < kRun; k += Vec::kLanes) {
     const Vec::Floats shifted = Vec::MulAdd(Vec::LoadU(f32, values + k), factor, shift);

@@ -1,4 +1,5 @@
-// Holds the steps of rounding floats to integers that quantize.h and dense_outer.h share.
+// Holds the steps of rounding floats to integers that quantize.h and dense_outer.h share, and the magnitude of
+// activations, which also decides how matmul.cpp multiplies them.
 #pragma once
 
 #include "simd/vec.h"
@@ -15,14 +16,22 @@ constexpr int32_t kRounderBits = 0x4b400000;
 constexpr int32_t kSignless = 0x7fffffff;
 constexpr int32_t kInfinity = 0x7f800000;
 
-// The largest magnitude of `count` values, whole vectors, as bits.
+// The largest magnitude of `count` values, as bits.
 inline int32_t largest_magnitude(const float* values, size_t count) {
+  const size_t whole = count / Vec::kLanes * Vec::kLanes;
   Vec::Ints largest = Vec::Zero(i32);
-  for (size_t k = 0; k < count; k += Vec::kLanes) {
+  for (size_t k = 0; k < whole; k += Vec::kLanes) {
     const Vec::Ints magnitude = Vec::And(Vec::BitCast(i32, Vec::LoadU(f32, values + k)), Vec::Set(i32, kSignless));
     largest = Vec::Max(magnitude, largest);
   }
-  return Vec::ReduceMax(i32, largest);
+  int32_t result = Vec::ReduceMax(i32, largest);
+  for (size_t k = whole; k < count; ++k) {
+    int32_t magnitude;
+    std::memcpy(&magnitude, values + k, sizeof magnitude);
+    magnitude &= kSignless;
+    result = result < magnitude ? magnitude : result;
+  }
+  return result;
 }
 
 }  // namespace

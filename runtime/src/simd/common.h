@@ -39,14 +39,14 @@ inline float float_from_half(uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
 #else
+  // No step has a subnormal float, which the CPU may be told to take for zero. Only the value of subnormal halves is
+  // wanted, all of which are normal floats.
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
   const uint32_t rest = half & 0x7fff;
-  uint32_t bits = rest << 13;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  value *= 0x1p112f;  // moves the exponent's bias, and makes subnormal halves normal
+  float value = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
+  uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if (rest >= 0x7c00) bits = 0x7f800000 | rest << 13;  // infinity, NaN
+  if (rest >= 0x400) bits = (rest << 13) + (rest < 0x7c00 ? 0x38000000 : 0x70000000);  // moves the exponent's bias
   bits |= sign;
   std::memcpy(&value, &bits, 4);
   return value;
