@@ -7,14 +7,20 @@ from typing import Any
 from pipeline.estimate.sizes import rest_linears
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.plan import MLPSite
-from pipeline.recipe.schema import ImageFolderData, LocalTextData, Recipe
+from pipeline.recipe.schema import CausalLanguageModel, ImageFolderData, LocalTextData, PretrainedModel, Recipe
 
 _OFFENDERS_NAMED = 3
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Raise InputError naming a folder or file of the recipe's data that is not there."""
-    data = recipe.data
+    """Raise InputError naming a folder or file of the recipe's data that is not there, or a revision of a model that
+    has none."""
+    model, data = recipe.model, recipe.data
+    if isinstance(model, PretrainedModel | CausalLanguageModel) and model.revision and Path(model.path).is_dir():
+        raise InputError(
+            f"recipe {recipe.name}: model.revision: {model.revision}: model.path {model.path} is a folder, and has no "
+            "revisions; leave it out"
+        )
     if isinstance(data, ImageFolderData):
         for name in (data.train, data.test):
             if not (Path(data.path) / name).is_dir():
