@@ -183,8 +183,8 @@ def _check_rope_types(section: LanguageModelSection, config: Any) -> None:
         old = (values or {}).get("type", kind)
         if old != kind:
             raise InputError(
-                f"{name_of(section)}: config.json: {key}.type: {old!r} is not read by transformers, which takes rope_type, "
-                f"{kind!r}; call the key rope_type in a copy of the model"
+                f"{name_of(section)}: config.json: {key}.type: {old!r} is not read by transformers, which takes "
+                f"rope_type, {kind!r}; call the key rope_type in a copy of the model"
             )
         if kind not in STATIC_ROPE:
             raise InputError(

@@ -155,8 +155,8 @@ class DigitsData(Section):
 
 
 class ImageFolderData(Section):
-    """Image files in folders as ImageNet has them, ``path/{train,test}/LABEL/image.*`` or deeper; the label is a name or
-    index that the model knows."""
+    """Image files in folders as ImageNet has them, ``path/{train,test}/LABEL/image.*`` or deeper; the label is a name
+    or index that the model knows."""
 
     source: Literal["image_folder"]
     path: UserPath
