@@ -225,7 +225,8 @@ def language(tmp_path: Path) -> Recipe:
     tiny_language_model("gemma3", num_hidden_layers=4, layer_types=["full_attention"] * 4).save_pretrained(model)
     byte_level_tokenizer().save_pretrained(model)
     (tmp_path / "train.txt").write_text("the dog waits\n" * 200, encoding="utf-8")
-    (tmp_path / "test.jsonl").write_text('{"text": "the cat sleeps"}\n' * 40, encoding="utf-8")
+    lines = "".join(f'{{"text": "the cat sleeps {number}"}}\n' for number in range(40))
+    (tmp_path / "test.jsonl").write_text(lines, encoding="utf-8")
     return language_recipe(model, tmp_path)
 
 
