@@ -43,7 +43,8 @@ def check_inputs(recipe: Recipe) -> tuple[str, ...]:
 def _check_model_path(model: PretrainedModel | CausalLanguageModel) -> None:
     path = Path(model.path)
     if path.is_file():
-        raise InputError(f"model.path: {model.path}: a file; give the folder that it is in")
+        named = ", and its name as gguf_file" if isinstance(model, CausalLanguageModel) else ""
+        raise InputError(f"model.path: {model.path}: a file; give the folder that it is in{named}")
     if model.revision is not None and path.is_dir():
         raise InputError(
             f"model.revision: {model.revision}: {model.path} is a local folder, which has no revisions; leave it out"

@@ -200,11 +200,15 @@ def _check_processor(preprocessing: Preprocessing, where: str) -> None:
                 f"{where}: its image processor ({_PROCESSOR_FILES[0]}) cannot prepare an image: "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from None
-        channels, height, width = pixel_values.shape[1:]
-        if (channels, height, width) != (3, size, size):
+        height, width = pixel_values.shape[2:]
+        if (height, width) != (size, size):
             raise InputError(
-                f"{where}: its image processor makes images of {height}x{width} with {channels} channels, "
-                f"the model takes {size}x{size} with 3; mend {_PROCESSOR_FILES[0]} (do_resize, size, do_center_crop)"
+                f"{where}: its image processor makes images of {height}x{width}, the model takes {size}x{size}; mend "
+                f"{_PROCESSOR_FILES[0]} (do_resize, size, do_center_crop)"
+            )
+        if pixel_values.shape[1] != 3:
+            raise InputError(
+                f"{where}: its image processor makes images of {pixel_values.shape[1]} channels, the model takes 3"
             )
         if not torch.isfinite(pixel_values).all():
             raise InputError(
