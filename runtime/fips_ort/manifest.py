@@ -183,8 +183,9 @@ class Manifest:
             twice = [name for name, count in Counter(names).items() if count > 1]
             if twice:
                 raise ArtifactError(f"{where}: {key}: listed twice: {some_of(twice)}")
-        names = [*(entry.name for entry in [*self.tensors, *self.weights]), *self.golden.inputs, *self.golden.outputs]
-        odd = [name for name in [*names, *self.versions, *self.versions.values()] if not name.isprintable()]
+        stored = [tensor.name for tensor in self.tensors] + [weight.name for weight in self.weights]
+        others = [*self.golden.inputs, *self.golden.outputs, *self.versions, *self.versions.values()]
+        odd = [name for name in [*stored, *others] if not name.isprintable()]
         if odd:
             raise ArtifactError(f"{where}: names with characters that cannot be printed: {some_of(odd)}")
         for index, file in enumerate(self.files):
