@@ -41,6 +41,9 @@ class Expected:
     allowed: NDArray[np.float32]
     flushed: NDArray[np.float32]
 
+    def __getitem__(self, rows: slice) -> "Expected":
+        return Expected(self.outputs[rows], self.allowed[rows], self.flushed[rows])
+
     def excess(self, actual: NDArray[np.float32], *, flushed: bool = False) -> Floats:
         """How far outputs are from what they may be, in units of the bounds, [..., N]: 1 is the most, inf is wrong."""
         bound = (self.flushed if flushed else self.allowed).astype(np.float64)
