@@ -111,7 +111,7 @@ def evaluate_perplexity(
                     done += len(targets)
         if progress is not None:
             so_far = sums[: indices.stop].sum() / counts[: indices.stop].sum()
-            progress(indices.stop, len(windows), f"perplexity {math.exp(so_far):.3f}")
+            progress(indices.stop, len(windows), f"perplexity {_exp(float(so_far)):.3f}")
     return _summarize(sums, counts, windows, comparison.result() if comparison is not None else None)
 
 
@@ -128,7 +128,7 @@ def paired_difference(model: Perplexity, baseline: Perplexity) -> PairedDifferen
     difference, error = _ratio_of_sums(
         model.window_nll - baseline.window_nll, model.window_tokens, _correlated_windows(model.context, model.stride)
     )
-    return PairedDifference(nll=difference, standard_error=error, ratio=math.exp(difference))
+    return PairedDifference(nll=difference, standard_error=error, ratio=_exp(difference))
 
 
 def check_windows(windows: TextSplit) -> None:

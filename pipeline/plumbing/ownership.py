@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.plumbing.errors import InputError
-from pipeline.plumbing.files import write_text, writing
+from pipeline.plumbing.files import writing
 
 MARK = ".made-by-fips"
-"""Name of the file that marks a folder. It is written while nothing else is there that we would replace or delete."""
-_TEXT = "The command fips has made this folder, and writes over its own results here.\n"
+"""Name of the empty file that marks a folder: the command fips has made it, and replaces its own results there. It is
+created while nothing else is there that we would replace or delete."""
 
 
 def check_mine(folder: Path, where: str, names: Iterable[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def check_mine(folder: Path, where: str, names: Iterable[str] | None = None) -> 
     with writing(folder):
         if not os.path.lexists(folder) or (folder / MARK).is_file():
             return
-        there = {*os.listdir(folder)} - {f".{MARK}.tmp"}
+        there = {*os.listdir(folder)}
     foreign = sorted(there if names is None else there & {*names})
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -36,5 +36,5 @@ def claim(folder: Path, where: str, names: Iterable[str] | None = None) -> None:
     check_mine(folder, where, names)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MARK).is_file():
-        write_text(folder / MARK, _TEXT)
+        if not (folder / MARK).is_file():
+            (folder / MARK).touch()

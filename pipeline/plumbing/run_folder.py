@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -128,6 +128,9 @@ class RunFolder:
                 if folder.exists():
                     shutil.rmtree(folder)
                 registered.unlink()
+            if folder.parent != self.work:
+                with suppress(OSError):  # other groups, or nothing
+                    folder.parent.rmdir()
 
     def stage(
         self,

@@ -1,6 +1,7 @@
 """Causal language models: perplexity, ONNX on onnxruntime-genai's model builder."""
 
 import copy
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ from pipeline.models.causal_lm import (
 )
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
 from pipeline.models.weights import check_float16
+from pipeline.plumbing.errors import StageError
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
 from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
@@ -159,15 +161,13 @@ class CausalLMTask(Task):
             quality = evaluate_perplexity(
                 logits_of, self.data.test, config.batch_size, config.stride, report, reference
             )
-        save_perplexity(quality, folder)
-        return _describe(quality)
+        return _save(quality, folder, label)
 
     def measure_dense(self, folder: Path, progress: Progress) -> str:
         config = self.recipe.evaluation
         with progress.counter("evaluate dense", self._evaluated_windows) as report:
             quality = evaluate_dense(self.model, self.data.test, config.batch_size, config.stride, folder, report)
-        save_perplexity(quality, folder)
-        return _describe(quality)
+        return _save(quality, folder, "dense")
 
     @property
     def _evaluated_windows(self) -> int:
@@ -282,6 +282,17 @@ class CausalLMTask(Task):
         speed, by_backend = bench_causal_lm(artifact, self.model, self.tokenizer, prompt, threads)
         memory = ArtifactMemory(**measure_memory(artifact), load_rss_by_backend=by_backend)
         return Benchmark(speed=speed, memory=memory)
+
+
+def _save(quality: Perplexity, folder: Path, label: str) -> str:
+    """Save the quality of the form ``label`` and describe it. Raises StageError if no number holds its perplexity."""
+    if not math.isfinite(quality.perplexity):
+        raise StageError(
+            f"{label}: {quality.nll:.0f} nats a token are a perplexity that no number holds: the model is broken, or "
+            "training diverged (try a lower learning_rate, or more bits)"
+        )
+    save_perplexity(quality, folder)
+    return _describe(quality)
 
 
 def _describe(quality: Perplexity) -> str:

@@ -9,6 +9,7 @@ from task_samples import open_language_task
 from torch import Tensor
 
 from pipeline.evaluation.perplexity import HIDDEN_STATES
+from pipeline.plumbing.errors import StageError
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.plan import make_plan
 from pipeline.tasks.causal_lm import REST_TABLES
@@ -22,6 +23,16 @@ def test_only_measuring_the_dense_model_keeps_its_hidden_states(tmp_path: Path) 
     assert (tmp_path / "dense" / HIDDEN_STATES).exists()
     compared = task.measure(task.model, tmp_path / "compared", "form", Progress(), against_dense=tmp_path / "dense")
     assert compared == said
+
+
+def test_a_perplexity_that_no_number_holds_ends_in_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On terminals, where it is shown as it grows, too."""
+    task = open_language_task("llama", tmp_path)
+    monkeypatch.setattr(task.model.lm_head.weight, "data", task.model.lm_head.weight.data * 1e4)
+    with pytest.raises(StageError, match=r"form: \d+ nats a token are a perplexity that no number holds"):
+        task.measure(task.model, tmp_path / "form", "form", Progress())
 
 
 def test_calibration_and_the_rest_read_the_same_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
