@@ -35,7 +35,8 @@ class FakeQuantizer(nn.Module):
 
     ``scale = float16(initial_scale * exp(log_gain))`` with one learnable ``log_gain`` per block when
     ``learned_scales`` (relative steps suit AdamW whatever the magnitude); gradients follow LSQ
-    (arXiv 1902.08153), which is what torchao's straight-through rounding gives.
+    (arXiv 1902.08153), which is what torchao's straight-through rounding gives. Blocks whose initial scale is 0 are
+    zero, whatever is in them: so midrise, which has no level at zero, keeps what was pruned.
     """
 
     initial_scale: Tensor
@@ -68,18 +69,23 @@ class FakeQuantizer(nn.Module):
     def scale(self) -> Tensor:
         """Current scales: float32 [rows, blocks], each exactly a float16 value; straight-through gradient."""
         scale = (self.initial_scale * self.log_gain.exp()).clamp(SMALLEST_SCALE, LARGEST_SCALE)
-        return scale + (scale.half().float() - scale).detach()
+        scale = scale + (scale.half().float() - scale).detach()
+        absent = self.initial_scale == 0
+        return scale.masked_fill(absent, 0.0) if absent.any() else scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """The matrix with every entry replaced by its nearest level: float32 [rows, columns]."""
-        scale = self.scale()
-        block = self.layout.block_size
+        scale, absent = self.scale(), self.initial_scale == 0
+        some_absent, block = bool(absent.any()), self.layout.block_size
+        if some_absent:
+            scale = scale.masked_fill(absent, 1.0)
         parts = []
         for rows, columns, quantizer in self._segments:
             quantizer.scale = scale[rows, columns.start // block : columns.stop // block]
             quantizer.zero_point = quantizer.scale * 0.5 if self.layout.midrise else torch.zeros_like(quantizer.scale)
             parts.append(quantizer(weight[rows, columns]))
-        return torch.cat(parts, dim=self.layout.segment_axis)
+        result = torch.cat(parts, dim=self.layout.segment_axis)
+        return result.masked_fill(absent.repeat_interleave(block, dim=1), 0.0) if some_absent else result
 
     def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return what ``forward`` computes as (levels int8 [rows, columns], scales float16 [rows, blocks])."""
@@ -87,7 +93,7 @@ class FakeQuantizer(nn.Module):
             scale = self.scale()
             per_entry = scale.repeat_interleave(self.layout.block_size, dim=1)
             # Exact: forward() returns an integer (and a half) times a float16 scale.
-            ratio = self.forward(weight) / per_entry
+            ratio = self.forward(weight) / per_entry.masked_fill(per_entry == 0, 1.0)
             return torch.round(ratio - 0.5 * self.layout.midrise).to(torch.int8), scale.half()
 
 
@@ -103,7 +109,8 @@ def search_scales(weight: Tensor, mask: Tensor | None, layout: Layout) -> Tensor
     """Search scales to start from: for each block, the clipping range with the smallest squared error over the kept
     entries, among the fractions :data:`CLIP_RATIOS` of the block's largest magnitude.
 
-    ``weight`` float32 [rows, columns], ``mask`` bool of the same shape or None; returns float32 [rows, blocks].
+    ``weight`` float32 [rows, columns], ``mask`` bool of the same shape or None; returns float32 [rows, blocks]. Midrise
+    blocks of zeros have scale 0.
     """
     kept = weight.detach() if mask is None else weight.detach() * mask
     blocks = kept.reshape(layout.rows, -1, layout.block_size)
@@ -122,4 +129,4 @@ def search_scales(weight: Tensor, mask: Tensor | None, layout: Layout) -> Tensor
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
-    return best_scale
+    return best_scale.masked_fill(largest == 0, 0.0) if layout.midrise else best_scale

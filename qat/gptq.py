@@ -63,15 +63,15 @@ class _Levels:
         self.half = half_of_levels(layout)
 
     def nearest(self, values: Tensor, scale: Tensor, half: Tensor) -> Tensor:
-        """The levels nearest to ``values``; the three tensors are broadcast."""
-        levels = torch.round(values / scale - self.offset)
+        """The levels nearest to ``values``, zero where the scale is 0; the three tensors are broadcast."""
+        levels = torch.round(values / scale.masked_fill(scale == 0, 1.0) - self.offset)
         return (torch.minimum(torch.maximum(levels, -half), half - 1) + self.offset) * scale
 
     def search(self, values: Tensor, importance: Tensor, kept: Tensor, block: int) -> Tensor:
         """Search the scales float32 [rows] of one block with the smallest error Σ importance · (value - level)².
 
         ``values`` float32 [rows, block_size]; ``importance`` [block_size]. The clipping range is searched among the
-        fractions :data:`qat.fake_quantize.CLIP_RATIOS` of the largest magnitude.
+        fractions :data:`qat.fake_quantize.CLIP_RATIOS` of the largest magnitude. Midrise blocks of zeros have scale 0.
         """
         values = values * kept
         half = self.half[:, block : block + 1]
@@ -85,6 +85,8 @@ class _Levels:
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
+        if self.offset:
+            best_scale = best_scale.masked_fill(widest == 0, 0.0)
         return best_scale[:, 0]
 
 

@@ -33,7 +33,8 @@ def svd_factors(W: Tensor, rank: int, *, seed: int, second_moment: Tensor | None
     ``W`` float32 [d, N]; ``second_moment`` float32 [d, d] (symmetric, non-negative) weights the SVD. Returns U
     [d, rank] and V [rank, N], float32, in the order of falling singular values; rows of V have equal RMS,
     their magnitudes moved into U, so that quantization blocks along the rank axis see values of one scale.
-    The columns of U beyond d (see module docstring) come last.
+    The columns of U beyond d (see module docstring) come last. Columns of W that are zero, of neurons or whole matrices
+    that were pruned, are zero in V, where a decomposition leaves its rounding.
     """
     d = W.shape[0]
     W64 = W.double()
@@ -44,7 +45,8 @@ def svd_factors(W: Tensor, rank: int, *, seed: int, second_moment: Tensor | None
         left, singular, right = torch.linalg.svd(L.T @ W64, full_matrices=False)
         left = torch.linalg.solve(L.T, left)
     kept = min(rank, d, singular.numel())
-    return finish_factors(left[:, :kept], singular[:kept, None] * right[:kept], rank, seed=seed)
+    V = singular[:kept, None] * right[:kept] * W64.any(dim=0)
+    return finish_factors(left[:, :kept], V, rank, seed=seed)
 
 
 def output_aware_basis(H: Tensor, G: Tensor, K: Tensor, rank: int, *, rounds: int = 30) -> Tensor:

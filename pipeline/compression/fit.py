@@ -4,7 +4,8 @@ FiPS, section 3.3: capture inputs and outputs of every dense MLP on calibration 
 group together (U is shared) with AdamW on the squared error, and sparsify V meanwhile. Groups share nothing,
 so they are trained one after another. What we do differently: each MLP's error is divided by the mean square
 of its dense output, so that no block of a group drowns the others, and weighed by the layer scale behind
-the MLP where the model has one.
+the MLP where the model has one. An MLP that writes nothing but zeros, as pruned models have them, has no such scale:
+its error counts as it is, and it starts as zeros and stays so.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,14 +31,16 @@ class LocalTarget:
 
 
 def relative_error(target: LocalTarget, x: Tensor, y: Tensor) -> Tensor:
-    """Squared error of the MLP's output relative to the mean square of the dense output: scalar.
+    """Squared error of the MLP's output relative to the mean square of the dense output, or the squared error itself
+    where that output is zero: scalar.
 
     ``x``, ``y``: float32 [tokens, d], what the dense MLP read and wrote.
     """
     error = target.mlp(x) - y
     if target.output_scale is not None:
         error, y = error * target.output_scale, y * target.output_scale
-    return error.square().mean() / y.square().mean()
+    energy = y.square().mean()
+    return error.square().mean() / torch.where(energy > 0, energy, torch.ones_like(energy))
 
 
 def local_loss(targets: Sequence[LocalTarget], tokens: int, seed: int) -> Callable[[int], Tensor]:

@@ -46,7 +46,7 @@ def rounded(weight: Tensor, scale: Tensor, layout: Layout) -> tuple[NDArray, NDA
     bits = bits_of(layout)
     scales = np.repeat(scale.detach().double().numpy(), layout.block_size, axis=1)
     half = 0.5 if layout.midrise else 0.0
-    ratio = weight.double().numpy() / scales - half
+    ratio = weight.double().numpy() / np.where(scales == 0, 1.0, scales) - half
     levels = np.clip(np.rint(ratio), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     return (levels + half) * scales, np.abs(ratio - np.floor(ratio) - 0.5)
 
@@ -204,6 +204,7 @@ def test_search_is_the_best_of_its_candidates(name: str, axis: int, midrise: boo
 
     blocks = bits_of(layout).reshape(layout.rows, -1, 16)[:, :, 0]
     full = (weight * kept).reshape(layout.rows, -1, 16).abs().amax(dim=2) / torch.from_numpy((2.0**blocks - 1) / 2)
+    full = full.clamp(min=SMALLEST_SCALE)
     found = errors(search_scales(weight, mask, layout))
     assert found.shape == layout.scales_shape
     for ratio in np.linspace(0.3, 1.0, 15):
@@ -220,13 +221,26 @@ def test_masked_entries_do_not_widen_the_range() -> None:
 
 
 @pytest.mark.parametrize("midrise", [False, True])
-def test_empty_blocks_take_the_smallest_scale(midrise: bool) -> None:
+def test_empty_blocks_stay_zero(midrise: bool) -> None:
+    """Midtread has a level for it, midrise has not and takes scale 0; what lies beside them is as ever."""
     layout = Layout.uniform(2, 16, 4, 8, midrise=midrise)
     weight = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     weight[0, :8] = 0
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 8:] = False
     scale = search_scales(weight, mask, layout)
-    assert float(scale[0, 0]) == float(scale[1, 1]) == SMALLEST_SCALE
+    assert float(scale[0, 0]) == float(scale[1, 1]) == (0.0 if midrise else SMALLEST_SCALE)
     assert float(scale[0, 1]) > 0.01
-    assert torch.all(torch.isfinite(FakeQuantizer(layout, scale, learned_scales=True)(weight)))
+    quantizer = FakeQuantizer(layout, scale, learned_scales=True)
+    with torch.no_grad():
+        quantizer.log_gain.fill_(0.3)
+    values = quantizer(weight)
+    assert torch.equal(values[0, :8], torch.zeros(8))
+    assert torch.all(torch.isfinite(values))
+    assert torch.all(values[0, 8:] != 0) or not midrise
+    values.square().sum().backward()
+    assert quantizer.log_gain.grad is not None
+    assert torch.all(torch.isfinite(quantizer.log_gain.grad))
+    levels, scales = quantizer.levels(weight)
+    stored = (levels.float() + 0.5 * midrise) * scales.float().repeat_interleave(8, dim=1)
+    assert torch.equal(stored, values)
