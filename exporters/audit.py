@@ -13,6 +13,7 @@ from exporters.artifact import INLINE_BYTES, MODEL
 from exporters.modules import input_node, linear_node, output_node
 from exporters.packed_model import PackedModel
 from exporters.passes import group_by_bytes, tensor_of
+from fips_ort.layout import padded_to_blocks
 from fips_ort.ops import DOMAIN
 from fips_ort.packed import PackedWeight, unpack
 
@@ -114,13 +115,14 @@ def _match_matmul_nbits(model: ir.Model, promises: dict[str, tuple[Kind, int]]) 
     for node in model.graph:
         if node.op_type != "MatMulNBits":
             continue
-        size = node.attributes["N"].as_int() * node.attributes["K"].as_int()
+        block_size = node.attributes["block_size"].as_int()
+        size = node.attributes["N"].as_int() * padded_to_blocks(node.attributes["K"].as_int(), block_size)
         codes, scales = node.inputs[1], _behind_cast(node.inputs[2])
         if codes is None or scales is None:
             violations.append(f"{node.name}: codes or scales are missing")
             continue
         promises[codes.name or ""] = ("matmul_nbits", size * node.attributes["bits"].as_int() // 8)
-        promises[scales.name or ""] = ("matmul_nbits", 2 * size // node.attributes["block_size"].as_int())
+        promises[scales.name or ""] = ("matmul_nbits", 2 * size // block_size)
     return violations
 
 

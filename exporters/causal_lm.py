@@ -172,6 +172,11 @@ class _StoredModel:
         self.make_node(kind, inputs, [output], **{"name": output, **kwargs})
         self.make_value(output, dtype, shape)
 
+    def _cut(self: Any, value: str, output: str, width: int) -> None:
+        """Add the first ``width`` features of each token, without what fills up the last block."""
+        zero, end, axis = (f"/model/constants/INT64/[{number}]" for number in (0, width, -1))
+        self._node("Slice", [value, zero, end, axis], output, self.make_hidden_state_shape(last_dim=width))
+
     # --- token table and linear layers -------------------------------------------------------------------------
 
     def _embed(self: Any, embedding: nn.Module) -> None:
@@ -184,17 +189,21 @@ class _StoredModel:
             self.tables[embedding.scales.data_ptr()] = f"{path}.scales"
             inputs = [f"{path}.codes", "padding/input_ids", f"{path}.scales"]
             attributes = {"bits": embedding.bits, "block_size": embedding.block_size}
+            width, stored = embedding.values.shape[1], 8 * embedding.codes.shape[1] // embedding.bits
+            gathered = rows if stored == width else f"{path}/filled"
             self._node(
                 "GatherBlockQuantized",
                 inputs,
-                rows,
-                shape,
+                gathered,
+                self.make_hidden_state_shape(last_dim=stored),
                 name=path,
                 domain=_MICROSOFT,
                 gather_axis=0,
                 quantize_axis=1,
                 **attributes,
             )
+            if stored != width:
+                self._cut(gathered, rows, width)
         else:
             self._gather_floats(path, embedding.weight, rows, shape)
         scale = getattr(embedding, "embed_scale", None)
@@ -258,7 +267,14 @@ class _StoredModel:
             super().make_mlp(layer_id, mlp, root_input)  # type: ignore[misc]
             return
         gate, up, down = (_projection(mlp, name) for name in _GATED)
-        basis, t = mlp.basis, root_input
+        basis = mlp.basis
+        reads = gate if basis is None else basis
+        if filling := reads.filling(self.hidden_size):
+            filled, pads = f"{mlp.path}/filled", f"/model/constants/INT64/[0, 0, 0, 0, 0, {filling}]"
+            shape = self.make_hidden_state_shape(last_dim=reads.layout.columns)
+            self._node("Pad", [root_input, pads], filled, shape)
+            root_input = filled
+        t = root_input
         if basis is not None:
             t = self._multiply(basis, input_node(mlp.path), root_input)
         activated = self.make_activation(layer_id, self._project(gate, t))
@@ -270,6 +286,9 @@ class _StoredModel:
         else:
             reduced = self._multiply(down, linear_node(mlp.path, _GATED[-1]), product)
             output = self._multiply(basis, mlp.output_node, reduced, trans_b=False, bias=self._bias(down))
+            if filling:
+                written, output = output, f"{mlp.path}/cut"
+                self._cut(written, output, self.hidden_size)
         self.mlp_attrs["output_0"] = self.layernorm_attrs["skip_input"] = output
 
     def _project(self: Any, projection: PackedProjection, root_input: str) -> str:

@@ -34,8 +34,15 @@ class PackedMatrix(nn.Module):
         self.register_buffer("scales", torch.from_numpy(weight.scales.copy()))
         self.register_buffer("values", torch.from_numpy(dequantize(weight)), persistent=False)
 
+    def filling(self, features: int) -> int:
+        """How many columns fill up the last block of rows of ``features`` values."""
+        return self.layout.columns - features
+
     def matmul(self, x: Tensor, *, trans_b: bool, bias: Tensor | None, name: str) -> Tensor:
-        """``x @ S.T`` (``trans_b``) or ``x @ S``, plus ``bias``; ``name`` is given to the exported node."""
+        """``x @ S.T`` (``trans_b``) or ``x @ S``, plus ``bias``; ``name`` is given to the exported node. ``x`` may have
+        less features than S.T reads, where the last block is filled up."""
+        if trans_b and self.filling(x.shape[-1]):
+            x = nn.functional.pad(x, (0, self.filling(x.shape[-1])))
         if not torch.onnx.is_in_onnx_export():
             return nn.functional.linear(x, self.values if trans_b else self.values.T, bias)
         stored = (self.codes, self.scales) if self.pattern is None else (self.codes, self.pattern, self.scales)
@@ -104,7 +111,9 @@ class PackedMLPModule(nn.Module):
             return self._project(self._last, activated)
         last = self._projection(self._last)
         reduced = last.matmul(activated, trans_b=True, bias=None, name=linear_node(self.path, self._last))
-        return basis.matmul(reduced, trans_b=False, bias=last.bias, name=output_node(self.path))
+        output = basis.matmul(reduced, trans_b=False, bias=last.bias, name=output_node(self.path))
+        features = hidden_states.shape[-1]
+        return output[..., :features] if basis.filling(features) else output
 
     def _project(self, child: str, t: Tensor) -> Tensor:
         projection = self._projection(child)

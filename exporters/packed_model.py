@@ -4,6 +4,10 @@ METHOD: every MLP of a group shares one basis ``U``; each of its linear layers k
 Stored orientation: the basis as ``U.T`` [rank, d]; the projection of a first linear layer (``fc1``, ``gate_proj``,
 ``up_proj``) as ``V.T`` [n, rank]; the projection of the last one (``fc2``, ``down_proj``) as ``V`` [rank, n].
 An MLP without a basis (the dense baseline) stores its own matrices, [out_features, in_features].
+
+Where a block size does not divide the columns of a matrix, its rows are filled up with zeros: n and, of bases and of
+matrices that read the model's features, d are then larger here than in the model. The first linears have as many
+rows as the last one has columns, so that what it reads is filled up too.
 """
 
 import json
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from fips_ort.layout import Layout, Pattern
+from fips_ort.layout import Layout, Pattern, padded_to_blocks
 from fips_ort.packed import PackedWeight
 
 _FORMAT = "fips-packed-model"
@@ -26,7 +30,8 @@ _PARTS = ("codes", "pattern", "scales")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """A projection, or a whole matrix, and the bias of its linear layer (float32 [out_features] or None)."""
+    """A projection, or a whole matrix, and the bias of its linear layer: None, or float32 of as many numbers as the op
+    that adds it writes."""
 
     weight: PackedWeight
     bias: NDArray[np.float32] | None
@@ -164,11 +169,17 @@ def _check_shapes(mlp: PackedMLP, basis: Layout | None) -> None:
     last_name, last = mlp.last
     # Without a basis the linears read and write the model's features themselves.
     features = last.weight.layout.rows if basis is None else basis.columns
-    expected = (features, f"as many as {last_name} writes") if basis is None else (basis.rows, "the rank of its basis")
     for child, linear in mlp.first.items():
-        _check_axis(f"{mlp.path}.{child}", "columns", linear.weight.layout.columns, expected)
-        _check_bias(f"{mlp.path}.{child}", linear, linear.weight.layout.rows)
-    _check_axis(f"{mlp.path}.{last_name}", "rows", last.weight.layout.rows, expected)
+        layout = linear.weight.layout
+        read = (
+            (padded_to_blocks(features, layout.block_size), f"as many as {last_name} writes")
+            if basis is None
+            else (basis.rows, "the rank of its basis")
+        )
+        _check_axis(f"{mlp.path}.{child}", "columns", layout.columns, read)
+        _check_bias(f"{mlp.path}.{child}", linear, layout.rows)
+    if basis is not None:
+        _check_axis(f"{mlp.path}.{last_name}", "rows", last.weight.layout.rows, (basis.rows, "the rank of its basis"))
     _check_bias(f"{mlp.path}.{last_name}", last, features)
     if widths != {last.weight.layout.columns}:
         raise ValueError(f"{mlp.path}: widths differ: {sorted(widths)} into {last.weight.layout.columns}")

@@ -126,7 +126,8 @@ def first_difference(
             _run_torch(model, _input_name(session), batch)
         outputs = _run(session, batch, [f"{node}/output" for node in nodes])
         for path, actual in zip(paths, outputs, strict=True):
-            difference = compare(actual, expected[path]).relative
+            wanted = expected[path]
+            difference = compare(actual[..., : wanted.shape[-1]], wanted).relative  # stored rows may be filled up
             if not difference <= tolerance:
                 return path, difference
     return None

@@ -12,10 +12,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exporters.modules import PackedMatrix, PackedMLPModule
-from exporters.nbits import NBitsEmbedding, NBitsLinear, NBitsModule, NBitsTable, quantize_table
+from exporters.nbits import NBitsEmbedding, NBitsLinear, NBitsModule, NBitsTable, block_size_for, quantize_table
 
 
 def fix_position_embeddings(model: nn.Module, height: int, width: int) -> None:
@@ -79,9 +79,9 @@ def quantize_linears(
 
     ``skip``: paths of layers left alone (the classifier). A language model's output layer is always left alone: it
     goes with the token table (:func:`quantize_embedding`). ``tables``: path → what to store for a layer; layers not
-    named there are rounded to nearest. ``codes_only``: make a model that can be exported but not run, in an eighth of
-    the memory at 4 bits. Raises ValueError naming all layers whose input features ``block_size`` does not
-    divide, and any path in ``skip`` that is no linear layer.
+    named there are rounded to nearest, in blocks of ``block_size`` or, where it does not divide the input features,
+    of what :func:`exporters.nbits.block_size_for` gives. ``codes_only``: make a model that can be exported but not run,
+    in an eighth of the memory at 4 bits. Raises ValueError naming any path in ``skip`` that is no linear layer.
     """
     linears = {name: module for name, module in _modules_outside(model) if isinstance(module, nn.Linear)}
     unknown = sorted(set(skip) - linears.keys())
@@ -89,10 +89,9 @@ def quantize_linears(
         raise ValueError(f"not linear layers of the model: {', '.join(unknown)}")
     head = _output_layer(model)
     chosen = {name: linear for name, linear in linears.items() if name not in skip and linear is not head}
-    _check_divisible({name: linear.in_features for name, linear in chosen.items()}, block_size)
     replaced: dict[int, object] = {
         id(linear): NBitsLinear(
-            (tables or {}).get(name) or quantize_table(linear.weight, bits, block_size, codes_only=codes_only),
+            (tables or {}).get(name) or _nearest(linear.weight, bits, block_size, codes_only),
             linear.bias,
             name,
             accuracy_level,
@@ -114,8 +113,8 @@ def quantize_embedding(
     :class:`NBitsLinear`. Where the model ties them, both hold the same tensors.
 
     ``tables``: path → table; if the output layer's path is there, its table is stored, else it is rounded to nearest.
-    ``codes_only``: as in :func:`quantize_linears`. Raises ValueError if ``block_size`` does not divide the hidden size,
-    or if the token table is of a kind that does more than look up rows and scale them by a number.
+    ``block_size``, ``codes_only``: as in :func:`quantize_linears`. Raises ValueError if the token table is of a kind
+    that does more than look up rows and scale them by a number.
     """
     embedding, head = model.get_input_embeddings(), _output_layer(model)
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -124,11 +123,10 @@ def quantize_embedding(
     if type(embedding) is not nn.Embedding and scale is None:
         raise ValueError(f"the token table is a {type(embedding).__name__}, whose computation is not known here")
     names = {id(module): name for name, module in model.named_modules()}
-    embedding_name, head_name = names[id(embedding)], names[id(head)]
-    _check_divisible({embedding_name: embedding.embedding_dim, head_name: head.in_features}, block_size)
-    head_table = (tables or {}).get(head_name) or quantize_table(head.weight, bits, block_size, codes_only=codes_only)
+    head_name = names[id(head)]
+    head_table = (tables or {}).get(head_name) or _nearest(head.weight, bits, block_size, codes_only)
     tied = head.weight is embedding.weight
-    table = head_table if tied else quantize_table(embedding.weight, bits, block_size, codes_only=codes_only)
+    table = head_table if tied else _nearest(embedding.weight, bits, block_size, codes_only)
     replaced: dict[int, object] = {
         id(embedding): NBitsEmbedding(table, scale).train(embedding.training),
         id(head): NBitsLinear(head_table, head.bias, head_name, accuracy_level).train(head.training),
@@ -154,7 +152,6 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     return layer if isinstance(layer, nn.Module) else None
 
 
-def _check_divisible(features: dict[str, int], block_size: int) -> None:
-    uneven = [f"{name} ({size})" for name, size in features.items() if size % block_size]
-    if uneven:
-        raise ValueError(f"block_size {block_size} does not divide the input features of {', '.join(uneven)}")
+def _nearest(weight: Tensor, bits: int, block_size: int, codes_only: bool) -> NBitsTable:
+    """``weight`` [N, K] rounded to nearest, in the blocks that suit K."""
+    return quantize_table(weight, bits, block_size_for(weight.shape[1], block_size), codes_only=codes_only)

@@ -1,12 +1,16 @@
 """One factor of the factorization: a trainable matrix, optionally masked, optionally fake-quantized."""
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fips_ort.layout import DENSE, Layout
 from fips_ort.packed import PackedWeight, dequantize, pack
 from qat.fake_quantize import FakeQuantizer, search_scales
 from qat.gptq import gptq
+from qat.padding import padded, padded_mask, present
 
 WITHIN_CELL = 0.5
 """How far from its level an entry may start, as a part of the way to the border of the level's cell. Learned scales
@@ -20,6 +24,9 @@ class Factor(nn.Module):
     ``weight`` (the parameter) has rows of about unit RMS and ``gain`` (fixed, [rows, 1]) carries their
     magnitudes, which differ by orders of magnitude between rank entries: so one learning rate suits all rows.
     ``mask`` (bool, or None if dense) is exact: masked entries of ``forward()`` are zero.
+
+    It may be stored in a layout with more rows and columns, whose blocks are whole. What they hold is zero or is
+    multiplied with zero (rows: of the layout, exactly zero), and no part of ``forward()``.
     """
 
     gain: Tensor
@@ -42,7 +49,8 @@ class Factor(nn.Module):
         """The matrix as the model sees it: float32 [rows, columns]."""
         matrix = self.weight * self.gain
         if self.quantizer is not None:
-            matrix = self.quantizer(matrix)
+            rows, columns = matrix.shape
+            matrix = self.quantizer(padded(matrix, self.quantizer.layout))[:rows, :columns]
         if self.mask is None:
             return matrix
         masked = matrix * self.mask
@@ -83,13 +91,18 @@ class Factor(nn.Module):
         with torch.no_grad():
             matrix = self.weight * self.gain
             if moment is None:
-                scales = search_scales(matrix, self.mask, layout)
+                kept = present(matrix, layout) if self.mask is None else padded(self.mask, layout)
+                scales = search_scales(padded(matrix, layout), kept, layout)
             else:
                 wanted = self() if target is None else target
-                values, scales = gptq(wanted, moment, layout, self.mask)
+                rows = len(wanted)
+                own = layout if rows == layout.rows else replace(layout, rows=rows)
+                values, scales = gptq(wanted, moment, own, self.mask)
+                scales = F.pad(scales, (0, 0, 0, layout.rows - rows))
                 # On the side of its level where what is wanted lies: from the middle of a cell, an entry would be
                 # longer on its way to another level.
-                reach = WITHIN_CELL * 0.5 * scales.repeat_interleave(layout.block_size, dim=1)
+                cells = scales.repeat_interleave(layout.block_size, dim=1)[:rows, : values.shape[1]]
+                reach = WITHIN_CELL * 0.5 * cells
                 self.weight.copy_(torch.clamp(wanted, values - reach, values + reach) / self.gain)
         self.quantizer = FakeQuantizer(layout, scales, learned_scales=learned_scales)
         if moment is not None and not torch.equal(self(), values):
@@ -107,9 +120,12 @@ class Factor(nn.Module):
         if self.quantizer is None:
             raise ValueError("prepare() a factor before freezing it")
         with torch.no_grad():
-            levels, scales = self.quantizer.levels(self.weight * self.gain)
-            mask = None if self.mask is None else self.mask.numpy()
-            packed = pack(levels.numpy(), scales.numpy(), mask, self.quantizer.layout)
-            if not torch.equal(torch.from_numpy(dequantize(packed)), self.forward()):
+            layout = self.quantizer.layout
+            levels, scales = self.quantizer.levels(padded(self.weight * self.gain, layout))
+            mask = None if self.mask is None else padded_mask(self.mask, layout).numpy()
+            packed = pack(levels.numpy(), scales.numpy(), mask, layout)
+            rows, columns = self.weight.shape
+            values = torch.from_numpy(dequantize(packed))
+            if not torch.equal(values[:rows, :columns], self.forward()) or values[rows:].any():
                 raise AssertionError("integer codes do not reproduce the fake-quantized factor")
         return packed

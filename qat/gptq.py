@@ -15,11 +15,13 @@ rounded from the value in front of ``- q_j``. What we do differently:
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fips_ort.layout import Layout
+from fips_ort.layout import Layout, padded_to_blocks
 from qat.damping import damped
 from qat.fake_quantize import CLIP_RATIOS, LARGEST_SCALE, SMALLEST_SCALE, half_of_levels
+from qat.padding import layout_shape, padded, present
 
 
 @torch.no_grad()
@@ -31,17 +33,25 @@ def gptq(
 
     ``weight`` float32 [rows, columns], contracted over the columns; ``moment`` [columns, columns], symmetric and
     non-negative, to whose diagonal ``damping`` of its mean is added; ``mask`` bool [rows, columns]: entries that stay
-    zero, whatever ``weight`` has there. Returns (values float32 [rows, columns], scales float32 [rows, blocks]); the
-    scales are exactly float16 values and every kept value is exactly a level of its scale. Raises ValueError for
-    unfitting shapes or an indefinite or non-finite moment.
+    zero, whatever ``weight`` has there. The last block of ``layout`` may have more columns than ``weight``, which
+    are zero. Returns (values float32 [rows, columns], scales float32 [rows, blocks]); the scales are exactly float16
+    values and every kept value is exactly a level of its scale. Raises ValueError for unfitting shapes or an indefinite
+    or non-finite moment.
     """
-    shape = (layout.rows, layout.columns)
-    if weight.shape != shape or moment.shape != (layout.columns, layout.columns):
-        raise ValueError(f"weight {tuple(weight.shape)} and moment {tuple(moment.shape)} do not fit layout {shape}")
-    if mask is not None and mask.shape != shape:
-        raise ValueError(f"mask {tuple(mask.shape)} does not fit layout {shape}")
+    rows, columns = weight.shape
+    fits = rows == layout.rows and padded_to_blocks(columns, layout.block_size) == layout.columns
+    if not fits or moment.shape != (columns, columns):
+        shape = layout_shape(layout)
+        raise ValueError(f"weight {(rows, columns)} and moment {tuple(moment.shape)} do not fit layout {shape}")
+    if mask is not None and mask.shape != weight.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit layout {layout_shape(layout)}")
+    inside = present(weight, layout)
+    if inside is not None:
+        filling = layout.columns - columns
+        weight, mask = padded(weight, layout), inside if mask is None else padded(mask, layout)
+        moment = F.pad(moment, (0, filling, 0, filling))
     H = damped(moment.double(), damping)
-    kept = torch.ones(shape) if mask is None else mask.float()
+    kept = torch.ones(layout_shape(layout)) if mask is None else mask.float()
     levels = _Levels(layout)
     order = _order(H.diagonal(), layout.block_size)
     unit, importance = _factorize(H[order][:, order])
@@ -51,7 +61,7 @@ def gptq(
     values = torch.empty_like(values).index_copy_(1, order, values)
     if sweeps:
         values = _descend(values, weight.float(), H.float(), scales, kept, levels, sweeps)
-    return values, scales
+    return values[:, :columns], scales
 
 
 class _Levels:

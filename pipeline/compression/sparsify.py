@@ -12,13 +12,15 @@ Magnitudes are those of the effective matrix (weight times gain), or its salienc
 contribution to the output, as Wanda (arXiv 2306.11695) weighs magnitudes by the norm of their inputs, here also by
 that of the basis vector behind a last projection. With an n:m pattern the n largest of every
 m neighbours along the contracted axis are never pruned, so that GMP ends exactly on the pattern; RigL swaps
-the weakest kept entry of a group with its strongest other entry.
+the weakest kept entry of a group with its strongest other entry. The last group of a row may have less than m columns:
+it counts as filled up with entries that go first.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fips_ort.layout import Pattern
@@ -27,6 +29,9 @@ from pipeline.compression.moments import MLPMoments
 from pipeline.compression.saliency import projection_importances
 from pipeline.recipe.schema import Compression, Sparsifier
 from qat.factor import Factor
+
+_FILLING = -2.0
+"""Magnitude of entries that are not there: they are dropped before all others, also those that a mask has dropped."""
 
 
 def gmp_sparsity(progress: float, initial: float, final: float) -> float:
@@ -41,6 +46,8 @@ def magnitude_masks(magnitudes: Sequence[Tensor], sparsity: float, pattern: Patt
     first. With an n:m ``pattern``, the n largest of each group of m columns are kept in any case. Returns bool
     masks of the same shapes.
     """
+    widths = [magnitude.shape[1] for magnitude in magnitudes]
+    magnitudes = [_filled_groups(magnitude, pattern, _FILLING) for magnitude in magnitudes]
     scores = [_protect_n_of_m(m, pattern) if pattern.is_n_of_m else m for m in magnitudes]
     pools = [torch.cat([score.flatten() for score in scores])] if jointly else [score.flatten() for score in scores]
     flat_masks = []
@@ -52,7 +59,9 @@ def magnitude_masks(magnitudes: Sequence[Tensor], sparsity: float, pattern: Patt
         flat_masks.append(mask)
     if jointly:
         flat_masks = list(flat_masks[0].split([score.numel() for score in scores]))
-    return [mask.reshape(score.shape) for mask, score in zip(flat_masks, scores, strict=True)]
+    return [
+        mask.reshape(score.shape)[:, :width] for mask, score, width in zip(flat_masks, scores, widths, strict=True)
+    ]
 
 
 def swap_masks(magnitude: Tensor, gradient: Tensor, mask: Tensor, fraction: float, pattern: Pattern) -> Tensor:
@@ -177,12 +186,21 @@ def _protect_n_of_m(magnitude: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _swap_n_of_m(magnitude: Tensor, gradient: Tensor, mask: Tensor, fraction: float, pattern: Pattern) -> Tensor:
-    groups = mask.reshape(-1, pattern.of)
-    weakest = torch.where(groups, magnitude.reshape(groups.shape), torch.inf).min(dim=1)
-    strongest = torch.where(groups, -torch.inf, gradient.abs().reshape(groups.shape)).max(dim=1)
+    groups = _filled_groups(mask, pattern, 0).reshape(-1, pattern.of)
+    magnitudes = _filled_groups(magnitude, pattern, 0.0).reshape(groups.shape)
+    gradients = _filled_groups(gradient.abs(), pattern, -torch.inf).reshape(groups.shape)
+    weakest = torch.where(groups, magnitudes, torch.inf).min(dim=1)
+    strongest = torch.where(groups, -torch.inf, gradients).max(dim=1)
     # At most one swap in a group at a time; the slice ends with the groups if the fraction asks for more.
-    chosen = torch.sort(weakest.values, stable=True).indices[: round(fraction * int(mask.sum()))]
+    order = torch.sort(weakest.values, stable=True).indices
+    # A last group that is not whole may keep all that it has.
+    chosen = order[strongest.values[order] > -torch.inf][: round(fraction * int(mask.sum()))]
     new = groups.clone()
     new[chosen, weakest.indices[chosen]] = False
     new[chosen, strongest.indices[chosen]] = True
-    return new.reshape(mask.shape)
+    return new.reshape(len(mask), -1)[:, : mask.shape[1]]
+
+
+def _filled_groups(matrix: Tensor, pattern: Pattern, value: float) -> Tensor:
+    """``matrix`` [rows, columns] with columns of ``value`` that fill up the last group of an n:m pattern."""
+    return F.pad(matrix, (0, -matrix.shape[1] % pattern.of), value=value) if pattern.is_n_of_m else matrix

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import nn
 
 from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
@@ -33,8 +34,14 @@ def freeze(mlps: Sequence[FactorizedMLP]) -> PackedModel:
     bases = {mlp.group: packed[mlp.basis_name] for mlp in mlps if mlp.basis is not None}
 
     def linear(mlp: FactorizedMLP, name: str) -> PackedLinear:
+        weight = packed[mlp.factor_name(name)]
         bias = mlp.biases[name].detach().numpy() if name in mlp.biases else None
-        return PackedLinear(packed[mlp.factor_name(name)], bias)
+        if bias is not None:
+            # As long as what the op writes, which layouts may have filled up with zeros.
+            through_basis = name == mlp.site.last and mlp.basis is not None
+            written = bases[mlp.group].layout.columns if through_basis else weight.layout.rows
+            bias = np.pad(bias, (0, written - len(bias)))
+        return PackedLinear(weight, bias)
 
     return PackedModel(
         bases,

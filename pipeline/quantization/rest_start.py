@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporters.nbits import NBitsTable, table_of_codes, table_of_values
-from fips_ort.layout import Layout
+from exporters.nbits import NBitsTable, block_size_for, table_of_codes, table_of_values
+from fips_ort.layout import Layout, padded_to_blocks
 from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from qat.damping import damped
@@ -66,11 +66,13 @@ def linear_moments(
 @torch.no_grad()
 def gptq_table(weight: Tensor, moment: Tensor, bits: int, block_size: int) -> NBitsTable:
     """Store ``weight`` float32 [N, K] at 4 or 8 bits, with codes that GPTQ finds for inputs of ``moment`` [K, K]."""
-    values, scales = torch.empty(weight.shape), torch.empty(len(weight), weight.shape[1] // block_size)
+    features = weight.shape[1]
+    columns = padded_to_blocks(features, block_size)
+    values, scales = torch.empty(weight.shape), torch.empty(len(weight), columns // block_size)
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         part = weight.detach()[rows]
-        layout = Layout.uniform(len(part), part.shape[1], bits, block_size, segment_axis=1)
+        layout = Layout.uniform(len(part), columns, bits, block_size, segment_axis=1)
         values[rows], scales[rows] = gptq(part, moment, layout)
     return table_of_values(values, scales, bits, block_size)
 
@@ -93,7 +95,8 @@ def rest_tables(
 ) -> dict[str, NBitsTable]:
     """Find the tables of all linear layers outside the MLPs (``skip``: theirs) and of the token table, by module name.
 
-    ``run``: token ids to final hidden states. A table that is only looked up is rounded to nearest and not listed.
+    ``run``: token ids to final hidden states. ``block_size``: at most (:func:`exporters.nbits.block_size_for`). A table
+    that is only looked up is rounded to nearest and not listed.
     """
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
@@ -115,13 +118,18 @@ def rest_tables(
     with progress.task("starting codes outside the MLPs", steps) as advance:
         for name, linear in linears.items():
             assert linear_bits is not None
-            tables[name] = gptq_table(linear.weight, moments[name], linear_bits, block_size)
+            tables[name] = gptq_table(
+                linear.weight, moments[name], linear_bits, block_size_for(linear.in_features, block_size)
+            )
             advance(1, name)
         if embedding_bits is not None:
             moment = torch.stack(hidden).sum(dim=0).float()
             tied = head.weight is model.get_input_embeddings().weight
             tables[names[id(head)]] = gptq_table(
-                head.weight, tied_moment(moment) if tied else moment, embedding_bits, block_size
+                head.weight,
+                tied_moment(moment) if tied else moment,
+                embedding_bits,
+                block_size_for(head.in_features, block_size),
             )
             advance(1, names[id(head)])
     return tables
@@ -132,7 +140,9 @@ def save_tables(tables: Mapping[str, NBitsTable], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, table in tables.items():
         tensors |= {f"{name}/codes": table.codes, f"{name}/scales": table.scales}
-    metadata = {name: json.dumps([table.bits, table.block_size]) for name, table in tables.items()}
+    metadata = {
+        name: json.dumps([table.bits, table.block_size, table.values.shape[1]]) for name, table in tables.items()
+    }
     write_aside(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 

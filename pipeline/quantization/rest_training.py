@@ -24,7 +24,7 @@ _SCALES = "/scales"
 class TrainedScales(nn.Module):
     """An n-bit linear layer as it is trained: ``scale = float16(stored scale * exp(log_gain))``, as of the factors.
 
-    ``log_gain`` float32 [N, K / block_size] is the parameter; the levels int8 [N, K] and the bias are fixed.
+    ``log_gain`` float32 [N, blocks] is the parameter; the levels int8 [N, K] and the bias are fixed.
     """
 
     levels: Tensor
@@ -35,20 +35,26 @@ class TrainedScales(nn.Module):
         super().__init__()
         self.block_size = layer.block_size
         codes = layer.codes.reshape(layer.out_features, -1).numpy()
-        self.register_buffer("levels", torch.from_numpy(unpack_nbits(codes, layer.bits)), persistent=False)
+        levels = torch.from_numpy(unpack_nbits(codes, layer.bits))[:, : layer.in_features]
+        self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("stored_scales", layer.scales.view(layer.out_features, -1), persistent=False)
         self.register_buffer("bias", layer.bias, persistent=False)
         self.log_gain = nn.Parameter(torch.zeros_like(self.stored_scales))
 
     def scale(self) -> Tensor:
-        """Current scales: float32 [N, K / block_size], each exactly a float16 number; straight-through gradient."""
+        """Current scales: float32 [N, blocks], each exactly a float16 number; straight-through gradient."""
         scale = self.stored_scales * self.log_gain.exp()
         return scale + (scale.half().float() - scale).detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., K] → float32 [..., N]."""
-        blocks = self.levels.view(len(self.levels), -1, self.block_size) * self.scale()[..., None]
-        return F.linear(x, blocks.view(self.levels.shape), self.bias)
+        features = self.levels.shape[1]
+        if features % self.block_size:
+            values = self.levels * self.scale().repeat_interleave(self.block_size, dim=1)[:, :features]
+        else:
+            blocks = self.levels.view(len(self.levels), -1, self.block_size) * self.scale()[..., None]
+            values = blocks.view(self.levels.shape)
+        return F.linear(x, values, self.bias)
 
 
 class _InUnits(nn.Module):
@@ -136,7 +142,7 @@ def open_trained_rest(base: nn.Module, path: Path, *, float16: bool) -> nn.Modul
             layer_path = name.removesuffix(_SCALES)
             layer = model.get_submodule(layer_path)
             assert isinstance(layer, NBitsLinear)
-            table = table_of_codes(layer.codes, tensor, layer.bits, layer.block_size)
+            table = table_of_codes(layer.codes, tensor, layer.bits, layer.block_size, layer.in_features)
             stored = NBitsLinear(table, layer.bias, layer.name, layer.accuracy_level)
             model.set_submodule(layer_path, stored.train(layer.training))
         else:

@@ -10,9 +10,18 @@ from typing import get_args
 
 import numpy as np
 
-from fips_ort.layout import DENSE, Layout, Pattern, Segments, segments_with
+from fips_ort.layout import (
+    DENSE,
+    Layout,
+    Pattern,
+    Segments,
+    fitting_block_size,
+    padded_to_blocks,
+    segments_with,
+    smallest_block_size,
+)
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.schema import BlockSize, FactorScheme, OneWidth, Recipe
+from pipeline.recipe.schema import LARGEST_BUDGET, BlockSize, Compression, FactorScheme, OneWidth, Recipe
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def make_plan(recipe: Recipe, sites: list[MLPSite], chosen: Mapping[str, Recipe]
     """Check a recipe against the MLPs of a model and derive the ranks. ``chosen``: recipes of single groups, by name.
 
     Raises InputError listing every offender: group indices out of range or used twice, groups of unequal
-    width, block sizes that do not divide, a rank below one block, bits graded along a rank axis that is not there.
+    width, a rank below one block, bits graded along a rank axis that is not there.
     """
     problems: list[str] = []
     if recipe.compression.method == "dense" and not isinstance(recipe.quantization.projections.bits, int):
@@ -160,42 +169,31 @@ def _plan_group(recipe: Recipe, index: int, sites: list[MLPSite], problems: list
     width = sites[0].width
     columns = sum(site.columns for site in sites)
     block_size = quantization.projections.block_size
-    if quantization.basis is not None and width % quantization.basis.block_size:
-        problems.append(
-            f"quantization.basis.block_size: {quantization.basis.block_size} does not divide the width {width} of "
-            f"group {index}; {_dividing_blocks(width, DENSE)}"
-        )
-    uneven = [f"block {site.block}: {site.hidden}" for site in sites if site.hidden % block_size]
-    if uneven:
-        problems.append(
-            f"quantization.projections.block_size: {block_size} does not divide the MLP width of "
-            f"{', '.join(uneven)}; "
-            f"{_dividing_blocks(math.gcd(*(site.hidden for site in sites)), Pattern.parse(compression.pattern))}"
-        )
     if compression.method == "dense":
-        if width % block_size:
-            problems.append(
-                f"quantization.projections.block_size: {block_size} does not divide the width {width} of block "
-                f"{sites[0].block}; {_dividing_blocks(width, DENSE)}"
-            )
         return GroupPlan(index, tuple(sites), width, columns, rank=width, has_basis=False)
     wanted = rank_for_budget(compression.budget, width, columns, compression.target_sparsity)
     # First projections have blocks along the rank axis; rounding down keeps the budget.
     rank = int(wanted) // block_size * block_size
     if rank < 1:
         problems.append(
-            f"compression.budget: {compression.budget} gives group {index} rank {wanted:.1f}, less than one block "
-            f"of {block_size}; raise the budget or lower quantization.projections.block_size"
+            f"compression.budget: {compression.budget} gives group {index} rank {wanted:.1f}, less than one block of "
+            f"{block_size}; {_remedy_of_small_rank(compression, block_size, wanted)}"
         )
         return None
     return GroupPlan(index, tuple(sites), width, columns, rank)
 
 
-def _dividing_blocks(length: int, pattern: Pattern) -> str:
-    """The remedy for a block size that does not divide ``length``."""
-    smallest = 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
-    sizes = [str(size) for size in get_args(BlockSize) if length % size == 0 and size % smallest == 0]
-    return f"take {' or '.join(sizes)}" if sizes else f"no supported block size does with pattern {pattern}"
+def _remedy_of_small_rank(compression: Compression, block_size: int, rank: float) -> str:
+    """What can be done about a ``rank`` of less than one block: remedies that the schema permits."""
+    smallest = smallest_block_size(Pattern.parse(compression.pattern))
+    sizes = [size for size in get_args(BlockSize) if size <= rank and size % smallest == 0]
+    lower = f"quantization.projections.block_size to {max(sizes)}" if sizes else ""
+    # Rounded up, so that the value named is one that works; rank grows with the budget in proportion.
+    enough = math.ceil(1000 * compression.budget * block_size / rank) / 1000
+    if enough > LARGEST_BUDGET:
+        other = f"leave these blocks out of compression.groups, or group them with others, or take budget {LARGEST_BUDGET:g}"
+        return f"lower {lower}" if lower else other
+    return f"raise the budget to {enough:g}" + (f", or lower {lower}" if lower else "")
 
 
 # --- budget -------------------------------------------------------------------------------------------------------
@@ -249,31 +247,89 @@ def given_segments(recipe: Recipe, group: GroupPlan) -> tuple[Segments | None, S
 
 
 def basis_layout(recipe: Recipe, group: GroupPlan, segments: Segments) -> Layout:
-    """Stored basis: U.T [rank, d], segments along the rows."""
+    """Stored basis: U.T [rank, d], segments along the rows; d filled up to whole blocks."""
     scheme = recipe.quantization.basis
     assert scheme is not None
     midrise = scheme.levels == "midrise"
-    return Layout(group.rank, group.width, scheme.block_size, segments, segment_axis=0, midrise=midrise)
+    block_size = _block_size(group.width, scheme, DENSE)
+    columns = padded_to_blocks(group.width, block_size)
+    return Layout(group.rank, columns, block_size, segments, segment_axis=0, midrise=midrise)
 
 
 def projection_layout(recipe: Recipe, group: GroupPlan, site: MLPSite, name: str, segments: Segments) -> Layout:
     """Stored projection: of a first linear V.T [n, rank], of the last V [rank, n]; the contracted axis last.
 
-    Without a basis V is the dense matrix and the rank axis the model dimension.
+    Without a basis V is the dense matrix and the rank axis the model dimension. Contracted axes are filled up to whole
+    blocks, and so are the rows of the first linears, which write what the last one reads.
     """
-    scheme = recipe.quantization.projections
-    rows, columns, rank_axis = (
-        (group.rank, site.hidden, 0) if name == site.last else (site.hidden, group.rank, 1)
-    )
+    scheme, pattern = recipe.quantization.projections, Pattern.parse(recipe.compression.pattern)
+    block_size = _block_size(site.hidden, scheme, pattern)
+    hidden = padded_to_blocks(site.hidden, block_size)
+    rows, columns, rank_axis = group.rank, hidden, 0
+    if name != site.last:
+        block_size = _block_size(group.rank, scheme, pattern)
+        rows, columns, rank_axis = hidden, padded_to_blocks(group.rank, block_size), 1
+        segments = _filled_up(segments, columns - group.rank)
     return Layout(
         rows,
         columns,
-        scheme.block_size,
+        block_size,
         segments,
         segment_axis=rank_axis,
         midrise=scheme.levels == "midrise",
-        pattern=Pattern.parse(recipe.compression.pattern),
+        pattern=pattern,
     )
+
+
+def _block_size(columns: int, scheme: FactorScheme, pattern: Pattern) -> int:
+    """Block size of rows of ``columns`` values: the scheme's wherever it divides them, as it does every rank."""
+    return fitting_block_size(columns, scheme.block_size, smallest_block_size(pattern))
+
+
+def _filled_up(segments: Segments, filling: int) -> Segments:
+    """Segments whose last one is longer by ``filling``."""
+    last = max(index for index, size in enumerate(segments) if size)
+    return tuple(size + filling * (index == last) for index, size in enumerate(segments))
+
+
+@dataclass(frozen=True, order=True)
+class FittedRows:
+    """Rows of ``length`` values that a recipe's block size, at ``key``, does not divide: they are stored as ``stored``
+    values, the last of them zeros, in blocks of ``block_size``. ``axis``: what the length is, in words."""
+
+    key: str
+    axis: str
+    length: int
+    wanted: int
+    block_size: int
+    stored: int
+
+    def __str__(self) -> str:
+        filled = f"filled up to {self.stored:,}, " if self.stored > self.length else ""
+        return (
+            f"{self.key}: {self.wanted} does not divide the {self.axis} {self.length:,}; its rows are stored "
+            f"{filled}in blocks of {self.block_size}"
+        )
+
+
+def fitted_rows(plan: Plan) -> list[FittedRows]:
+    """All lengths of rows that the recipe's block sizes do not divide, each once."""
+    found = set()
+    for group in plan.groups:
+        quantization = plan.recipes[group.name].quantization
+        pattern = Pattern.parse(plan.recipes[group.name].compression.pattern)
+        rows = [("projections", quantization.projections, pattern, "MLP width", site.hidden) for site in group.sites]
+        if quantization.basis is not None:
+            rows.append(("basis", quantization.basis, DENSE, "model dimension", group.width))
+        else:
+            rows.append(("projections", quantization.projections, pattern, "model dimension", group.width))
+        for key, scheme, stored_as, axis, length in rows:
+            if length % scheme.block_size:
+                size = _block_size(length, scheme, stored_as)
+                stored = padded_to_blocks(length, size)
+                key = f"quantization.{key}.block_size"
+                found.add(FittedRows(key, axis, length, scheme.block_size, size, stored))
+    return sorted(found)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------
@@ -284,7 +340,7 @@ class GroupSize:
     """Promised sizes of a group's packed factors.
 
     ``values``: entries that are kept. ``value_bits``: bits of their codes, which the paper counts. ``codes``,
-    ``pattern``, ``scales``: stored bytes.
+    ``pattern``, ``scales``: stored bytes, those of what fills up rows and columns included.
     """
 
     values: float
@@ -302,16 +358,18 @@ class GroupSize:
 def group_size(recipe: Recipe, group: GroupPlan, basis: Segments, projections: Segments) -> GroupSize:
     """Sizes of a group's packed factors with the given segments of the rank axis; bitmaps at the target sparsity."""
     sparsity = recipe.compression.target_sparsity
-    layouts = [basis_layout(recipe, group, basis)] if group.has_basis else []
+    layouts = [(basis_layout(recipe, group, basis), (group.rank, group.width))] if group.has_basis else []
     for site in group.sites:
-        layouts += [projection_layout(recipe, group, site, name, projections) for name in site.linears]
+        for name in site.linears:
+            shape = (group.rank, site.hidden) if name == site.last else (site.hidden, group.rank)
+            layouts.append((projection_layout(recipe, group, site, name, projections), shape))
     codes = pattern = scales = 0
     value_bits = 0.0
-    for layout in layouts:
+    for layout, shape in layouts:
         density = 1.0 if layout.pattern == DENSE else 1.0 - sparsity
         kept = []
         for bits, rows, columns in layout.submatrices():
-            entries = (rows.stop - rows.start) * (columns.stop - columns.start)
+            entries = (min(rows.stop, shape[0]) - rows.start) * (min(columns.stop, shape[1]) - columns.start)
             kept.append(round(entries * density))
             value_bits += entries * density * bits
         codes += layout.code_bytes(kept)

@@ -21,6 +21,8 @@ Precision = Literal["float32", "bfloat16"]
 MethodName = Literal["fips", "dense"]
 StartName = Literal["nearest", "gptq"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+LARGEST_BUDGET = 2.0
+"""Parameters of the factors relative to those of the dense matrices, at most."""
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
@@ -279,7 +281,7 @@ class Compression(Section):
 
     method: MethodName = "fips"
     groups: Annotated[list[list[int]], Field(min_length=1)] | Positive = 1
-    budget: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
+    budget: Annotated[float, Field(gt=0.0, le=LARGEST_BUDGET)] = 1.0
     pattern: PatternName = "bitmap"
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     initialization: Literal["svd", "activation_svd", "output_aware"] = "activation_svd"
@@ -479,7 +481,7 @@ class Allocate(Section):
     """
 
     target: PositiveFloat
-    budgets: Annotated[list[Annotated[float, Field(gt=0.0, le=2.0)]], Field(min_length=1)] | None = None
+    budgets: Annotated[list[Annotated[float, Field(gt=0.0, le=LARGEST_BUDGET)]], Field(min_length=1)] | None = None
     sparsities: Annotated[list[Fraction], Field(min_length=1)] | None = None
     bits: Annotated[list[OneWidth | list[Grade]], Field(min_length=1)] | None = None
     samples: Positive = 8

@@ -3,19 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporters.packed_model import PackedModel
 from fips_ort.layout import BIT_WIDTHS, Segments
 from fips_ort.manifest import read_manifest
-from fips_ort.packed import PackedWeight, unpack
 from pipeline.compression.factorized_mlp import FactorizedMLP
-from pipeline.compression.factors import kept_values
+from pipeline.compression.factors import kept_values, named_factors
 from pipeline.evaluation.measurements import Agreement, Benchmark, Stage, TrainedStage
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.hardware import describe_hardware
 from pipeline.plumbing.peak_memory import peak_rss_bytes
 from pipeline.plumbing.records import read_record
 from pipeline.plumbing.run_folder import RunFolder, versions
-from pipeline.recipe.plan import GroupPlan, Plan
+from pipeline.recipe.plan import GroupPlan, Plan, fitted_rows
 from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import (
     BitsPerWeight,
@@ -27,6 +28,7 @@ from pipeline.report.schema import (
     Report,
 )
 from pipeline.tasks.base import Task
+from qat.factor import Factor
 
 TOKEN_TABLE = "model.embed_tokens."
 """Beginning of the names of a language model's initializers for its token table."""
@@ -96,7 +98,7 @@ def assemble_report(
             by_part=by_part,
         ),
         bits_per_weight=BitsPerWeight(
-            paper=sum(_value_bits(weight) for weight in weights) / compressed, stored=8 * mlp_stored / compressed
+            paper=sum(map(_value_bits, named_factors(mlps).values())) / compressed, stored=8 * mlp_stored / compressed
         ),
         quality=quality,
         divergence=divergence,
@@ -109,7 +111,7 @@ def assemble_report(
             pipeline_peak_rss_bytes=max(*folder.peak_rss_bytes.values(), peak_rss_bytes()),
             peak_rss_by_stage=folder.peak_rss_bytes,
         ),
-        warnings=task.dense.notes,
+        warnings=(*task.dense.notes, *map(str, fitted_rows(plan))),
         seconds=folder.seconds,
         disk_bytes=sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
         reused_stages=tuple(folder.reused),
@@ -133,14 +135,11 @@ def _describe_group(recipe: Recipe, group: GroupPlan, segments: tuple[Segments, 
     )
 
 
-def _value_bits(weight: PackedWeight) -> int:
-    """Count the bits of the stored values alone, without scales and pattern."""
-    mask = unpack(weight)[2]
-    total = 0
-    for bits, rows, columns in weight.layout.submatrices():
-        entries = (rows.stop - rows.start) * (columns.stop - columns.start)
-        total += bits * (entries if mask is None else int(mask[rows, columns].sum()))
-    return total
+def _value_bits(factor: Factor) -> int:
+    """Count the bits of the values of a factor alone, without scales, pattern and what fills up its layout."""
+    assert factor.quantizer is not None
+    kept = torch.ones_like(factor.weight, dtype=torch.bool) if factor.mask is None else factor.mask
+    return sum(bits * int(kept[tuple(part)].sum()) for bits, *part in factor.quantizer.layout.submatrices())
 
 
 def _bits(sizes: tuple[int, ...]) -> dict[str, int]:

@@ -188,9 +188,33 @@ def _entries(part: tuple[int, slice, slice]) -> int:
     return (rows.stop - rows.start) * (columns.stop - columns.start)
 
 
+def smallest_block_size(pattern: Pattern) -> int:
+    """The block size of which all others are multiples: the stored codes of one block fill whole bytes at every
+    bit-width."""
+    return 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
+
+
 def check_block_size(block_size: int, pattern: Pattern) -> None:
     """Raise ValueError unless the stored codes of one block fill whole bytes at every bit-width."""
-    kept = block_size * pattern.keep // pattern.of if pattern.is_n_of_m else block_size
-    if kept % 8 or (pattern.is_n_of_m and block_size % pattern.of):
-        smallest = 8 * pattern.of // pattern.keep if pattern.is_n_of_m else 8
+    smallest = smallest_block_size(pattern)
+    if block_size % smallest:
         raise ValueError(f"block_size {block_size} is not a multiple of {smallest}, as pattern {pattern} needs")
+
+
+def padded_to_blocks(columns: int, block_size: int) -> int:
+    """``columns`` and as many more as fill the last block."""
+    return -(-columns // block_size) * block_size
+
+
+def fitting_block_size(columns: int, block_size: int, smallest: int) -> int:
+    """The one of ``block_size``, its half, its quarter and so on, down to ``smallest``, with which a row of ``columns``
+    values takes the fewest bits: 4 for a value, also for those that fill the last block, and 16 for a scale. The
+    largest of equals, so ``block_size`` itself wherever it divides ``columns``."""
+    best, fewest = block_size, 0
+    while block_size >= smallest:
+        length = padded_to_blocks(columns, block_size)
+        bits = 4 * length + 16 * (length // block_size)
+        if not fewest or bits < fewest:
+            best, fewest = block_size, bits
+        block_size //= 2
+    return best
