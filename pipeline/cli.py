@@ -263,12 +263,14 @@ def _bench_tokens(artifact: Path, threads: int, beside: list[Path], trust_librar
             row.backend,
             f"{row.prefill_tokens_per_second:.1f}",
             f"{row.decode_tokens_per_second:.1f}",
-            f"{row.decode_ratio_to_int4:.2f}",
-            f"{memory[row.backend] / 1e6:.1f}",
+            "–" if row.decode_ratio_to_int4 is None else f"{row.decode_ratio_to_int4:.2f}",
+            f"{memory[row.backend] / 1e6:.1f}" if row.backend in memory else "–",
         )
     console = table_console()
     console.print(f"prompt of {speed.prompt_tokens} tokens, {speed.generated_tokens} generated, {threads} threads")
     console.print(table)
+    for name, reason in speed.left_out.items():
+        console.print(f"left out: {name} ({reason})", markup=False)
 
 
 @app.command()

@@ -249,7 +249,7 @@ def _deliver(
             progress=calibrated.progress,
         ),
     )
-    folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact))
+    folder.stage("bench", [], [exported], lambda out: deliver.bench(out, task, artifact, calibrated.progress))
     report = assemble_report(
         task,
         plan,

@@ -191,7 +191,6 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("quantization.basis.bits", 5, ["quantization.basis.bits", "5"]),
         ("quantization.projections.bits", 1, ["quantization.projections.bits", "1"]),
         ("quantization.basis.block_size", 24, ["quantization.basis.block_size", "24"]),
-        ("quantization.basis.block_size", 64, ["quantization.basis.block_size", "does not divide", "take 16 or 32"]),
         ("model.model_type", "vitt", ["'vitt'", "deit, dinov2, swin, vit"]),
         ("model.model_type", "bert", ["'bert'", "deit, dinov2, swin, vit"]),
         ("model.config.hidden_sise", 32, ["model.config.hidden_sise"]),

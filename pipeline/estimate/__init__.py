@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.estimate.checks import check_lengths, check_rest_blocks
+from pipeline.estimate.checks import check_filling, check_lengths
 from pipeline.estimate.inputs import check_inputs
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
 from pipeline.estimate.sizes import least_size, rest_bytes
@@ -23,8 +23,9 @@ from pipeline.models.causal_lm import language_model_class, load_language_config
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.plumbing.errors import InputError
+from pipeline.quantization.rest_layers import fitted_rest
 from pipeline.recipe.choices import choices_of, largest_choice
-from pipeline.recipe.plan import GroupSize, Plan, make_plan
+from pipeline.recipe.plan import FittedRows, GroupSize, Plan, fitted_rows, make_plan
 from pipeline.recipe.schema import LanguageModelSection, Recipe
 
 
@@ -33,7 +34,8 @@ class Estimate:
     """Parameters, bytes and work of a run to be.
 
     ``sizes``: bytes of each group's packed factors, by its name; a factor left to allocation is counted with 2 bits.
-    ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``activation_bytes_per_sample``: on
+    ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``fitted``: rows that the recipe's
+    block sizes do not divide. ``activation_bytes_per_sample``: on
     disk, of what calibration records. ``group_training_bytes``: memory to train the factors of the largest group.
     ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
     checkpoint, which need not stay in memory. ``work``: operations that take most of the time. ``notes``: what the user
@@ -45,6 +47,7 @@ class Estimate:
     mlp_parameters: int
     sizes: dict[str, GroupSize]
     rest_bytes: int
+    fitted: tuple[FittedRows, ...]
     activation_bytes_per_sample: int
     group_training_bytes: int
     memory: dict[str, int]
@@ -76,8 +79,8 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Plan a run, with the largest choices where some are left to an allocation.
 
-    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, blocks outside the
-    MLPs that do not divide, and what could not be exported.
+    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, rows that cannot be
+    filled up, and what could not be exported.
     """
     notes = check_inputs(recipe)
     choices = []
@@ -90,7 +93,7 @@ def estimate(recipe: Recipe) -> Estimate:
     for choice in choices:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
-    check_rest_blocks(recipe, model, sites)
+    check_filling(recipe, model, plan)
     if isinstance(recipe.model, LanguageModelSection):
         check_saved_config(recipe.model, model)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
@@ -104,6 +107,7 @@ def estimate(recipe: Recipe) -> Estimate:
         mlp_parameters=sum(group.dense_parameters for group in plan.groups),
         sizes=sizes,
         rest_bytes=rest,
+        fitted=(*fitted_rows(plan), *fitted_rest(recipe, model, sites)),
         activation_bytes_per_sample=passed.activation_bytes,
         group_training_bytes=training_bytes(recipe, plan),
         memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),

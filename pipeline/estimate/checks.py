@@ -1,17 +1,15 @@
-"""What can be refused before anything is computed: blocks that do not divide, texts that are too long."""
+"""What can be refused before anything is computed: texts that are too long, matrices that cannot be stored so."""
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from exporters.causal_lm import MAX_LENGTH
-from pipeline.estimate.sizes import rest_linears
 from pipeline.evaluation.text_speed import GENERATED_TOKENS
 from pipeline.models.causal_lm import longest_text
 from pipeline.plumbing.errors import InputError
-from pipeline.recipe.plan import MLPSite
+from pipeline.recipe.plan import Plan, fitted_rows
 from pipeline.recipe.schema import Recipe, TextSection
-
-_OFFENDERS_NAMED = 3
 
 
 def check_lengths(recipe: Recipe, config: Any) -> None:
@@ -26,19 +24,19 @@ def check_lengths(recipe: Recipe, config: Any) -> None:
         raise InputError(f"data.context: {context} is more than the {longest} tokens that the model takes ({why})")
 
 
-def check_rest_blocks(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> None:
-    """Raise InputError where ``quantization.rest.block_size`` does not divide what it has to."""
-    rest = recipe.quantization.rest
-    uneven = []
-    for name, linear in rest_linears(model, sites).items():
-        if rest.linear_bits and linear.in_features % rest.block_size:
-            uneven.append(f"{name}: {linear.in_features}")
-    if rest.embedding_bits and model.config.hidden_size % rest.block_size:
-        uneven.append(f"token table: {model.config.hidden_size}")
-    if uneven:
-        unnamed = len(uneven) - _OFFENDERS_NAMED
-        more = f" and {unnamed} more" if unnamed > 0 else ""
-        raise InputError(
-            f"recipe {recipe.name}: quantization.rest.block_size: {rest.block_size} does not divide the inputs of "
-            f"{', '.join(uneven[:_OFFENDERS_NAMED])}{more}; take a smaller one"
-        )
+def check_filling(recipe: Recipe, model: Any, plan: Plan) -> None:
+    """Raise InputError where rows of an MLP's last matrix are filled up, and what fills them would count: without a
+    gate and with levels of which none is zero, the activation of zero has to be zero."""
+    scheme, pattern = recipe.quantization.projections, recipe.compression.pattern
+    if scheme.levels != "midrise" or pattern == "bitmap":
+        return
+    filled = {row.length for row in fitted_rows(plan) if row.stored > row.length}
+    for group in plan.groups:
+        for site in group.sites:
+            activation = model.get_submodule(f"{site.path}.{site.activation}")
+            if site.hidden in filled and len(site.first) == 1 and activation(torch.zeros(1)).any():
+                raise InputError(
+                    f"recipe {recipe.name}: quantization.projections.levels: midrise has no level at zero, and rows of "
+                    f"{site.hidden} values are filled up to whole blocks behind an activation that is not zero at zero "
+                    f"({type(activation).__name__} of block {site.block}); take midtread"
+                )

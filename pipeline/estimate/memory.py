@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.estimate.sizes import rest_linears
+from pipeline.quantization.rest_layers import rest_linears
 from pipeline.quantization.rest_start import ROWS_AT_ONCE
 from pipeline.recipe.plan import MLPSite, Plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, QuantizedEndToEnd, Recipe, TextSection

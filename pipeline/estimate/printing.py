@@ -26,6 +26,8 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
         )
     if estimated.plan.dense_blocks:
         console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
+    for rows in estimated.fitted:
+        console.print(str(rows))
     float16 = 2 * estimated.parameters
     console.print(
         f"weights of the artefact  {estimated.artifact_bytes:,} bytes, "

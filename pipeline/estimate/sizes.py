@@ -1,13 +1,13 @@
 """Bytes of what an artefact stores: packed factors, and the weights outside the compressed MLPs."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from fips_ort.layout import Segments, segments_with
-from pipeline.recipe.plan import GroupPlan, GroupSize, MLPSite, Plan, given_segments, group_size
+from exporters.nbits import block_size_for
+from fips_ort.layout import Segments, padded_to_blocks, segments_with
+from pipeline.recipe.plan import GroupPlan, GroupSize, Plan, given_segments, group_size
 from pipeline.recipe.schema import Recipe
 
 _SCALE_BITS = 16
@@ -46,17 +46,10 @@ def rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
                 elif isinstance(module, nn.Linear) and name != "classifier":
                     bits = rest.linear_bits or bits
                 if bits < 16:
-                    bits += _SCALE_BITS / rest.block_size
+                    rows, columns = parameter.shape
+                    block_size = block_size_for(columns, rest.block_size)
+                    stored = padded_to_blocks(columns, block_size)
+                    total += rows * (stored * int(bits) + stored // block_size * _SCALE_BITS) // 8
+                    continue
             total += math.ceil(parameter.numel() * bits / 8)
     return total
-
-
-def rest_linears(model: Any, sites: Sequence[MLPSite]) -> dict[str, nn.Linear]:
-    """Linear layers outside the MLPs that the rest's bits apply to, not the classifier or output layer, by path."""
-    mlps = {path for site in sites for path in site.linear_paths}
-    head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name != "classifier" and name not in mlps
-    }

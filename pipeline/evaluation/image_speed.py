@@ -1,6 +1,6 @@
 """Speed of sessions beside each other: interleaved runs, medians."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -15,10 +15,12 @@ from exporters.image_classifier import export_image_classifier
 from exporters.rest import quantize_linears
 from fips_ort.load import load
 from pipeline.evaluation.measurements import NATIVE
-from pipeline.evaluation.turns import interleave
+from pipeline.evaluation.turns import interleave, why
 
 DENSE_FLOAT32 = "dense float32, onnxruntime"
 DENSE_INT4 = "dense MatMulNBits 4 bit, onnxruntime"
+INT4_BLOCK = 64
+"""Block size of its MatMulNBits, at most (:func:`exporters.nbits.block_size_for`)."""
 PORTABLE = "artefact, portable functions"
 
 
@@ -44,27 +46,29 @@ def artefact_sessions(folder: Path, threads: int) -> dict[str, onnxruntime.Infer
 
 
 def dense_sessions(
-    dense: nn.Module, pixel_shape: tuple[int, int, int], threads: int
-) -> dict[str, onnxruntime.InferenceSession]:
+    dense: nn.Module, pixel_values: NDArray[np.float32], threads: int
+) -> tuple[dict[str, onnxruntime.InferenceSession], dict[str, str]]:
     """Load the dense model into ONNX Runtime twice: in float32, and with its linear layers (not the classifier) as
-    MatMulNBits.
+    MatMulNBits of 4 bits, accuracy_level 4 and blocks of 64 at most.
 
-    Those have 4 bits, accuracy_level 4 and blocks of 64, 32 or 16, the largest that divides all layers; the second
-    session is left out if none does.
+    Returns the sessions that ran on ``pixel_values`` [batch, 3, H, W], and why others did not: whatever is wrong with a
+    baseline, the artefact is measured.
     """
-    models = {DENSE_FLOAT32: dense}
-    for block_size in (64, 32, 16):
-        try:
-            models[DENSE_INT4] = quantize_linears(dense, 4, block_size, ["classifier"], 4)
-            break
-        except ValueError:
-            continue
-    return {
-        name: onnxruntime.InferenceSession(
-            ir.to_proto(export_image_classifier(model, pixel_shape)).SerializeToString(), session_options(threads)
-        )
-        for name, model in models.items()
+    models: dict[str, Callable[[], nn.Module]] = {
+        DENSE_FLOAT32: lambda: dense,
+        DENSE_INT4: lambda: quantize_linears(dense, 4, INT4_BLOCK, ["classifier"], 4),
     }
+    height, width = pixel_values.shape[2:]
+    sessions, left_out = {}, {}
+    for name, make in models.items():
+        try:
+            graph = export_image_classifier(make(), (3, height, width))
+            session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), session_options(threads))
+            session.run(["logits"], {"pixel_values": pixel_values})
+            sessions[name] = session
+        except Exception as error:
+            left_out[name] = why(error)
+    return sessions, left_out
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:

@@ -202,50 +202,64 @@ NATIVE = "artefact, native kernels"
 
 
 class ImageSpeedRow(Record):
-    """Speed of one backend. The ratio is to the dense model at float32."""
+    """Speed of one backend. The ratio is to the dense model at float32, None where that was left out."""
 
     backend: str
     images_per_second: PositiveFloat
-    ratio_to_float32: PositiveFloat
+    ratio_to_float32: PositiveFloat | None
 
 
 class ImageSpeed(Record):
-    """Speed on batches of ``batch`` images. ``rows``: the artefact with native kernels first."""
+    """Speed on batches of ``batch`` images. ``rows``: the artefact with native kernels first. ``left_out``: why a
+    baseline is not among them, by its name."""
 
     unit: Literal["images/s"]
     batch: PositiveInt
     threads: PositiveInt
     rows: Annotated[tuple[ImageSpeedRow, ...], Field(min_length=1)]
+    left_out: dict[str, str] = Field(default_factory=dict)
 
     @property
-    def ratio_to_dense(self) -> float:
-        """Speed of native kernels relative to the dense model at float32."""
+    def rate(self) -> float:
+        """Images per second with native kernels."""
+        return self.rows[0].images_per_second
+
+    @property
+    def ratio_to_dense(self) -> float | None:
+        """Speed of native kernels relative to the dense model at float32, None where that was left out."""
         return self.rows[0].ratio_to_float32
 
 
 class TokenSpeedRow(Record):
-    """Speed of one backend. The ratios are to the same model exported at int4 by onnxruntime-genai's builder."""
+    """Speed of one backend. The ratios are to the same model exported at int4 by onnxruntime-genai's builder, None
+    where that was left out."""
 
     backend: str
     prefill_tokens_per_second: PositiveFloat
     decode_tokens_per_second: PositiveFloat
-    prefill_ratio_to_int4: PositiveFloat
-    decode_ratio_to_int4: PositiveFloat
+    prefill_ratio_to_int4: PositiveFloat | None
+    decode_ratio_to_int4: PositiveFloat | None
 
 
 class TokenSpeed(Record):
     """Speed on a prompt of ``prompt_tokens``, then ``generated_tokens`` one by one. ``rows``: the artefact with native
-    kernels first."""
+    kernels first. ``left_out``: why a baseline, or its memory, is not among them, by its name."""
 
     unit: Literal["tokens/s"]
     prompt_tokens: PositiveInt
     generated_tokens: PositiveInt
     threads: PositiveInt
     rows: Annotated[tuple[TokenSpeedRow, ...], Field(min_length=1)]
+    left_out: dict[str, str] = Field(default_factory=dict)
 
     @property
-    def ratio_to_dense(self) -> float:
-        """Speed of decoding with native kernels relative to the dense model at int4."""
+    def rate(self) -> float:
+        """Tokens per second of decoding with native kernels."""
+        return self.rows[0].decode_tokens_per_second
+
+    @property
+    def ratio_to_dense(self) -> float | None:
+        """Speed of decoding with native kernels relative to the dense model at int4, None where that was left out."""
         return self.rows[0].decode_ratio_to_int4
 
 

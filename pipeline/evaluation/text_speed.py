@@ -24,14 +24,14 @@ from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
 from pipeline.evaluation.genai_folder import without_code
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
-from pipeline.evaluation.turns import wait_until_idle
+from pipeline.evaluation.turns import wait_until_idle, why
 from pipeline.models.causal_lm import load_language_model
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import LanguageModelSection, Recipe
 
 INT4 = "int4, onnxruntime-genai's builder"
 INT4_BLOCK = 32
-"""Block size of the int4 model: the builder's default."""
+"""Block size of the int4 model, at most: the builder's default."""
 MEASURED_LENGTH = 1024
 """Tokens for which models make room: more than are measured, as less than a sliding window is refused."""
 PROMPT_TOKENS = 128
@@ -56,7 +56,9 @@ def bench_causal_lm(
 
     ``prompt``: token ids, at least one. ``beside``: folders for onnxruntime-genai to measure in the same run, under
     their paths as names. ``trust_libraries``: load the native libraries of all these folders (:func:`without_code`).
+    Whatever is wrong with the int4 model, the artefact is measured: the speed says why that is left out.
     """
+    left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         given = {NATIVE: artifact} | {str(folder): folder for folder in beside}
         loadable = {
@@ -64,17 +66,29 @@ def bench_causal_lm(
             for name, folder in given.items()
         }
         folders = {NATIVE: loadable.pop(NATIVE), INT4: Path(temporary), **loadable}
-        export_int4(folders[INT4], dense, tokenizer)
+        try:
+            export_int4(folders[INT4], dense, tokenizer)
+            time_generation({INT4: folders[INT4]}, prompt, 2, threads, 0)
+        except Exception as error:
+            left_out[INT4] = why(error)
+            del folders[INT4]
         seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
-        memory = {name: load_rss(folder) for name, folder in folders.items()}
-    int4_prefill, int4_decode = seconds[INT4]
+        memory = {}
+        for name, folder in folders.items():
+            try:
+                memory[name] = load_rss(folder)
+            except RuntimeError as error:
+                if name != INT4:
+                    raise
+                left_out[f"memory of {INT4}"] = why(error)
+    int4_prefill, int4_decode = seconds.get(INT4, (None, None))
     rows = tuple(
         TokenSpeedRow(
             backend=name,
             prefill_tokens_per_second=len(prompt) / prefill,
             decode_tokens_per_second=1 / decode,
-            prefill_ratio_to_int4=int4_prefill / prefill,
-            decode_ratio_to_int4=int4_decode / decode,
+            prefill_ratio_to_int4=None if int4_prefill is None else int4_prefill / prefill,
+            decode_ratio_to_int4=None if int4_decode is None else int4_decode / decode,
         )
         for name, (prefill, decode) in seconds.items()
     )
@@ -84,6 +98,7 @@ def bench_causal_lm(
         generated_tokens=GENERATED_TOKENS,
         threads=threads,
         rows=rows,
+        left_out=left_out,
     )
     return speed, memory
 
@@ -124,8 +139,8 @@ def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
 def time_generation(
     folders: Mapping[str, Path], prompt: Sequence[int], count: int, threads: int, rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Measure the median seconds of (the whole prompt, one generated token) by name. The models take turns, after one
-    round to warm up."""
+    """Measure the median seconds of (the whole prompt, one generated token) by name, of at least two tokens. The models
+    take turns, after one round to warm up; no ``rounds`` find out whether they run, and measure nothing."""
     import onnxruntime_genai
 
     models = {}
@@ -155,6 +170,7 @@ def time_generation(
     return {
         name: (median(pair[0] for pair in pairs[1:]), median(pair[1] for pair in pairs[1:]))
         for name, pairs in times.items()
+        if rounds
     }
 
 

@@ -16,6 +16,7 @@ from pipeline.plumbing.hardware import describe_hardware
 from pipeline.plumbing.peak_memory import peak_rss_bytes
 from pipeline.plumbing.records import read_record
 from pipeline.plumbing.run_folder import RunFolder, versions
+from pipeline.quantization.rest_layers import fitted_rest
 from pipeline.recipe.plan import GroupPlan, Plan, fitted_rows
 from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import (
@@ -111,7 +112,11 @@ def assemble_report(
             pipeline_peak_rss_bytes=max(*folder.peak_rss_bytes.values(), peak_rss_bytes()),
             peak_rss_by_stage=folder.peak_rss_bytes,
         ),
-        warnings=(*task.dense.notes, *map(str, fitted_rows(plan))),
+        warnings=(
+            *task.dense.notes,
+            *map(str, fitted_rows(plan)),
+            *map(str, fitted_rest(recipe, task.model, task.sites)),
+        ),
         seconds=folder.seconds,
         disk_bytes=sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
         reused_stages=tuple(folder.reused),

@@ -215,7 +215,7 @@ def _mark_groups(axes: Axes, groups: Sequence[Group]) -> None:
 
 def _spectrum(axes: Axes, group: Group, rank: int, last: int) -> None:
     values = np.array(group.singular_values, dtype=np.float64)
-    relative = values / values.max()
+    relative = values / (values.max() or 1.0)  # of a group that was pruned altogether, all are zero
     # Rounding noise of a matrix without full rank would stretch the axis over ten empty decades.
     relative[relative < _EXACT] = np.nan
     axes.plot(np.arange(1, len(values) + 1), relative, color=FITTED)

@@ -123,9 +123,11 @@ def key_figures(report: Report) -> list[KeyFigure]:
 def _speed_figure(report: Report) -> KeyFigure:
     speed = report.speed
     if isinstance(speed, ImageSpeed):
+        if speed.ratio_to_dense is None:
+            return KeyFigure("Speed, images/s", f"{speed.rate:,.0f}", "dense float32 was not measured")
         return KeyFigure("Speed", f"{speed.ratio_to_dense:.2f} ×", "of dense float32")
     row = speed.rows[0]
-    beside = f"{speed.ratio_to_dense:.2f} × onnxruntime-genai int4"
+    beside = f"{_times(speed.ratio_to_dense)} onnxruntime-genai int4"
     prefill = f"prefill: {format_rate(row.prefill_tokens_per_second)} tokens/s"
     return KeyFigure("Decoding, tokens/s", format_rate(row.decode_tokens_per_second), f"{beside}; {prefill}")
 
@@ -157,6 +159,7 @@ def recipe_text(report: Report) -> str:
 def warning_lines(report: Report) -> list[str]:
     """The run's warnings, and what the figures themselves warn of."""
     lines = list(report.warnings)
+    lines += [f"Left out of the measurements: {name} ({why})." for name, why in report.speed.left_out.items()]
     if not report.parity.same_predictions:
         lines.append("The artefact's native kernels and portable functions do not give the same predictions.")
     lines += [f"{name}: the logits differ by more than the tolerance." for name in _parity_failures(report.parity)]
@@ -444,10 +447,15 @@ def _speed(report: Report) -> PageSection:
     )
 
 
+def _times(ratio: float | None) -> str:
+    """Write a ratio to a baseline, a dash where there is none."""
+    return "–" if ratio is None else f"{ratio:.2f} ×"
+
+
 def _image_speed(speed: ImageSpeed) -> tuple[str, str, Table]:
     """Return what was run, what it is compared with, and the table."""
     rows = [
-        (row.backend, f"{row.images_per_second:,.0f}", f"{row.ratio_to_float32:.2f} ×")
+        (row.backend, f"{row.images_per_second:,.0f}", _times(row.ratio_to_float32))
         for row in speed.rows
     ]
     table = Table(("backend", speed.unit, "of dense float32"), tuple(rows))
@@ -460,9 +468,9 @@ def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
         (
             row.backend,
             format_rate(row.prefill_tokens_per_second),
-            f"{row.prefill_ratio_to_int4:.2f} ×",
+            _times(row.prefill_ratio_to_int4),
             format_rate(row.decode_tokens_per_second),
-            f"{row.decode_ratio_to_int4:.2f} ×",
+            _times(row.decode_ratio_to_int4),
         )
         for row in speed.rows
     ]

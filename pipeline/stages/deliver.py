@@ -165,6 +165,9 @@ def quality_folders(validated: Path, task: Task) -> dict[Stage, Path]:
     return {_STAGES[backend]: validated / _STAGES[backend] for backend in task.evaluated_backends}
 
 
-def bench(out: Path, task: Task, artifact: Path) -> None:
+def bench(out: Path, task: Task, artifact: Path, progress: Progress) -> None:
     """Measure speed beside the dense model in ONNX Runtime, and resident memory."""
-    write_record(out / "bench.json", task.bench(artifact))
+    measured = task.bench(artifact)
+    for name, reason in measured.speed.left_out.items():
+        progress.say(f"  left out: {name} ({reason})")
+    write_record(out / "bench.json", measured)

@@ -21,7 +21,7 @@ from pipeline.report.units import (
     format_ratio,
     format_seconds,
 )
-from pipeline.sweep.plots import group_ids, speed_label, sweep_figure
+from pipeline.sweep.plots import group_ids, speed_label, speed_text, sweep_figure
 from pipeline.sweep.results import SIZES, Failure, Results, Row
 
 SWEEP_FILES = ("sweep.json", "sweep.csv", "sweep.md", "sweep.html", "sweep.png")
@@ -103,7 +103,7 @@ def hover_text(results: Results, row: Row) -> str:
             row.point,
             _quality(results, row),
             f"{row.stored_bits:.2f} stored bits, {row.paper_bits:.2f} paper bits, {format_bytes(row.artifact_bytes)}",
-            f"{row.speed.ratio_to_dense:.2f} {speed_label(results)}",
+            f"{speed_text(results, row)} {speed_label(results)}",
             _overrides(row),
         ]
     ).strip()
@@ -147,7 +147,7 @@ def _table(results: Results) -> Table:
                 f"{row.stored_bits:.2f}",
                 f"{row.paper_bits:.2f}",
                 format_bytes(row.artifact_bytes),
-                f"{row.speed.ratio_to_dense:.2f}",
+                speed_text(results, row),
                 format_bytes(row.memory.load_rss_bytes),
                 format_seconds(row.seconds),
                 ", ".join(on_front) or "–",

@@ -54,7 +54,7 @@ def sweep_figure(results: Results) -> Figure:
             axes.set_xlabel(
                 "bits, less is better" + (", bases, patterns and scales included" * (kind == "stored_bits"))
             )
-    speeds = [row.speed.ratio_to_dense for row in results.points]
+    speeds = [_speed(results, row) for row in results.points]
     _panel(panels[1, 1], results, points, speeds, _SPEED, rising=True)
     threads = results.points[0].speed.threads
     panels[1, 1].set_xlabel(f"{speed_label(results)}, {threads} thread{'s' * (threads > 1)}, more is better")
@@ -67,9 +67,25 @@ def sweep_figure(results: Results) -> Figure:
 
 
 def speed_label(results: Results) -> str:
-    """Say what speeds are relative to."""
+    """Say what speeds are relative to; where a point has no baseline they are relative to nothing."""
     is_text = results.metric == "perplexity"
+    if not _all_have_baselines(results):
+        return "decoding, tokens/s" if is_text else "images/s"
     return "decoding, × dense at int4" if is_text else "images/s, × dense at float32"
+
+
+def speed_text(results: Results, row: Row) -> str:
+    """Write a point's speed in the unit of :func:`speed_label`."""
+    return f"{_speed(results, row):.2f}" if _all_have_baselines(results) else f"{row.speed.rate:,.0f}"
+
+
+def _speed(results: Results, row: Row) -> float:
+    ratio = row.speed.ratio_to_dense
+    return ratio if ratio is not None and _all_have_baselines(results) else row.speed.rate
+
+
+def _all_have_baselines(results: Results) -> bool:
+    return all(row.speed.ratio_to_dense is not None for row in results.points)
 
 
 def group_id(row: Row, panel: str) -> str:

@@ -209,18 +209,18 @@ class ImageClassificationTask(Task):
     def bench(self, artifact: Path) -> Benchmark:
         threads = os.cpu_count() or 1
         images = self.data.test.batch(range(min(BENCH_BATCH, len(self.data.test))))[0].numpy()
-        shape = (3, self.image_size, self.image_size)
-        sessions = artefact_sessions(artifact, threads) | dense_sessions(self.model, shape, threads)
-        seconds = seconds_per_run(sessions, images, BENCH_SECONDS)
+        baselines, left_out = dense_sessions(self.model, images, threads)
+        seconds = seconds_per_run(artefact_sessions(artifact, threads) | baselines, images, BENCH_SECONDS)
+        float32 = seconds.get(DENSE_FLOAT32)
         rows = tuple(
             ImageSpeedRow(
                 backend=name,
                 images_per_second=len(images) / value,
-                ratio_to_float32=seconds[DENSE_FLOAT32] / value,
+                ratio_to_float32=None if float32 is None else float32 / value,
             )
             for name, value in seconds.items()
         )
-        speed = ImageSpeed(unit="images/s", batch=len(images), threads=threads, rows=rows)
+        speed = ImageSpeed(unit="images/s", batch=len(images), threads=threads, rows=rows, left_out=left_out)
         return Benchmark(speed=speed, memory=ArtifactMemory.model_validate(measure_memory(artifact)))
 
 

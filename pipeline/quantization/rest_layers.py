@@ -1,0 +1,39 @@
+"""What lies outside the MLPs and can have 4 or 8 bits, and the blocks that it is stored in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from exporters.nbits import block_size_for
+from fips_ort.layout import padded_to_blocks
+from pipeline.recipe.plan import FittedRows, MLPSite
+from pipeline.recipe.schema import Recipe
+
+
+def rest_linears(model: Any, sites: Sequence[MLPSite]) -> dict[str, nn.Linear]:
+    """Linear layers outside the MLPs that the rest's bits apply to, not the classifier or output layer, by path."""
+    mlps = {path for site in sites for path in site.linear_paths}
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name != "classifier" and name not in mlps
+    }
+
+
+def fitted_rest(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> list[FittedRows]:
+    """Lengths of rows that ``quantization.rest.block_size`` does not divide, each once."""
+    rest = recipe.quantization.rest
+    lengths = {linear.in_features for linear in rest_linears(model, sites).values()} if rest.linear_bits else set()
+    if rest.embedding_bits:
+        lengths.add(model.config.hidden_size)
+    found = []
+    for length in sorted(lengths):
+        if length % rest.block_size:
+            size = block_size_for(length, rest.block_size)
+            stored = padded_to_blocks(length, size)
+            found.append(
+                FittedRows("quantization.rest.block_size", "input features", length, rest.block_size, size, stored)
+            )
+    return found
