@@ -255,7 +255,8 @@ def test_run_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     report = run(tiny_of(72, 172, compression=compression, quantization=quantization), tmp_path, Progress())
     assert_sound(report, tmp_path)
-    assert any("MLP width 172; its rows are stored filled up to 192, in blocks of 64" in line for line in report.warnings)
+    said = "MLP width 172; its rows are stored filled up to 192, in blocks of 64"
+    assert any(said in line for line in report.warnings)
     assert report.quality.by_stage["onnx_native"] > 0.5
     assert (tmp_path / "report.md").read_text(encoding="utf-8").count("filled up to") == 3
 

@@ -1,9 +1,9 @@
 """Recipes for widely used models can be planned, at all bits and patterns, and the page has a row for each model."""
 
 import pytest
-from benchmarks.plans import MODELS, Known, combinations, recipe_for, without_weights
 from places import ROOT
 
+from benchmarks.plans import MODELS, Known, combinations, recipe_for, without_weights
 from pipeline.estimate.sizes import least_size
 from pipeline.models.adapters import find_mlps
 from pipeline.recipe.plan import fitted_rows, make_plan
