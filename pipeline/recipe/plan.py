@@ -191,7 +191,7 @@ def _remedy_of_small_rank(compression: Compression, block_size: int, rank: float
     # Rounded up, so that the value named is one that works; rank grows with the budget in proportion.
     enough = math.ceil(1000 * compression.budget * block_size / rank) / 1000
     if enough > LARGEST_BUDGET:
-        other = f"leave these blocks out of compression.groups, or group them with others, or take budget {LARGEST_BUDGET:g}"
+        other = "leave these blocks out of compression.groups, or group more of them"
         return f"lower {lower}" if lower else other
     return f"raise the budget to {enough:g}" + (f", or lower {lower}" if lower else "")
 
