@@ -277,6 +277,7 @@ def pretrained_recipe(folder: Path) -> Path:
         **TINY,
         "model": {"source": "pretrained", "path": str(folder / "model")},
         "data": {"source": "image_folder", "path": str(folder / "images")},
+        "calibration": {},
         "evaluation": {},
     }
     return write_recipe(folder, content)

@@ -279,8 +279,8 @@ def check_vocabulary(data: TextData, tokenizer: Any, rows: int) -> None:
             tokens = dict(zip(tokenizer.convert_ids_to_tokens(held), held, strict=True))
             raise InputError(
                 f"data: the {name} text holds {describe_tokens(tokens)}, and the model's table of tokens has {rows} "
-                f"rows (vocab_size), for ids up to {rows - 1}; take them out of the text, or take a model whose table "
-                "was resized (resize_token_embeddings) and trained for them"
+                f"rows (vocab_size), for ids up to {rows - 1}; take them out of the text, or take the tokenizer "
+                "that belongs to the model, or a model whose table was resized (resize_token_embeddings) for them"
             )
 
 
