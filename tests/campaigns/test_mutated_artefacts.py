@@ -15,7 +15,8 @@ CAMPAIGN = ROOT / "tests" / "campaigns" / "mutated_artefacts.py"
 def test_forty_mutated_artefacts(tmp_path: Path) -> None:
     write_sample(tmp_path / "samples" / "vit", sample("vit", "1:4"))
     command = [sys.executable, str(CAMPAIGN), "--count", "40", "--jobs", "1", "--samples", str(tmp_path / "samples")]
-    child = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert child.returncode == 0, child.stdout + child.stderr
     assert "40 tries in" in child.stdout
     assert "0 failed" in child.stdout
