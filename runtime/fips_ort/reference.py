@@ -28,11 +28,11 @@ def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = Tr
         raise ValueError(f"accuracy_level must be 0 or 4, got {accuracy_level}")
     with np.errstate(over="ignore", invalid="ignore"):
         if accuracy_level == 4 and trans_b:
-            y = _int8_matmul(a, weight)
+            exact = _int8_matmul(a, weight)
         else:
             stored = dequantize(weight).astype(np.float64)
-            y = a.astype(np.float64) @ (stored.T if trans_b else stored)
-        y = y.astype(np.float32)
+            exact = a.astype(np.float64) @ (stored.T if trans_b else stored)
+        y: NDArray[np.float32] = exact.astype(np.float32)
         return y if bias is None else y + bias
 
 

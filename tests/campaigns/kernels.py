@@ -3,10 +3,10 @@
     python tests/campaigns/kernels.py driver [--calls 1000000] [--sanitize]
     python tests/campaigns/kernels.py sessions [--nodes 10000]
 
-``driver`` calls the kernels of every instruction set of this CPU without ONNX Runtime (tests/runtime/native), ``sessions``
-through it, malformed nodes among them. Both compare with the numpy reference within the bounds of
-tests/samples/kernel_bounds.py, print counts, and go on after a failure, whose case they name: ``--only SEED`` is that case
-again. Exit status 1 if anything failed.
+``driver`` calls the kernels of every instruction set of this CPU without ONNX Runtime (tests/runtime/native),
+``sessions`` through it, malformed nodes among them. Both compare with the numpy reference within the bounds of
+tests/samples/kernel_bounds.py, print counts, and go on after a failure, whose case they name: ``--only SEED`` is that
+case again. Exit status 1 if anything failed.
 """
 
 import argparse
@@ -57,8 +57,8 @@ class Counts:
 
     def line(self) -> str:
         seconds = time.monotonic() - self.started
-        return (f"{self.cases} cases, {self.calls} calls, {self.refused} refused, worst {self.worst:.2f} of what is allowed, "
-                f"{len(self.failures)} failures, {seconds:.0f} s")
+        return (f"{self.cases} cases, {self.calls} calls, {self.refused} refused, worst {self.worst:.2f} of what is "
+                f"allowed, {len(self.failures)} failures, {seconds:.0f} s")
 
 
 def build_driver(folder: Path, sanitize: bool) -> Path:
@@ -87,8 +87,8 @@ def run_driver(driver: Path, cases: Path, seeds: list[int], counts: Counts) -> N
         counts.refused += int(refused)
         counts.worst = max(counts.worst, float(worst))
     if result.returncode not in (0, 1):
-        counts.failed("driver", seeds[0], f"status {result.returncode} there or in a case of the {len(seeds)} after it: "
-                                          f"{result.stderr[-2000:]}")
+        where = f"there or in a case of the {len(seeds)} after it"
+        counts.failed("driver", seeds[0], f"status {result.returncode} {where}: {result.stderr[-2000:]}")
     return None
 
 

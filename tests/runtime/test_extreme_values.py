@@ -1,4 +1,4 @@
-"""Values at the ends of float32, in activations, scales and bias: every kernel of docs/ops.md, every instruction set."""
+"""Values at the ends of float32, in activations, scales and bias: every kernel of docs/ops.md."""
 
 import subprocess
 import sys
@@ -34,7 +34,9 @@ def layouts(pattern: str) -> list[Layout]:
 class Node:
     """One product, in a session for each instruction set."""
 
-    def __init__(self, weight: PackedWeight, trans_b: bool, accuracy_level: int, bias: np.ndarray | None = None) -> None:
+    def __init__(
+        self, weight: PackedWeight, trans_b: bool, accuracy_level: int, bias: np.ndarray | None = None
+    ) -> None:
         self.weight, self.trans_b, self.accuracy_level, self.bias = weight, trans_b, accuracy_level, bias
         self.k = weight.layout.columns if trans_b else weight.layout.rows
         model = op_model(weight, trans_b, accuracy_level, bias, functions=[]).SerializeToString()

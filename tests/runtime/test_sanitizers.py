@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from isa import available_isas
+from kernel_cases import fuzzed_case, malformed_cases, sound_cases
 from kernel_table import differences
-from kernel_cases import fuzzed_case, malformed_cases, random_case, sound_cases
 
 SOURCE = Path(__file__).with_name("native")
 
@@ -33,7 +33,8 @@ def test_kernels_are_clean_and_correct_under_sanitizers(driver: Path, tmp_path: 
     result = subprocess.run([driver, tmp_path / "cases", *isas], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert [(line[0], line[1], line[3]) for line in lines] == [(isa, str(len(sound)), str(len(malformed))) for isa in isas]
+    counts = [(isa, str(len(sound)), str(len(malformed))) for isa in isas]
+    assert [(line[0], line[1], line[3]) for line in lines] == counts
 
 
 def test_no_attributes_and_streams_do_harm(driver: Path, tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 Bounds follow the kernels' arithmetic and are per output. With ``u = 2**-24``, the rounding of one operation:
 
-- A sum of terms ``t`` through ``L`` operations is off by at most ``L · u · sum|t|``. Roundings go up as often as down:
-  each is random, with a deviation of ``u / sqrt(3)`` of the sum so far, and 8 deviations of ``L`` such steps are the other
-  bound, far smaller where sums are long; the smaller one counts. Neither is a share of the *largest* output: where all
-  outputs happen to be near zero, errors are still those of their terms.
-- Integer kernels multiply bytes ``q + z``, also of entries that are not kept (``z``), not levels ``q``, and take ``z`` times
-  the sum of the activations from the result. Integers are exact, but lanes of a vector become floats before they are
-  added: the terms are the products of bytes, of which those of a row that keeps nothing cancel to a rounding error.
+- A sum of terms ``t`` through ``L`` operations is off by at most ``L · u · sum|t|``. Roundings go up as often as
+  down: each is random, with a deviation of ``u / sqrt(3)`` of the sum so far, and 8 deviations of ``L`` such steps are
+  the other bound, far smaller where sums are long; the smaller one counts. Neither is a share of the *largest* output:
+  where all outputs happen to be near zero, errors are still those of their terms.
+- Integer kernels multiply bytes ``q + z``, also of entries that are not kept (``z``), not levels ``q``, and take ``z``
+  times the sum of the activations from the result. Integers are exact, but lanes of a vector become floats before they
+  are added: the terms are the products of bytes, of which those of a row that keeps nothing cancel to a rounding error.
 - Level 4 without transB rounds each product of activation and scale by up to half of 1/16256 of the largest of its run.
 - Numbers below 2**-126 have fewer bits: an absolute error, or all of the number where the CPU takes them for zero.
 """
@@ -33,8 +33,8 @@ Floats = NDArray[np.float64]
 class Expected:
     """Outputs float32 [..., N] and their bounds, of which ``flushed`` holds where subnormal numbers count as zero.
 
-    A bound of NaN wants an output that is not finite, an infinite bound takes anything; an output that is infinite or NaN
-    here is wanted exactly.
+    A bound of NaN wants an output that is not finite, an infinite bound takes anything; an output that is infinite or
+    NaN here is wanted exactly.
     """
 
     outputs: NDArray[np.float32]
@@ -67,8 +67,8 @@ def expected_outputs(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: b
 
 
 class _Terms:
-    """What is known of the terms of a sum: the sum of their magnitudes, the root of the sum of their squares, the largest
-    sum of those so far, and how many operations they go through."""
+    """What is known of the terms of a sum: how many operations they go through, the sum of their magnitudes, the root
+    of the sum of their squares and the largest sum of those so far."""
 
     def __init__(self, operations: float, total: Floats, squares: Floats, peak: Floats) -> None:
         self.operations, self.total, self.peak = operations, total, np.maximum(peak, np.sqrt(squares))

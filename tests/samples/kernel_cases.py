@@ -29,7 +29,8 @@ def sound_case(weight: PackedWeight, trans_b: bool, accuracy_level: int, a: np.n
     attributes = node_attributes(weight.layout, trans_b, accuracy_level)
     expected = expected_outputs(a, weight, trans_b=trans_b, bias=bias, accuracy_level=accuracy_level)
     added = np.zeros(0, np.float32) if bias is None else bias
-    arrays = [weight.codes, weight.pattern, weight.scales, a, added, expected.outputs, expected.allowed, expected.flushed]
+    arrays = [weight.codes, weight.pattern, weight.scales, a, added]
+    arrays += [expected.outputs, expected.allowed, expected.flushed]
     return header(weight, attributes, len(a), SOUND, added.size) + b"".join(array.tobytes() for array in arrays)
 
 
@@ -123,6 +124,8 @@ def fuzzed_case(rng: np.random.Generator) -> bytes:
 
 
 _ROW_SHARES = (0.02, 0.02, 0.03, 0.03, 0.05, 0.1, 0.15, 0.25, 0.25, 0.06, 0.02, 0.02)
+_ROWS = (1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 200)
+_RUN_FACTORS = (0.0, 1e-44, 1e-36, 1e-20, 1e20, 1e37)
 BLOCK_UNITS = (1, 2, 3, 4, 5, 6, 8, 8, 8, 12, 16, 16, 20, 24, 32, 40)
 """Block sizes in units of the smallest one of a pattern."""
 
@@ -151,11 +154,15 @@ def random_node(rng: np.random.Generator) -> tuple[PackedWeight, bool, int]:
     elif shape < 0.12 and not trans_b:  # sums that are cut into parts
         rows, blocks = int(rng.integers(512, 900)), max(1, 128 // block_size)
     else:
-        rows, blocks = int(rng.choice((1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 200))), int(rng.integers(1, 9))
-        rows = min(rows, max(1, int(rng.choice((3_000, 6_000, 30_000), p=(0.5, 0.4, 0.1))) // (blocks * block_size)))
+        rows, blocks = int(rng.choice(_ROWS)), int(rng.integers(1, 9))
+        entries = int(rng.choice((3_000, 6_000, 30_000), p=(0.5, 0.4, 0.1)))
+        rows = min(rows, max(1, entries // (blocks * block_size)))
     axis = int(rng.integers(2))
     length = blocks if axis else rows
-    widths = rng.random(4) < (0.3, 0.6, 0.5, 0.5) if rng.random() < 0.5 else np.arange(4) == rng.choice(4, p=(0.1, 0.4, 0.25, 0.25))
+    if rng.random() < 0.5:
+        widths = rng.random(4) < (0.3, 0.6, 0.5, 0.5)
+    else:
+        widths = np.arange(4) == rng.choice(4, p=(0.1, 0.4, 0.25, 0.25))
     if not widths.any():
         widths[1] = True
     cuts = rng.multinomial(length, widths / widths.sum())
@@ -203,7 +210,7 @@ def random_activations(rng: np.random.Generator, m: int, k: int, block_size: int
                 row[rng.integers(k)] *= 10.0 ** rng.uniform(-45, 38)
             elif kind == 4:  # runs of another magnitude, or of zeros
                 first = rng.integers(k)
-                row[first : first + rng.integers(1, 3 * block_size)] *= rng.choice((0.0, 1e-44, 1e-36, 1e-20, 1e20, 1e37))
+                row[first : first + rng.integers(1, 3 * block_size)] *= rng.choice(_RUN_FACTORS)
             elif kind == 5:  # every magnitude
                 row *= 10.0 ** rng.uniform(-45, 37, k)
             elif kind == 6:
