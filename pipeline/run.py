@@ -80,7 +80,7 @@ def run(
     run_folder.check()
     check_mine(folder, f"--out {folder}", REPORT_FILES)
     known = deliver.known_files(run_folder.work, folder / ARTIFACT)
-    for note in estimate(recipe).notes:
+    for note in estimate(recipe, fetch=True).notes:
         progress.say(f"note: {note}")
     with run_folder.lock():
         claim(folder, f"--out {folder}", REPORT_FILES)
