@@ -332,6 +332,7 @@ def test_texts_longer_than_the_model_takes_are_refused(language: Recipe, tmp_pat
         estimate(parse_recipe(content, "r.yaml"))
     change_config(tmp_path / "model", max_position_embeddings=100_000)
     content["data"]["context"] = 8193
+    content["calibration"]["samples"] = content["evaluation"]["samples"] = 4
     for file in ("train.txt", "test.jsonl"):
         lines = (f'{{"text": "the cat of {file} sleeps {number}"}}\n' for number in range(3000))
         (tmp_path / file).write_text("".join(lines), encoding="utf-8")
