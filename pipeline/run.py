@@ -94,8 +94,6 @@ def run(
 
 def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine, known: Collection[str]) -> Report:
     task, dense = open_dense(recipe, folder, progress)
-    for note in task.dense.notes:
-        progress.say(f"  {note}")
     evaluations = Evaluations(task, folder, progress)
     evaluations.evaluate_dense(dense)
 
