@@ -371,7 +371,9 @@ def gemma_with_images(gemma: Path, tmp_path: Path) -> Path:
     images = SiglipVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
-    config = Gemma3Config(dense.config.to_dict(), images.to_dict(), mm_tokens_per_image=4)
+    config = Gemma3Config(
+        text_config=dense.config.to_dict(), vision_config=images.to_dict(), mm_tokens_per_image=4
+    )
     whole = Gemma3ForConditionalGeneration(config)
     whole.model.language_model.load_state_dict(dense.model.state_dict())
     return save(whole, tmp_path / "with-images")
