@@ -60,7 +60,7 @@ def plan(recipe: RecipePath, overrides: SetOptions = None) -> None:
     from pipeline.estimate import estimate
     from pipeline.estimate.printing import print_estimate
 
-    print_estimate(loaded, estimate(loaded))
+    print_estimate(loaded, estimate(loaded, fetch=True))
 
 
 @app.command()

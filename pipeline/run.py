@@ -80,7 +80,7 @@ def run(
     run_folder.check()
     check_mine(folder, f"--out {folder}", REPORT_FILES)
     known = deliver.known_files(run_folder.work, folder / ARTIFACT)
-    for note in estimate(recipe).notes:
+    for note in estimate(recipe, fetch=True).notes:
         progress.say(f"note: {note}")
     with run_folder.lock():
         claim(folder, f"--out {folder}", REPORT_FILES)
@@ -94,8 +94,6 @@ def run(
 
 def _run(recipe: Recipe, folder: RunFolder, progress: Progress, engine: Engine, known: Collection[str]) -> Report:
     task, dense = open_dense(recipe, folder, progress)
-    for note in task.dense.notes:
-        progress.say(f"  {note}")
     evaluations = Evaluations(task, folder, progress)
     evaluations.evaluate_dense(dense)
 

@@ -312,8 +312,8 @@ def change_config(folder: Path, **changes: Any) -> None:
             {"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             r"model\.path: .*: config\.json: rope_parameters\.full_attention\.rope_type: 'dynamic' cannot be exported",
         ),
-        ({"intermediate_size": -4}, r"config\.json: cannot load it .* negative dimension -4"),
-        ({"vocab_size": 200}, r"65 tokens of its tokenizer have no row .*vocab_size: 200"),
+        ({"intermediate_size": -4}, r"its configuration does not fit together, .* negative dimension -4"),
+        ({"vocab_size": 200}, r"the model's table of tokens has 200 rows"),
         ({"max_position_embeddings": 31}, r"config\.json: max_position_embeddings: 31: too short"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: gptq: the weights are already"),
     ],
@@ -335,6 +335,10 @@ def test_texts_longer_than_the_model_takes_are_refused(language: Recipe, tmp_pat
         estimate(parse_recipe(content, "r.yaml"))
     change_config(tmp_path / "model", max_position_embeddings=100_000)
     content["data"]["context"] = 8193
+    content["calibration"]["samples"] = content["evaluation"]["samples"] = 4
+    for file in ("train.txt", "test.jsonl"):
+        lines = (f'{{"text": "the cat of {file} sleeps {number}"}}\n' for number in range(3000))
+        (tmp_path / file).write_text("".join(lines), encoding="utf-8")
     with pytest.raises(InputError, match=r"data\.context: 8193 is more than the 8192 tokens .*no model is exported"):
         estimate(parse_recipe(content, "r.yaml"))
 

@@ -23,6 +23,7 @@ from run_samples import (
     stages_run_for,
 )
 from torch import nn
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
 from exporters.packed_model import load_packed_model
 from fips_ort.manifest import read_manifest
@@ -363,14 +364,35 @@ def test_full_basis_with_allocated_bits(gemma: Path, text: Path, tmp_path: Path)
     assert sum(widths[0]) == 32
 
 
+@pytest.fixture
+def gemma_with_images(gemma: Path, tmp_path: Path) -> Path:
+    """The same language model inside one that reads images too, as Gemma 3 from 4B on is published."""
+    dense = Gemma3ForCausalLM.from_pretrained(gemma)
+    images = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(
+        text_config=dense.config.to_dict(), vision_config=images.to_dict(), mm_tokens_per_image=4
+    )
+    whole = Gemma3ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(dense.model.state_dict())
+    return save(whole, tmp_path / "with-images")
+
+
 @pytest.mark.usefixtures("no_load_rss")
-def test_blocks_left_dense_are_stored_with_the_rest(gemma: Path, text: Path, tmp_path: Path) -> None:
+def test_blocks_left_dense_are_stored_with_the_rest(
+    gemma: Path, gemma_with_images: Path, text: Path, tmp_path: Path
+) -> None:
+    """And of a model that reads images too, the language part is taken, and said to be."""
     compression = {"groups": [[1, 3]], "budget": 0.6, "pattern": "dense"}
-    done = finish(language_recipe(gemma, text, compression=compression, fit=None), tmp_path)
+    done = finish(language_recipe(gemma_with_images, text, compression=compression, fit=None), tmp_path / "out")
     assert_sound(done)
+    note = "The model's language part was taken (gemma3_text of gemma3)"
+    assert [note in warning for warning in done.report["warnings"]] == [True]
+    assert note in (done.folder / "report.md").read_text(encoding="utf-8")
     assert done.report["dense_blocks"] == [0, 2]
     model, _ = fake_quantized(done)
-    dense = tiny_language_model("gemma3").__class__.from_pretrained(gemma)
+    dense = Gemma3ForCausalLM.from_pretrained(gemma)
     for block in (0, 2):
         for name in ("gate_proj", "up_proj", "down_proj"):
             path = f"model.layers.{block}.mlp.{name}.weight"

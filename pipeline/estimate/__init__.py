@@ -19,7 +19,7 @@ from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stag
 from pipeline.estimate.sizes import least_size, rest_bytes
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import language_model_class, load_language_config, notes_on
+from pipeline.models.causal_lm import is_here, language_model_class, load_language_config, notes_on
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.plumbing.errors import InputError
@@ -76,11 +76,12 @@ class Estimate:
         return max(self.memory.items(), key=lambda entry: entry[1])
 
 
-def estimate(recipe: Recipe) -> Estimate:
+def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
     """Plan a run, with the largest choices where some are left to an allocation.
 
-    Raises InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, rows that cannot be
-    filled up, and what could not be exported.
+    ``fetch``: the tokenizer of a language model on the hub is downloaded, to be asked as one on this machine is. Raises
+    InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, rows that cannot be filled up,
+    and what could not be exported.
     """
     notes = check_inputs(recipe)
     choices = []
@@ -94,13 +95,14 @@ def estimate(recipe: Recipe) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_filling(recipe, model, plan)
-    if isinstance(recipe.model, LanguageModelSection):
-        check_saved_config(recipe.model, model)
+    taken: tuple[str, ...] = ()
+    if isinstance(recipe.model, LanguageModelSection) and (fetch or is_here(recipe.model)):
+        check_saved_config(recipe.model, config)
+        taken = notes_on(recipe.model)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
     with _fitting_together():
         passed = dry_run(recipe, plan, model, config, shapes_only)
-    taken = notes_on(recipe.model) if isinstance(recipe.model, LanguageModelSection) else ()
     return Estimate(
         plan=plan,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -69,8 +69,8 @@ def _check_text(recipe: Recipe, model: LanguageModelSection, data: TextDataSecti
         check_splits_differ(data)
         if not Path(data.path).exists():
             return ()
-    tokenizer = load_tokenizer(model)
     rows = int(load_language_config(model).vocab_size)
+    tokenizer = load_tokenizer(model)
     beyond = tokens_beyond(tokenizer, rows)
     _check_windows(recipe, data, tokenizer, rows, whole=bool(beyond))
     if not beyond:

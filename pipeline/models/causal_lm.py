@@ -1,5 +1,7 @@
 """A recipe's language model: loaded from the hub, a local folder or a GGUF file, with a tokenizer that was checked."""
 
+import copy
+import functools
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -57,19 +59,14 @@ def load_tokenizer(section: LanguageModelSection) -> Any:
     """The tokenizer of a recipe's language model. Raises InputError when it is not found, or is rebuilt from a GGUF
     file and does not do what the file says (:func:`check_tokenizer`)."""
     source = _Source.of(section)
+    if source.gguf_file is not None:
+        return copy.deepcopy(_tokenizer_of_gguf(source, _state_of(source.gguf_path())))
     folder = Path(source.path)
-    if source.gguf_file is None and folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{source.where}: {_NO_TOKENIZER}")
-    tokenizer = source.load(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokenizer = _load_tokenizer(source)
     if not tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys():  # made up by transformers
         raise InputError(f"{source.where}: {_NO_TOKENIZER}")
-    for key in ("is_local", "local_files_only"):  # how it was found; would be saved with it
-        tokenizer.init_kwargs.pop(key, None)
-    if source.gguf_file is not None:
-        check_tokenizer(tokenizer, source.gguf_path())
-        with tempfile.TemporaryDirectory() as saved:
-            tokenizer.save_pretrained(saved)
-            check_saved_tokenizer(tokenizer, Path(saved))
     return tokenizer
 
 
@@ -88,6 +85,8 @@ def load_language_config(section: LanguageModelSection) -> Any:
 
 def notes_on(section: LanguageModelSection) -> tuple[str, ...]:
     """What a user should know of how a recipe's language model was taken, a sentence each."""
+    if _Source.of(section).gguf_file is not None:  # holds language models only
+        return ()
     config = _load_whole_config(section)
     if config.model_type not in LANGUAGE_PARTS:
         return ()
@@ -142,6 +141,11 @@ def attention_of(config: Any) -> str:
 def longest_text(config: Any) -> int:
     """Tokens, prompt and answer together, for which a model of this configuration is exported."""
     return int(min(MAX_LENGTH, config.max_position_embeddings))
+
+
+def is_here(section: LanguageModelSection) -> bool:
+    """Whether a recipe's language model is on this machine: in a folder or a package, not on the hub."""
+    return isinstance(section, PackagedGGUFModel) or Path(section.path).is_dir()
 
 
 def name_of(section: LanguageModelSection) -> str:
@@ -212,6 +216,37 @@ def _load_whole_config(section: LanguageModelSection) -> Any:
     source = _Source.of(section)
     if source.gguf_file is None:
         return load_checkpoint_config(source.path, source.revision, source.where)
+    return copy.deepcopy(_config_of_gguf(source, _state_of(source.gguf_path())))
+
+
+def _load_tokenizer(source: _Source) -> Any:
+    tokenizer = source.load(AutoTokenizer.from_pretrained)
+    for key in ("is_local", "local_files_only"):  # how it was found; would be saved with it
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
+
+
+# Transformers takes half a minute for each of these where a vocabulary is large, and a run needs them several times.
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """Size and time of the last change of a file, by which it is known to be the same."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer_of_gguf(source: _Source, _state: tuple[int, int]) -> Any:
+    tokenizer = _load_tokenizer(source)
+    check_tokenizer(tokenizer, source.gguf_path())
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        check_saved_tokenizer(tokenizer, Path(saved))
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _config_of_gguf(source: _Source, _state: tuple[int, int]) -> Any:
     _check_gguf(source.gguf_path())
     return source.load(AutoConfig.from_pretrained)
 

@@ -12,7 +12,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline.plumbing.errors import InputError
@@ -20,7 +27,7 @@ from pipeline.plumbing.errors import InputError
 CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError)
 """What transformers raises for settings that a model cannot have."""
 _CHECKPOINT_ERRORS = (*CONFIG_ERRORS, LookupError, OSError, RuntimeError, SafetensorError, struct.error)
-_REMOTE_CODE = "trust_remote_code"
+_REMOTE_CODE = "contains custom code"
 """What transformers' errors say of models that bring code of their own."""
 _QUANTIZATIONS = ("quantization_config", "compression_config", "quantization")
 """Keys under which a configuration says that its weights are quantized: transformers' own, one that it had for
@@ -62,6 +69,8 @@ def load_checkpoint_config(path: str, revision: str | None, where: str) -> Any:
     if folder.is_file():
         raise InputError(f"{where}: a file; give the folder that it is in{_gguf_hint([folder])}")
     with loading(where):
+        if not folder.is_dir():  # on the hub: what is wrong with the way there is said here
+            cached_file(path, CONFIG_NAME, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
         adapter = find_adapter_config_file(path, revision=revision)
     if adapter is not None:
         raise InputError(

@@ -67,18 +67,18 @@ def check_graph(section: LanguageModelSection, config: Any) -> None:
     raise InputError(f"{where}: cannot be exported to ONNX: {reason}; {remedy}")
 
 
-def check_saved_config(section: LanguageModelSection, model: nn.Module) -> None:
+def check_saved_config(section: LanguageModelSection, config: Any) -> None:
     """Raise InputError unless configuration and tokenizer can be written into an artefact and onnxruntime-genai reads
     them.
 
-    ``model``: the whole model, whose weights may be anywhere; they are not read.
+    ``config``: the model's; no weight is read.
     """
     where = name_of(section)
     tokenizer = load_tokenizer(section)
-    config: Any = model.config
     _check_vocabulary(where, tokenizer, config.vocab_size)
-    described: Any = model
-    described.generation_config = load_generation_config(section) or described.generation_config
+    with torch.device("meta"):
+        model: Any = language_model_class().from_config(config)
+    model.generation_config = load_generation_config(section) or model.generation_config
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_causal_lm_config(Path(folder), model, tokenizer, longest_text(config))

@@ -13,7 +13,6 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -143,7 +142,7 @@ def check(folder: Path, tokenizer: Any = None, change: Callable[[dict[str, Any]]
 
 def recheck(folder: Path) -> None:
     section = CausalLanguageModel(source="causal_lm", path=str(folder))
-    check_saved_config(section, LlamaForCausalLM(load_language_config(section)))
+    check_saved_config(section, load_language_config(section))
 
 
 def test_tokenizer_is_asked(tmp_path: Path) -> None:
@@ -183,4 +182,4 @@ def test_folder_without_a_tokenizer_is_named(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     section = CausalLanguageModel(source="causal_lm", path=str(tmp_path))
     with pytest.raises(InputError, match=r"model\.path: .*: no tokenizer in it; put tokenizer\.json"):
-        check_saved_config(section, model)
+        check_saved_config(section, model.config)
