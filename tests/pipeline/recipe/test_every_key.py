@@ -71,6 +71,7 @@ ALLOCATE = {"allocate": {"target": 3.0, "bits": [4, 2]}}
 WIDE = {"compression.budget": 1.5}  # a rank of 64, of which a quarter is a block of 16
 GRADED_BASIS = {"quantization.basis.bits": GRADES, **WIDE}
 GRADED = {"quantization.projections.bits": GRADES, **WIDE}
+ALLOCATE_GRADES = {"allocate": {"target": 9.0, "bits": [GRADES]}, **WIDE}
 FINETUNE = {"finetune": {"objective": "distill", "steps": 2, "batch_size": 8}}
 ALLOCATED_BITS = {"quantization.projections.bits": "allocate", "quantization.target_stored_bits": 3.0}
 RIGL = {"compression.sparsifier": {"algorithm": "rigl", "update_every": 1}}
@@ -185,10 +186,8 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "allocate.budgets": Changes([0.6, 0.9], "allocate", ALLOCATE),
     "allocate.sparsities": Changes([0.5, 0.75], "allocate", ALLOCATE),
     "allocate.bits": Changes([4, 3], "allocate", ALLOCATE),
-    "allocate.bits.bits": Changes([OTHER_GRADES], "allocate", {"allocate": {"target": 9.0, "bits": [GRADES]}, **WIDE},
-                                  "allocate.bits"),
-    "allocate.bits.fraction": Changes([OTHER_FRACTIONS], "allocate", {"allocate": {"target": 9.0, "bits": [GRADES]}, **WIDE},
-                                      "allocate.bits"),
+    "allocate.bits.bits": Changes([OTHER_GRADES], "allocate", ALLOCATE_GRADES, "allocate.bits"),
+    "allocate.bits.fraction": Changes([OTHER_FRACTIONS], "allocate", ALLOCATE_GRADES, "allocate.bits"),
     "allocate.samples": Changes(3, "allocate", ALLOCATE),
     "export.accuracy_level": Changes(4, "export"),
     "export.max_shard_size": Changes(4096, "export"),
