@@ -7,6 +7,7 @@ import ast
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import MagicMock
@@ -19,9 +20,8 @@ from places import ROOT
 from run_samples import TINY, TINY_LANGUAGE, StopRun, hashes
 
 from pipeline.data.images import ImageSplit
-from pipeline.estimate.checks import check_inputs
-from pipeline.models import image_classifier
-from pipeline.models.causal_lm import load_tokenizer
+from pipeline.estimate.inputs import check_inputs
+from pipeline.models import causal_lm, image_classifier
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import read_json
 from pipeline.plumbing.progress import Progress
@@ -68,9 +68,12 @@ FIT, START, LOCAL, TOGETHER = "fit/group_0", "qat/0-start", "qat/1-local", "qat/
 IMAGES, TEXT = "pipeline/data/test_images.py", "pipeline/data/test_text.py"
 LOADING, HUB = "pipeline/models/test_causal_lm_loading.py", "test_hub_recipes.py"
 ALLOCATE = {"allocate": {"target": 3.0, "bits": [4, 2]}}
-GRADED_BASIS, GRADED = {"quantization.basis.bits": GRADES}, {"quantization.projections.bits": GRADES}
+WIDE = {"compression.budget": 1.5}  # a rank of 64, of which a quarter is a block of 16
+GRADED_BASIS = {"quantization.basis.bits": GRADES, **WIDE}
+GRADED = {"quantization.projections.bits": GRADES, **WIDE}
+ALLOCATE_GRADES = {"allocate": {"target": 9.0, "bits": [GRADES]}, **WIDE}
 FINETUNE = {"finetune": {"objective": "distill", "steps": 2, "batch_size": 8}}
-ALLOCATED_BITS = {"quantization.projections.bits": "allocate", "quantization.target_stored_bits": 3.0}
+ALLOCATED_BITS = {"quantization.projections.bits": "allocate", "quantization.target_stored_bits": 6.0, **WIDE}
 RIGL = {"compression.sparsifier": {"algorithm": "rigl", "update_every": 1}}
 LOCAL_KEY, TOGETHER_KEY = "quantization.training.0.", "quantization.training.1."
 REST = {"quantization.rest": {"linear_bits": 4, "embedding_bits": 4, "block_size": 16}}
@@ -159,9 +162,9 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "quantization.projections.bits": Changes(2, START),
     "quantization.projections.bits.bits": Changes(OTHER_GRADES, START, GRADED, "quantization.projections.bits"),
     "quantization.projections.bits.fraction": Changes(OTHER_FRACTIONS, START, GRADED, "quantization.projections.bits"),
-    "quantization.projections.block_size": Changes(32, START),
+    "quantization.projections.block_size": Changes(32, START, WIDE),
     "quantization.projections.levels": Changes("midrise", START),
-    "quantization.target_stored_bits": Changes(3.5, START, ALLOCATED_BITS),
+    "quantization.target_stored_bits": Changes(9.0, START, ALLOCATED_BITS),
     "quantization.start": Changes("gptq", START),
     "quantization.learned_scales": Changes(False, LOCAL),
     "quantization.training(local).steps": Changes(3, LOCAL, {}, LOCAL_KEY + "steps"),
@@ -183,10 +186,8 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "allocate.budgets": Changes([0.6, 0.9], "allocate", ALLOCATE),
     "allocate.sparsities": Changes([0.5, 0.75], "allocate", ALLOCATE),
     "allocate.bits": Changes([4, 3], "allocate", ALLOCATE),
-    "allocate.bits.bits": Changes([OTHER_GRADES], "allocate", {"allocate": {"target": 9.0, "bits": [GRADES]}},
-                                  "allocate.bits"),
-    "allocate.bits.fraction": Changes([OTHER_FRACTIONS], "allocate", {"allocate": {"target": 9.0, "bits": [GRADES]}},
-                                      "allocate.bits"),
+    "allocate.bits.bits": Changes([OTHER_GRADES], "allocate", ALLOCATE_GRADES, "allocate.bits"),
+    "allocate.bits.fraction": Changes([OTHER_FRACTIONS], "allocate", ALLOCATE_GRADES, "allocate.bits"),
     "allocate.samples": Changes(3, "allocate", ALLOCATE),
     "export.accuracy_level": Changes(4, "export"),
     "export.max_shard_size": Changes(4096, "export"),
@@ -342,21 +343,18 @@ def _plain(key: str) -> str:
 
 
 @pytest.mark.parametrize("source", ["pretrained", "causal_lm"])
-def test_a_revision_is_passed_to_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_is_passed_to_the_hub(source: str) -> None:
     asked: list[str] = []
 
     def load(path: str, *, revision: str, **_: Any) -> None:
         asked.append(revision)
         raise OSError("the hub is elsewhere")
 
-    if source == "pretrained":
-        section: Any = PretrainedModel(source="pretrained", path="someone/model", revision="v2")
-        with pytest.raises(InputError):
-            image_classifier._from_hub(section, load)
-    else:
-        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
-        with pytest.raises(InputError):
-            load_tokenizer(CausalLanguageModel(source="causal_lm", path="someone/model", revision="v2"))
+    image = PretrainedModel(source="pretrained", path="someone/model", revision="v2")
+    language = CausalLanguageModel(source="causal_lm", path="someone/model", revision="v2")
+    ask = partial(image_classifier._from_hub, image) if source == "pretrained" else causal_lm._Source.of(language).load
+    with pytest.raises(InputError, match="the hub is elsewhere"):
+        ask(load)
     assert asked == ["v2"]
 
 
@@ -367,7 +365,7 @@ def test_a_revision_of_a_folder_is_refused(source: str, tmp_path: Path) -> None:
     if source == "pretrained":
         content["data"] = {"source": "image_folder", "path": str(tmp_path), "train": ".", "test": "."}
     content["model"] = {"source": source, "path": str(tmp_path), "revision": "v2"}
-    with pytest.raises(InputError, match=r"^recipe tiny.*: model\.revision: v2: .* is a folder.*; leave it out$"):
+    with pytest.raises(InputError, match=r"model\.revision: v2: .* is a local folder, which has no revisions"):
         check_inputs(parse_recipe(content, "r.yaml"))
 
 

@@ -27,6 +27,7 @@ from pipeline.plumbing.engines import Outcome
 from pipeline.plumbing.errors import InputError, StageError
 from pipeline.plumbing.files import read_json, write_json
 from pipeline.plumbing.hardware import Hardware
+from pipeline.plumbing.ownership import MARK
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.records import read_record, write_record
 from pipeline.recipe.reading import load_recipe
@@ -311,6 +312,7 @@ def test_a_point_whose_command_leaves_another_report_has_failed(
     point = sweep.points[0]
     folder = tmp_path / "points" / point.name
     folder.mkdir(parents=True)
+    (tmp_path / MARK).touch()
     for content in (b"{}", (serial[0] / "points" / sweep.points[1].name / "report.json").read_bytes()):
         (folder / "report.json").write_bytes(content)
         monkeypatch.setattr(runner, "run_side_by_side", lambda *_: [Outcome(point.name, 0, "")])
@@ -340,7 +342,8 @@ def test_a_fresh_sweep_deletes_its_own_results_only(
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine", encoding="utf-8")
-    monkeypatch.setattr(runner, "run_side_by_side", lambda *_: [])
+    stopped = [Outcome(point.name, 1, "stopped") for point in sweep.points]
+    monkeypatch.setattr(runner, "run_side_by_side", lambda *_: stopped)
     with pytest.raises(StageError, match="no point"):
         run_sweep(sweep, folder, Said(), fresh=True)
     assert all(path.read_text(encoding="utf-8") == "mine" for path in mine)
