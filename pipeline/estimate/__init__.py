@@ -80,8 +80,8 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
     """Plan a run, with the largest choices where some are left to an allocation.
 
     ``fetch``: the tokenizer of a language model on the hub is downloaded, to be asked as one on this machine is. Raises
-    InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, rows that cannot be filled up,
-    and what could not be exported.
+    InputError for whatever :func:`pipeline.recipe.plan.make_plan` refuses, missing inputs, rows that cannot be filled
+    up, and what could not be exported.
     """
     notes = check_inputs(recipe)
     choices = []
