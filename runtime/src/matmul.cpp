@@ -1,4 +1,5 @@
-// Brings activations into a range, rounds them, cuts a product into tiles for the threads, and adds what the parts of a sum give.
+// Brings activations into a range, rounds them, cuts a product into tiles for the threads, and adds what the parts of a
+// sum give.
 
 #include "matmul.h"
 

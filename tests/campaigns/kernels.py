@@ -182,7 +182,7 @@ def malformed_node(rng: np.random.Generator, model: onnx.ModelProto, feeds: dict
     for _ in range(rng.integers(1, 3)):
         place = int(rng.integers(len(node.attribute)))
         attribute, kind = node.attribute[place], rng.random()
-        if kind < 0.7:
+        if kind < 0.7 and attribute.type == onnx.AttributeProto.INT:
             choices = (-1, 0, 1, 2, 3, 4, 8, 16, 63, 64, 2**31, 2**40, -(2**62), attribute.i + 1, attribute.i - 1)
             attribute.i = choices[rng.integers(len(choices))]
         elif kind < 0.8:

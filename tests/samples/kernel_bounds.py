@@ -67,8 +67,8 @@ def expected_outputs(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: b
 
 
 class _Terms:
-    """What is known of the terms of a sum: how many operations they go through, the sum of their magnitudes, the root
-    of the sum of their squares and the largest sum of those so far."""
+    """What is known of the terms of a sum: how many operations they go through, the sum of their magnitudes, and the
+    larger of the root of the sum of their squares and the largest partial sum."""
 
     def __init__(self, operations: float, total: Floats, squares: Floats, peak: Floats) -> None:
         self.operations, self.total, self.peak = operations, total, np.maximum(peak, np.sqrt(squares))

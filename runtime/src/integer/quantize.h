@@ -28,7 +28,8 @@ void quantize_block(const float* a, size_t size, int8_t* codes, float* scale, fl
   const Vec::Floats shift = Vec::Set(f32, kRounder);
   Vec::Floats sums = Vec::Zero(f32);
   for (size_t k = 0; k < whole; k += Vec::kLanes) {
-    const Vec::Floats shifted = Vec::Add(Vec::Div(Vec::Mul(Vec::LoadU(f32, a + k), Vec::Set(f32, lift)), Vec::Set(f32, divisor)), shift);
+    const Vec::Floats value = Vec::Mul(Vec::LoadU(f32, a + k), Vec::Set(f32, lift));
+    const Vec::Floats shifted = Vec::Add(Vec::Div(value, Vec::Set(f32, divisor)), shift);
     const Vec::Ints code = Vec::Sub(Vec::BitCast(i32, shifted), Vec::Set(i32, kRounderBits));
     Vec::StoreU(Vec::DemoteTo(i8_lane, code), codes + k);
     sums = Vec::Add(sums, Vec::Sub(shifted, shift));

@@ -1,20 +1,20 @@
 // Runs the kernels of every instruction set on cases read from a file and compares with the expected results.
 //
 // driver FILE [ISA...]: for each named instruction set prints "ISA cases calls refused worst": how many weights were
-// multiplied, in how many products, how many refused, and the largest difference in units of what is allowed. Every sound
-// case is multiplied with 1 to 5 of its rows, taken here and there, and with all of them, on one thread and, if
-// there is work for two, on two, which must agree to the last bit, and once with the CPU told to take subnormal numbers for zero. Exits with 1 if a difference is larger than
-// allowed, if a malformed weight is accepted or a sound one is not, and prints which case it was (its number in the
-// file), up to ten.
+// multiplied, in how many products, how many refused, and the largest difference in units of what is allowed. Every
+// sound case is multiplied with 1 to 5 of its rows, taken here and there, and with all of them, on one thread and, if
+// there is work for two, on two, which must agree to the last bit, and once with the CPU told to take subnormal numbers
+// for zero. Exits with 1 if a difference is larger than allowed, if a malformed weight is accepted or a sound one is
+// not, and prints which case it was (its number in the file), up to ten.
 //
 // driver kernels [ISA...]: prints which kernel computes which product (kernel_table.h).
 //
 // A case is 19 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
-// of, M, bytes of codes, bytes of pattern, number of scales, kind, elements of the bias: N or 0), then codes and pattern
+// of, M, bytes of codes, bytes of pattern, number of scales, kind, elements of the bias: N or 0), then codes, pattern
 // and, if the kind is 0 (sound), scales float16, A [M, K], bias, and float32 [M, N] each the expected Y and the allowed
 // differences, without and with flushed subnormal numbers (tests/samples/kernel_bounds.py). Kind 1 is malformed; kind 2
-// may be anything: if it is accepted, it is multiplied with zeros, and nothing is expected but that this ends. Every array
-// gets an allocation of its own exact size, so that the address sanitizer sees a read past its end.
+// may be anything: if it is accepted, it is multiplied with zeros, and nothing is expected but that this ends. Every
+// array gets an allocation of its own exact size, so that the address sanitizer sees a read past its end.
 
 #include <algorithm>
 #include <cmath>
@@ -174,8 +174,8 @@ std::vector<float> multiply(const Case& c, const fips::Weight& weight, size_t fi
   return y;
 }
 
-// In units of what is allowed: infinity if a value is or is not finite against expectation. A bound of NaN wants what is
-// not finite, an infinite one takes anything.
+// In units of what is allowed: infinity if a value is or is not finite against expectation. A bound of NaN wants what
+// is not finite, an infinite one takes anything.
 double difference_of(float actual, float expected, float bound) {
   if (std::isnan(bound)) return std::isfinite(actual) ? HUGE_VAL : 0;
   if (std::isinf(bound) || actual == expected || (std::isnan(actual) && std::isnan(expected))) return 0;
