@@ -39,7 +39,10 @@ _TOKENIZER_FILES = (
     "tekken.json", "tiktoken.model", "qwen.tiktoken",
 )  # fmt: skip
 """Any of these can hold the vocabulary of a tokenizer."""
-_NO_TOKENIZER = "cannot load its tokenizer: there is none; put tokenizer.json and tokenizer_config.json of the model beside its config.json"
+_NO_TOKENIZER = (
+    "cannot load its tokenizer: there is none; put tokenizer.json and tokenizer_config.json of the model beside its "
+    "config.json"
+)
 
 
 @dataclass(frozen=True)
