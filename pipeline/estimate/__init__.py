@@ -92,14 +92,13 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_rest_blocks(recipe, model, sites)
-    asked = isinstance(recipe.model, LanguageModelSection) and (fetch or is_here(recipe.model))
-    if asked:
+    if isinstance(recipe.model, LanguageModelSection) and (fetch or is_here(recipe.model)):
         check_saved_config(recipe.model, config)
+        notes = (*notes_on(recipe.model), *notes)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
     with _fitting_together():
         passed = dry_run(recipe, plan, model, config, shapes_only)
-    taken = notes_on(recipe.model) if asked else ()
     return Estimate(
         plan=plan,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -111,7 +110,7 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),
         mapped_bytes=mapped_bytes(recipe, config, model),
         work=count_work(wanted, plan, passed),
-        notes=(*taken, *notes),
+        notes=notes,
     )
 
 
