@@ -63,7 +63,7 @@ def load_tokenizer(section: LanguageModelSection) -> Any:
     file and does not do what the file says (:func:`check_tokenizer`)."""
     source = _Source.of(section)
     if source.gguf_file is not None:
-        return copy.deepcopy(_tokenizer_of_gguf(source, _state_of(source.gguf_path())))
+        return _tokenizer_of_gguf(source, _state_of(source.gguf_path()))
     folder = Path(source.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{source.where}: {_NO_TOKENIZER}")
