@@ -88,8 +88,8 @@ def load_language_config(section: LanguageModelSection) -> Any:
 
 def notes_on(section: LanguageModelSection) -> tuple[str, ...]:
     """What a user should know of how a recipe's language model was taken, a sentence each."""
-    if _Source.of(section).gguf_file is not None:  # holds language models only
-        return ()
+    if isinstance(section, PackagedGGUFModel) or section.gguf_file is not None:
+        return ()  # such a file holds a language model alone
     config = _load_whole_config(section)
     if config.model_type not in LANGUAGE_PARTS:
         return ()
