@@ -95,10 +95,9 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_filling(recipe, model, plan)
-    taken: tuple[str, ...] = ()
     if isinstance(recipe.model, LanguageModelSection) and (fetch or is_here(recipe.model)):
         check_saved_config(recipe.model, config)
-        taken = notes_on(recipe.model)
+        notes = (*notes_on(recipe.model), *notes)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
     with _fitting_together():
@@ -115,7 +114,7 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),
         mapped_bytes=mapped_bytes(recipe, config, model),
         work=count_work(wanted, plan, passed),
-        notes=(*taken, *notes),
+        notes=notes,
     )
 
 

@@ -39,7 +39,10 @@ _TOKENIZER_FILES = (
     "tekken.json", "tiktoken.model", "qwen.tiktoken",
 )  # fmt: skip
 """Any of these can hold the vocabulary of a tokenizer."""
-_NO_TOKENIZER = "no tokenizer in it; put tokenizer.json and tokenizer_config.json of the model beside its config.json"
+_NO_TOKENIZER = (
+    "cannot load its tokenizer: there is none; put tokenizer.json and tokenizer_config.json of the model beside its "
+    "config.json"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def load_tokenizer(section: LanguageModelSection) -> Any:
     file and does not do what the file says (:func:`check_tokenizer`)."""
     source = _Source.of(section)
     if source.gguf_file is not None:
-        return copy.deepcopy(_tokenizer_of_gguf(source, _state_of(source.gguf_path())))
+        return _tokenizer_of_gguf(source, _state_of(source.gguf_path()))
     folder = Path(source.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{source.where}: {_NO_TOKENIZER}")
@@ -85,8 +88,8 @@ def load_language_config(section: LanguageModelSection) -> Any:
 
 def notes_on(section: LanguageModelSection) -> tuple[str, ...]:
     """What a user should know of how a recipe's language model was taken, a sentence each."""
-    if _Source.of(section).gguf_file is not None:  # holds language models only
-        return ()
+    if isinstance(section, PackagedGGUFModel) or section.gguf_file is not None:
+        return ()  # such a file holds a language model alone
     config = _load_whole_config(section)
     if config.model_type not in LANGUAGE_PARTS:
         return ()

@@ -181,5 +181,5 @@ def test_folder_without_a_tokenizer_is_named(kind: str, tmp_path: Path) -> None:
     model = tiny_language_model(kind)
     model.save_pretrained(tmp_path)
     section = CausalLanguageModel(source="causal_lm", path=str(tmp_path))
-    with pytest.raises(InputError, match=r"model\.path: .*: no tokenizer in it; put tokenizer\.json"):
+    with pytest.raises(InputError, match=r"model\.path: .*: cannot load its tokenizer: there is none; put tok"):
         check_saved_config(section, model.config)
