@@ -60,7 +60,7 @@ def load_tokenizer(section: LanguageModelSection) -> Any:
     folder = Path(source.path)
     if source.gguf_file is None and folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{source.where}: {_NO_TOKENIZER}")
-    tokenizer = source.load(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokenizer = source.load(AutoTokenizer.from_pretrained)
     if not tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys():  # made up by transformers
         raise InputError(f"{source.where}: {_NO_TOKENIZER}")
     for key in ("is_local", "local_files_only"):  # how it was found; would be saved with it
