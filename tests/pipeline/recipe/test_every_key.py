@@ -73,7 +73,7 @@ GRADED_BASIS = {"quantization.basis.bits": GRADES, **WIDE}
 GRADED = {"quantization.projections.bits": GRADES, **WIDE}
 ALLOCATE_GRADES = {"allocate": {"target": 9.0, "bits": [GRADES]}, **WIDE}
 FINETUNE = {"finetune": {"objective": "distill", "steps": 2, "batch_size": 8}}
-ALLOCATED_BITS = {"quantization.projections.bits": "allocate", "quantization.target_stored_bits": 6.0, **WIDE}
+ALLOCATED_BITS = {"quantization.projections.bits": "allocate", "quantization.target_stored_bits": 9.0, **WIDE}
 RIGL = {"compression.sparsifier": {"algorithm": "rigl", "update_every": 1}}
 LOCAL_KEY, TOGETHER_KEY = "quantization.training.0.", "quantization.training.1."
 REST = {"quantization.rest": {"linear_bits": 4, "embedding_bits": 4, "block_size": 16}}
@@ -164,7 +164,7 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "quantization.projections.bits.fraction": Changes(OTHER_FRACTIONS, START, GRADED, "quantization.projections.bits"),
     "quantization.projections.block_size": Changes(32, START, WIDE),
     "quantization.projections.levels": Changes("midrise", START),
-    "quantization.target_stored_bits": Changes(9.0, START, ALLOCATED_BITS),
+    "quantization.target_stored_bits": Changes(12.0, START, ALLOCATED_BITS),
     "quantization.start": Changes("gptq", START),
     "quantization.learned_scales": Changes(False, LOCAL),
     "quantization.training(local).steps": Changes(3, LOCAL, {}, LOCAL_KEY + "steps"),
@@ -179,7 +179,7 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "quantization.training(task).precision": Changes("bfloat16", TOGETHER, {}, TOGETHER_KEY + "precision"),
     "quantization.training(task).train_rest": Changes(True, TOGETHER, {}, TOGETHER_KEY + "train_rest"),
     "quantization.rest.weights": Changes("float32", "export"),
-    "quantization.rest.linear_bits": Changes(8, "export"),
+    "quantization.rest.linear_bits": Changes(8, "export", {"quantization.rest": {"linear_bits": 4, "block_size": 16}}),
     "quantization.rest.embedding_bits": Changes(8, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
     "quantization.rest.block_size": Changes(32, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
     "allocate.target": Changes(9.0, "allocate", ALLOCATE),
