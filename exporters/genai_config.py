@@ -44,6 +44,9 @@ _END_OF_TEXT_REMEDY = (
     "tokenizer_config.json"
 )
 
+_BYTE_PAIRS = "BPE"
+"""The type of tokenizers that onnxruntime-genai reads, as tokenizer.json calls it."""
+
 
 class TokenizerError(ValueError):
     """Raised if two tokenizers of one model make different tokens of a text, or onnxruntime-genai cannot use one."""
@@ -120,12 +123,18 @@ class _Tokenizers:
         onnxruntime_genai.disable_telemetry_events()
         self._own = tokenizer
         self._saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        kind = _kind(folder)
+        if kind != _BYTE_PAIRS:
+            # Not asked: of some kinds it reads what is not there, and ends the process now and then.
+            raise TokenizerError(
+                f"onnxruntime-genai cannot read the tokenizer: it is of type {kind}, not {_BYTE_PAIRS}; take a model "
+                "whose tokenizer.json says model: type: BPE"
+            )
         try:
             self._runtime = onnxruntime_genai.Tokenizer(str(folder))
         except Exception as error:  # plain RuntimeErrors, and others of its bindings
-            raise TokenizerError(
-                f"onnxruntime-genai cannot read the tokenizer, a {_kind(tokenizer)}: {' '.join(str(error).split())}"
-            ) from None
+            reason = " ".join(str(error).split())
+            raise TokenizerError(f"onnxruntime-genai cannot read the tokenizer: {reason}") from None
 
     def first_difference(self, texts: Sequence[str], add_special: bool) -> _Difference | None:
         """The first of ``texts`` that is not the same token ids to all three; None if all are."""
@@ -167,12 +176,12 @@ def _describe_flags(token: AddedToken) -> str:
     )
 
 
-def _kind(tokenizer: Any) -> str:
-    """What sort of tokenizer it is: the model of a fast one, by its name in tokenizer.json, or its class."""
-    if not tokenizer.is_fast:
-        return type(tokenizer).__name__
-    kind: str = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"]
-    return f"{type(tokenizer).__name__} of type {kind}"
+def _kind(folder: Path) -> str:
+    """The type of the tokenizer that was saved in ``folder``, by its tokenizer.json, which only fast ones have."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return "none that has a tokenizer.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["model"].get("type"))
 
 
 def _check_end_of_text(described: Mapping[str, Any]) -> None:

@@ -91,8 +91,9 @@ IDS = {token: index for index, token in enumerate([*SPECIAL, "a", "b"])}
     ],
 )
 def test_kinds_of_tokenizers_that_cannot_be_read_are_named(model: Any, tmp_path: Path) -> None:
+    """And onnxruntime-genai does not see them: with a WordPiece, it ended the process once in a few times."""
     kind = type(model).__name__
-    with pytest.raises(TokenizerError, match=f"onnxruntime-genai cannot read the tokenizer, a .* of type {kind}: "):
+    with pytest.raises(TokenizerError, match=f"cannot read the tokenizer: it is of type {kind}, not BPE; take a model"):
         save(of_model(model), tmp_path)
 
 
