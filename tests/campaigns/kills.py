@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ from pipeline.tasks.image_classification import ImageClassificationTask  # noqa:
 
 MEASURED = ("seconds", "speed", "memory", "reused_stages", "disk_bytes")
 """Keys of a report that two runs do not share."""
-BUSY = "another run works in this folder"
+BUSY, FULL = "another run works in this folder", r"cannot be written|cannot write|bytes of disk, [0-9,]+ are free"
 EVENTS = ["kill", "kill", "kill", "terminate", "damage", "clock", "two", "full"]
 YEAR = 365 * 24 * 3600
 
@@ -144,10 +145,10 @@ def wait(child: int, seconds: float | None = None) -> int | None:
 
 
 def check(status: int | None, allowed: tuple[int, ...], log: Path, words: str = "") -> None:
-    """Raise CampaignError unless a process ended as it may, without a traceback."""
+    """Raise CampaignError unless a process ended as it may, without a traceback; ``words``: pattern of a refusal."""
     text = log.read_text(encoding="utf-8", errors="replace")
     unexpected = status not in allowed or "Traceback" in text or "not foreseen" in text
-    if unexpected or (status not in (0, -9, -15) and words not in text):
+    if unexpected or (status not in (0, -9, -15) and not re.search(words, text)):
         raise CampaignError(f"status {status}, allowed {allowed}: {text[-3000:]}")
 
 
@@ -229,7 +230,7 @@ def play(
                 os.posix_fallocate(file.fileno(), 0, max(1, free - draw.randrange(1 << 19)))
             status = wait(start(recipe, out, log))
             filler.unlink()
-            check(status, (0, 2), log, "cannot")
+            check(status, (0, 2), log, FULL)
             counts["full disk met"] += status == 2
             continue
         child = start(recipe, out, log, clock)
