@@ -36,7 +36,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             os.replace(temporary, path)
         except RuntimeError as error:  # what torch.save makes of an OSError
-            raise OSError(f"{error}; is the disk full?") from None
+            hidden = error.__context__
+            raise hidden if isinstance(hidden, OSError) else OSError(f"{error}; is the disk full?") from None
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -94,7 +94,8 @@ def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step:
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "losses": losses}
 
     def write(temporary: Path) -> None:
-        torch.save(state, temporary)
+        with temporary.open("wb") as file:  # a path hides what the system says against it
+            torch.save(state, file)
         note_hash(path, of=temporary)
 
     write_aside(path, write)
