@@ -18,7 +18,7 @@ def check_mine(folder: Path, where: str, names: Iterable[str] | None = None) -> 
     ``names``: the entries that we would replace, where others may be there too; all entries if not given.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{where}: {folder} is not a folder and is left untouched; move it away, or choose another folder")
+        raise InputError(f"{where}: {folder} is no folder and is left untouched; move it away, or choose another")
     with writing(folder):
         if not os.path.lexists(folder) or (folder / MARK).is_file():
             return
