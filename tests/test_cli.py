@@ -303,7 +303,8 @@ def test_nan_in_weights(command: Command, tmp_path: Path) -> None:
 def test_activations_overflow(command: Command, tmp_path: Path) -> None:
     save_model(tmp_path / "model", overflow)
     save_images(tmp_path / "images")
-    status, _, err = command("run", pretrained_recipe(tmp_path), "--out", tmp_path / "run")
+    wide = "quantization.rest.weights=float32"
+    status, _, err = command("run", pretrained_recipe(tmp_path), "--out", tmp_path / "run", "--set", wide)
     assert_one_message(status, err, "not finite")
 
 
