@@ -22,12 +22,16 @@ logging.getLogger("torch.__trace").propagate = False
 LONGEST = (
     "test_sweep.py",
     "test_language_run.py",
+    "test_every_key.py",
     "test_run.py",
+    "test_widths.py",
     "test_architectures.py",
     "test_sanitizers.py",
     "test_cli.py",
     "test_hub_recipes.py",
+    "test_extreme_values.py",
     "test_native_kernels.py",
+    "test_pruned_models.py",
     "test_allocate.py",
     "test_export.py",
 )

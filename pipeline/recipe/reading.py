@@ -69,13 +69,18 @@ def parse_section(kind: type[_Section], content: dict[str, Any], where: str) -> 
         raise InputError(_describe_all(where, kind, error.errors())) from None
 
 
+_NAMELESS = 'in "<unicode string>", '
+"""What PyYAML calls a text whose file it does not know."""
+
+
 def _parse_yaml(text: str, complaint: str) -> Any:
     """What a YAML text stands for: mappings, lists, text, finite numbers, truth values and None, no two of them one
     object. Raises InputError, which ``complaint`` begins, for everything else."""
     try:
         return _unshared(yaml.load(text, _Loader))
     except yaml.YAMLError as error:
-        raise InputError(f"{complaint}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split()).replace(_NAMELESS, "at ")
+        raise InputError(f"{complaint}: {said}") from None
     except RecursionError:
         raise InputError(f"{complaint}: it is nested too deeply") from None
 

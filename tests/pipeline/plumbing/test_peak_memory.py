@@ -51,7 +51,7 @@ def test_peak_since_memory_was_given_back() -> None:
 @pytest.mark.usefixtures("peaks_can_be_reset")
 def test_peak_of_each_stage(tmp_path: Path) -> None:
     kept = []
-    stages = {"small": lambda _: None, "large": lambda _: kept.append(allocate()), "after": lambda _: None}
+    stages = {"model": lambda _: None, "fit/large": lambda _: kept.append(allocate()), "pack": lambda _: None}
     peaks = []
     for _ in range(2):  # the second run takes all from the first, with what they needed
         folder = RunFolder(tmp_path, Progress())
@@ -60,8 +60,8 @@ def test_peak_of_each_stage(tmp_path: Path) -> None:
         peaks.append(folder.peak_rss_bytes)
     assert peaks[0] == peaks[1]
     assert len(kept) == 1
-    assert peaks[0]["large"] - peaks[0]["small"] > 0.9 * SIZE
-    assert peaks[0]["large"] - peaks[0]["after"] > 0.9 * SIZE
+    assert peaks[0]["fit/large"] - peaks[0]["model"] > 0.9 * SIZE
+    assert peaks[0]["fit/large"] - peaks[0]["pack"] > 0.9 * SIZE
 
 
 def test_unknown_field() -> None:

@@ -16,8 +16,6 @@ from pipeline.recipe.reading import LARGEST_FILE, load_recipe, parse_recipe, rea
 from pipeline.recipe.schema import Recipe
 from pipeline.sweep.definition import Sweep, load_sweep
 
-HERE = "in \"<unicode string>\", line"
-
 REFUSED = [
     ("a: {{ x }}", "a key is a plain value, not a list or mapping"),
     ("? [a, b]\n: 1", "a key is a plain value, not a list or mapping"),

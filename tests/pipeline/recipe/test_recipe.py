@@ -559,7 +559,11 @@ def test_overrides_make_sections_that_are_not_there(tmp_path: Path) -> None:
     [
         ("seed", "--set seed: write it as key.subkey=value"),
         ("=3", "--set =3: write it as key.subkey=value"),
-        ("seed=[1", "--set seed=[1: the value is not valid YAML"),
+        (
+            "seed=[1",
+            "--set seed=[1: the value is not valid YAML: while parsing a flow sequence at line 1, column 1: [1 ^ "
+            "expected ',' or ']', but got '<stream end>' at line 1, column 3: [1 ^",
+        ),
         ("seed.x=1", "--set seed.x=1: seed holds the value 0, not further keys"),
         ("fit.steps.x.y=1", "--set fit.steps.x.y=1: fit.steps holds the value 4, not further keys"),
         (
