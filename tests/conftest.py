@@ -13,9 +13,11 @@ import sys
 import pytest
 import torch
 from finished_run import FinishedRun
-from places import SAMPLES
+from places import ROOT, SAMPLES
 
 torch.set_num_threads(1)
+# For benchmarks/, which is not installed. At the end: packages are tested as they are installed.
+sys.path.append(str(ROOT))
 # Thousands of empty records for every export, which pytest would collect and show.
 logging.getLogger("torch.__trace").propagate = False
 
