@@ -118,7 +118,8 @@ def write_artifact(
         check_replaceable(folder, known)
         _move_into_place(partial, folder)
     except BaseException as error:
-        _delete(partial)
+        with contextlib.suppress(OSError):  # what went wrong first is what the user has to know
+            _delete(partial)
         if isinstance(error, OSError):
             raise ArtifactError(f"{folder}: cannot write the artefact: {error.strerror or error}") from error
         raise

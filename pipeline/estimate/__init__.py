@@ -22,7 +22,7 @@ from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import is_here, language_model_class, load_language_config, notes_on
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
-from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.errors import InputError, one_line
 from pipeline.quantization.rest_layers import fitted_rest
 from pipeline.recipe.choices import choices_of, largest_choice
 from pipeline.recipe.plan import FittedRows, GroupSize, Plan, fitted_rows, make_plan
@@ -35,8 +35,8 @@ class Estimate:
 
     ``sizes``: bytes of each group's packed factors, by its name; a factor left to allocation is counted with 2 bits.
     ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``fitted``: rows that the recipe's
-    block sizes do not divide. ``activation_bytes_per_sample``: on
-    disk, of what calibration records. ``group_training_bytes``: memory to train the factors of the largest group.
+    block sizes do not divide. ``activation_bytes_per_sample``: on disk, of what calibration records.
+    ``group_training_bytes``: memory to train the factors of the largest group.
     ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
     checkpoint, which need not stay in memory. ``work``: operations that take most of the time. ``notes``: what the user
     should know of how the model is taken, and of the inputs, a sentence each.
@@ -144,6 +144,5 @@ def _fitting_together() -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            "model: its configuration does not fit together, no sample goes through it: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"model: its configuration does not fit together, no sample goes through it: {one_line(error)}"
         ) from error

@@ -9,6 +9,7 @@ from pipeline.data.samples import check_samples_asked, check_train_samples
 from pipeline.data.text import check_vocabulary, describe_tokens, load_text_data, tokens_beyond
 from pipeline.evaluation.perplexity import check_windows
 from pipeline.models.causal_lm import load_language_config, load_tokenizer
+from pipeline.models.checkpoint import check_no_file
 from pipeline.models.image_classifier import load_preprocessing
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import (
@@ -42,9 +43,7 @@ def check_inputs(recipe: Recipe) -> tuple[str, ...]:
 
 def _check_model_path(model: PretrainedModel | CausalLanguageModel) -> None:
     path = Path(model.path)
-    if path.is_file():
-        named = ", and its name as gguf_file" if isinstance(model, CausalLanguageModel) else ""
-        raise InputError(f"model.path: {model.path}: a file; give the folder that it is in{named}")
+    check_no_file(path, f"model.path: {model.path}")
     if model.revision is not None and path.is_dir():
         raise InputError(
             f"model.revision: {model.revision}: {model.path} is a local folder, which has no revisions; leave it out"

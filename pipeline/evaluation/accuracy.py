@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from pipeline.data.images import ImageSplit
+from pipeline.data.samples import check_samples_asked
 from pipeline.evaluation.measurements import ImageDivergence
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import read_json, write_aside, write_json
@@ -66,7 +67,8 @@ def check_samples(split: ImageSplit, samples: int | None) -> int:
     """Count the images of ``split`` that an evaluation takes: ``samples``, or all. Raises InputError when the split
     has fewer, or none."""
     total = len(split) if samples is None else samples
-    if not 0 < total <= len(split):
+    check_samples_asked("evaluation", samples, "test", len(split))
+    if total < 1:
         raise InputError(f"evaluation: {total} samples asked for, the test split has {len(split)}")
     return total
 

@@ -15,7 +15,8 @@ from exporters.image_classifier import export_image_classifier
 from exporters.rest import quantize_linears
 from fips_ort.load import load
 from pipeline.evaluation.measurements import NATIVE
-from pipeline.evaluation.turns import interleave, why
+from pipeline.evaluation.turns import interleave
+from pipeline.plumbing.errors import first_line
 
 DENSE_FLOAT32 = "dense float32, onnxruntime"
 DENSE_INT4 = "dense MatMulNBits 4 bit, onnxruntime"
@@ -67,7 +68,7 @@ def dense_sessions(
             session.run(["logits"], {"pixel_values": pixel_values})
             sessions[name] = session
         except Exception as error:
-            left_out[name] = why(error)
+            left_out[name] = first_line(error)
     return sessions, left_out
 
 

@@ -24,9 +24,9 @@ from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.rest import quantize_embedding, quantize_linears
 from pipeline.evaluation.genai_folder import without_code
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
-from pipeline.evaluation.turns import wait_until_idle, why
+from pipeline.evaluation.turns import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
-from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.errors import InputError, first_line
 from pipeline.recipe.schema import LanguageModelSection, Recipe
 
 INT4 = "int4, onnxruntime-genai's builder"
@@ -70,7 +70,7 @@ def bench_causal_lm(
             export_int4(folders[INT4], dense, tokenizer)
             time_generation({INT4: folders[INT4]}, prompt, 2, threads, 0)
         except Exception as error:
-            left_out[INT4] = why(error)
+            left_out[INT4] = first_line(error)
             del folders[INT4]
         seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
         memory = {}
@@ -80,7 +80,7 @@ def bench_causal_lm(
             except RuntimeError as error:
                 if name != INT4:
                     raise
-                left_out[f"memory of {INT4}"] = why(error)
+                left_out[f"memory of {INT4}"] = first_line(error)
     int4_prefill, int4_decode = seconds.get(INT4, (None, None))
     rows = tuple(
         TokenSpeedRow(

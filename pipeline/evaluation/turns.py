@@ -18,12 +18,6 @@ _IDLE_SHARE = 0.1
 """A process that uses less than this share of one core is idle."""
 
 
-def why(error: Exception) -> str:
-    """An error in one line, for a baseline that is left out because of it: kind, and the message's first line."""
-    message = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
 def wait_until_idle() -> None:
     """Return once this process uses less than a tenth of a core."""
     while True:

@@ -66,8 +66,7 @@ def load_checkpoint_config(path: str, revision: str | None, where: str) -> Any:
     shard, or needs code of its own.
     """
     folder = Path(path)
-    if folder.is_file():
-        raise InputError(f"{where}: a file; give the folder that it is in{_gguf_hint([folder])}")
+    check_no_file(folder, where)
     with loading(where):
         if not folder.is_dir():  # on the hub: what is wrong with the way there is said here
             cached_file(path, CONFIG_NAME, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
@@ -83,6 +82,12 @@ def load_checkpoint_config(path: str, revision: str | None, where: str) -> Any:
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     check_original(config, where)
     return config
+
+
+def check_no_file(path: Path, where: str) -> None:
+    """Raise InputError, which ``where`` begins, if ``path``, to be the folder of a checkpoint, is a file."""
+    if path.is_file():
+        raise InputError(f"{where}: a file; give the folder that it is in{_gguf_hint([path])}")
 
 
 def check_original(config: Any, where: str) -> None:

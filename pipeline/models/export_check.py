@@ -18,6 +18,7 @@ from torch import nn
 from exporters.causal_lm import STATIC_ROPE, export_causal_lm
 from exporters.genai_config import TokenizerError, save_causal_lm_config
 from fips_ort.causal_lm import prefill_inputs
+from pipeline.data.text import tokens_beyond
 from pipeline.models.causal_lm import (
     attention_of,
     language_model_class,
@@ -196,10 +197,10 @@ def _check_rope_types(section: LanguageModelSection, config: Any) -> None:
 def _check_vocabulary(where: str, tokenizer: Any, size: int) -> None:
     """Raise InputError if tokens of ordinary text have no row in the model's token table. Added ones may: Gemma 3 of
     text alone has a token for images."""
-    added = set(tokenizer.added_tokens_decoder)
-    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= size and index not in added}
+    added = tokenizer.added_tokens_decoder
+    beyond = [(token, index) for token, index in tokens_beyond(tokenizer, size).items() if index not in added]
     if beyond:
-        token, index = min(beyond.items(), key=lambda entry: entry[1])
+        token, index = beyond[0]
         raise InputError(
             f"{where}: {len(beyond)} tokens of its tokenizer have no row in the model's token table (config.json: "
             f"vocab_size: {size}), {token!r} with id {index} for one; take the tokenizer that belongs to the model"

@@ -6,7 +6,8 @@ transformers has to guess from the kind of model.
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,15 @@ def read_metadata(gguf: Path, string_arrays: Sequence[str]) -> tuple[dict[str, A
 
     Raises InputError for a file that cannot be read.
     """
-    try:
+    with reading_gguf(gguf):
         return read_gguf_metadata(str(gguf), string_arrays)
+
+
+@contextmanager
+def reading_gguf(gguf: Path) -> Iterator[None]:
+    """Turn errors of reading a GGUF file into InputError, which names it."""
+    try:
+        yield
     except (ValueError, LookupError, OSError, struct.error) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{gguf}: not a readable GGUF file (cut short?): {reason}") from None

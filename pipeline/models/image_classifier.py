@@ -22,7 +22,7 @@ from pipeline.models.checkpoint import CONFIG_ERRORS, load_checkpoint_config, lo
 from pipeline.models.classifier_training import random_affine, train_classifier
 from pipeline.models.packaged_dinov2 import load_classifier
 from pipeline.models.weights import check_finite, hash_model
-from pipeline.plumbing.errors import InputError
+from pipeline.plumbing.errors import InputError, one_line
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.schema import (
     DigitsData,
@@ -197,8 +197,7 @@ def _check_processor(preprocessing: Preprocessing, where: str) -> None:
                 pixel_values = preprocessing([Image.new("RGB", probe, "grey")])
         except Exception as error:  # whatever settings that do not fit together make of it
             raise InputError(
-                f"{where}: its image processor ({_PROCESSOR_FILES[0]}) cannot prepare an image: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
+                f"{where}: its image processor ({_PROCESSOR_FILES[0]}) cannot prepare an image: {one_line(error)}"
             ) from None
         height, width = pixel_values.shape[2:]
         if (height, width) != (size, size):

@@ -9,14 +9,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from fips_ort.manifest import sha256
 from pipeline.data.packages import package_path
 from pipeline.plumbing.errors import InputError
-from pipeline.plumbing.files import writing
+from pipeline.plumbing.files import write_beside_others
 
 CHECKSUMS = "SHA256SUMS"
 _CHUNK = 1 << 20
@@ -121,15 +120,11 @@ def _digest(parts: Sequence[Path]) -> str:
 
 
 def _assemble(parts: Sequence[Path], path: Path) -> None:
-    """Write the parts one after another to ``path``, under a name of its own until it is whole: other processes
-    may be doing the same."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                for chunk in _chunks(parts):
-                    file.write(chunk)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    """Write the parts one after another to ``path``."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            for chunk in _chunks(parts):
+                file.write(chunk)
+
+    write_beside_others(path, write)

@@ -4,24 +4,21 @@ Transformers reads single files. A joined copy is made once, in the cache folder
 """
 
 import functools
-import hashlib
-import os
 import re
-import struct
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fips_ort.manifest import sha256
+from pipeline.models.gguf_tokenizer import reading_gguf
 from pipeline.models.packaged_gguf import cache_folder
 from pipeline.plumbing.errors import InputError
-from pipeline.plumbing.files import writing
+from pipeline.plumbing.files import digest, write_beside_others
 
 SPLIT_COUNT = "split.count"
 """Key of the metadata that says of how many parts a file is one; absent from whole files."""
 _TENSORS_COUNT = "split.tensors.count"
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_CHUNK = 1 << 20
 
 
 def part_names(file: str) -> list[str]:
@@ -42,8 +39,8 @@ def joined(file: str, locate: Callable[[str], Path]) -> Path:
     parts = [locate(name).resolve() for name in part_names(file)]
     if len(parts) == 1:
         return parts[0]
-    digest = _digest(tuple((str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in parts))
-    path = cache_folder() / "gguf" / digest[:16] / f"{parts[0].stem}-joined.gguf"
+    contents = _digest(tuple((str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in parts))
+    path = cache_folder() / "gguf" / contents[:16] / f"{parts[0].stem}-joined.gguf"
     if not path.is_file():
         _join(parts, path)
     return path
@@ -51,14 +48,8 @@ def joined(file: str, locate: Callable[[str], Path]) -> Path:
 
 @functools.cache
 def _digest(parts: tuple[tuple[str, int, int], ...]) -> str:
-    """SHA-256 of the contents of ``parts``: (path, size, time of the last change)."""
-    digest = hashlib.sha256()
-    for name, size, _ in parts:
-        digest.update(struct.pack("<Q", size))
-        with open(name, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
+    """SHA-256 of what is in ``parts``: (path, size, time of the last change)."""
+    return digest([sha256(Path(name)) for name, _, _ in parts])
 
 
 def _join(parts: Sequence[Path], path: Path) -> None:
@@ -72,15 +63,7 @@ def _join(parts: Sequence[Path], path: Path) -> None:
             f"{parts[0]}: its {len(parts)} parts do not belong together: they have {len(tensors)} tensors, "
             f"{_TENSORS_COUNT} says {promised}; {SPLIT_COUNT} is {counts}; download them again"
         )
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        try:
-            _write(readers, tensors, Path(temporary))
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    write_beside_others(path, lambda temporary: _write(readers, tensors, temporary))
 
 
 def _write(readers: Sequence[Any], tensors: Sequence[Any], path: Path) -> None:
@@ -111,12 +94,8 @@ def _write(readers: Sequence[Any], tensors: Sequence[Any], path: Path) -> None:
 def _open(part: Path) -> Any:
     import gguf
 
-    try:
+    with reading_gguf(part):
         return gguf.GGUFReader(part)
-    except (ValueError, LookupError, OSError, struct.error) as error:
-        raise InputError(
-            f"{part}: not a readable GGUF file (cut short?): {' '.join(str(error).split())}"
-        ) from None
 
 
 def _value(reader: Any, key: str) -> Any:

@@ -26,13 +26,24 @@ class UnforeseenError(StageError):
         self.folder = folder
 
 
+def one_line(error: BaseException) -> str:
+    """An error's kind and its whole message, in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message."""
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def describe_unforeseen(error: BaseException) -> str:
     """Describe an error that nobody has foreseen in one line, and keep its traceback in a file that the line names."""
     where, folder, cause = "", None, error
     if isinstance(error, UnforeseenError) and error.__cause__ is not None:
         where, folder, cause = f"{error.stage}: " if error.stage else "", error.folder, error.__cause__
-    said = " ".join(str(cause).split())
-    said = f"{type(cause).__name__}: {said}" if said else type(cause).__name__
+    said = one_line(cause)
     if isinstance(cause, MemoryError):
         said += " (out of memory)"
     if len(said) > _LONGEST:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +30,24 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
     If writing fails, whatever stood at ``path`` stays as it was, and an InputError says why.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    _write_aside(path, lambda: path.with_name(f".{path.name}.tmp"), write)
+
+
+def write_beside_others(path: Path, write: Callable[[Path], object]) -> None:
+    """As :func:`write_aside`, where other processes may be writing the same file: each under a name of its own."""
+
+    def new_file() -> Path:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        return Path(name)
+
+    _write_aside(path, new_file, write)
+
+
+def _write_aside(path: Path, temporary_of: Callable[[], Path], write: Callable[[Path], object]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_of()
         try:
             write(temporary)
             os.replace(temporary, path)

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from exporters.nbits import block_size_for
-from fips_ort.layout import padded_to_blocks
 from pipeline.recipe.plan import FittedRows, MLPSite
 from pipeline.recipe.schema import Recipe
 
@@ -28,12 +27,9 @@ def fitted_rest(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> list[Fi
     lengths = {linear.in_features for linear in rest_linears(model, sites).values()} if rest.linear_bits else set()
     if rest.embedding_bits:
         lengths.add(model.config.hidden_size)
-    found = []
-    for length in sorted(lengths):
-        if length % rest.block_size:
-            size = block_size_for(length, rest.block_size)
-            stored = padded_to_blocks(length, size)
-            found.append(
-                FittedRows("quantization.rest.block_size", "input features", length, rest.block_size, size, stored)
-            )
-    return found
+    key, wanted = "quantization.rest.block_size", rest.block_size
+    return [
+        FittedRows(key, "input features", length, wanted, block_size_for(length, wanted))
+        for length in sorted(lengths)
+        if length % wanted
+    ]

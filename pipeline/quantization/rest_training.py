@@ -24,7 +24,8 @@ _SCALES = "/scales"
 class TrainedScales(nn.Module):
     """An n-bit linear layer as it is trained: ``scale = float16(stored scale * exp(log_gain))``, as of the factors.
 
-    ``log_gain`` float32 [N, blocks] is the parameter; the levels int8 [N, K] and the bias are fixed.
+    ``log_gain`` float32 [N, blocks] is the parameter; the levels int8 [N, blocks * block_size], those that fill up the
+    last block included, and the bias are fixed.
     """
 
     levels: Tensor
@@ -33,10 +34,9 @@ class TrainedScales(nn.Module):
 
     def __init__(self, layer: NBitsLinear) -> None:
         super().__init__()
-        self.block_size = layer.block_size
+        self.block_size, self.in_features = layer.block_size, layer.in_features
         codes = layer.codes.reshape(layer.out_features, -1).numpy()
-        levels = torch.from_numpy(unpack_nbits(codes, layer.bits))[:, : layer.in_features]
-        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("levels", torch.from_numpy(unpack_nbits(codes, layer.bits)), persistent=False)
         self.register_buffer("stored_scales", layer.scales.view(layer.out_features, -1), persistent=False)
         self.register_buffer("bias", layer.bias, persistent=False)
         self.log_gain = nn.Parameter(torch.zeros_like(self.stored_scales))
@@ -48,13 +48,8 @@ class TrainedScales(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., K] → float32 [..., N]."""
-        features = self.levels.shape[1]
-        if features % self.block_size:
-            values = self.levels * self.scale().repeat_interleave(self.block_size, dim=1)[:, :features]
-        else:
-            blocks = self.levels.view(len(self.levels), -1, self.block_size) * self.scale()[..., None]
-            values = blocks.view(self.levels.shape)
-        return F.linear(x, values, self.bias)
+        blocks = self.levels.view(len(self.levels), -1, self.block_size) * self.scale()[..., None]
+        return F.linear(x, blocks.view(self.levels.shape)[:, : self.in_features], self.bias)
 
 
 class _InUnits(nn.Module):

@@ -294,15 +294,19 @@ def _filled_up(segments: Segments, filling: int) -> Segments:
 
 @dataclass(frozen=True, order=True)
 class FittedRows:
-    """Rows of ``length`` values that a recipe's block size, at ``key``, does not divide: they are stored as ``stored``
-    values, the last of them zeros, in blocks of ``block_size``. ``axis``: what the length is, in words."""
+    """Rows of ``length`` values that a recipe's block size, at ``key``, does not divide: they are stored in blocks of
+    ``block_size``. ``axis``: what the length is, in words."""
 
     key: str
     axis: str
     length: int
     wanted: int
     block_size: int
-    stored: int
+
+    @property
+    def stored(self) -> int:
+        """How many values are stored for such a row, the last of them zeros."""
+        return padded_to_blocks(self.length, self.block_size)
 
     def __str__(self) -> str:
         filled = f"filled up to {self.stored:,}, " if self.stored > self.length else ""
@@ -326,9 +330,7 @@ def fitted_rows(plan: Plan) -> list[FittedRows]:
         for key, scheme, stored_as, axis, length in rows:
             if length % scheme.block_size:
                 size = _block_size(length, scheme, stored_as)
-                stored = padded_to_blocks(length, size)
-                key = f"quantization.{key}.block_size"
-                found.add(FittedRows(key, axis, length, scheme.block_size, size, stored))
+                found.add(FittedRows(f"quantization.{key}.block_size", axis, length, scheme.block_size, size))
     return sorted(found)
 
 

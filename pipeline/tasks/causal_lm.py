@@ -53,7 +53,7 @@ from pipeline.plumbing.errors import StageError
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
 from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
-from pipeline.recipe.plan import make_plan
+from pipeline.recipe.plan import MLPSite, make_plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelSection, Recipe, TextDataSection
 from pipeline.tasks.base import Dense, Form, Predict, Task, products_in
 from qat.losses import Vocabulary, distillation_loss, next_token_loss
@@ -97,10 +97,13 @@ class CausalLMTask(Task):
         return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash, notes_on(self.section))
 
     def check_stored(self) -> None:
-        groups = make_plan(self.recipe, self.sites).groups
-        compressed = {path for group in groups for site in group.sites for path in site.linear_paths}
+        compressed = {path for site in self._compressed_sites for path in site.linear_paths}
         plain = {path for site in self.sites for path in site.linear_paths}
         check_float16(self.model, self.recipe.quantization.rest, compressed, plain)
+
+    @property
+    def _compressed_sites(self) -> list[MLPSite]:
+        return [site for group in make_plan(self.recipe, self.sites).groups for site in group.sites]
 
     # --- samples ---
 
@@ -238,8 +241,7 @@ class CausalLMTask(Task):
         rest, level = self.recipe.quantization.rest, self.recipe.export.accuracy_level
         # Copies of large models are dear. The compressed MLPs are about to be replaced and come in again at the end;
         # all else is shared with the dense model until something takes its place.
-        groups = make_plan(self.recipe, self.sites).groups
-        compressed = {site.path: self.model.get_submodule(site.path) for group in groups for site in group.sites}
+        compressed = {site.path: self.model.get_submodule(site.path) for site in self._compressed_sites}
         memo: dict[int, object] = {id(mlp): nn.Identity() for mlp in compressed.values()}
         memo |= {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         base = copy.deepcopy(self.model, memo)

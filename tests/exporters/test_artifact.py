@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from artifact_samples import edit_manifest
+from artifact_samples import SHARD, edit_manifest, write_in_shards
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_samples import images, sample, write_sample
@@ -24,15 +24,11 @@ from fips_ort.load import check_onnxruntime, load
 from fips_ort.manifest import MANIFEST, parse_manifest, read_manifest, sha256
 from fips_ort.validate import main, validate
 
-SHARD = 8192
-
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artefact in several shards; not to be changed."""
-    folder = tmp_path_factory.mktemp("artifacts") / "sound"
-    write_sample(folder, sample("vit", "1:4"), max_shard_size=SHARD)
-    return folder
+    return write_in_shards(tmp_path_factory.mktemp("artifacts") / "sound")
 
 
 @pytest.fixture
@@ -104,7 +100,7 @@ def test_saved_graph_passes_the_checker_and_the_audit(sound: Path) -> None:
 
 
 def test_two_writes_give_identical_bytes(sound: Path, tmp_path: Path) -> None:
-    write_sample(tmp_path / "again", sample("vit", "1:4"), max_shard_size=SHARD)
+    write_in_shards(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(sound)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from artifact_samples import sign
+from artifact_samples import sign, write_in_shards
 from causal_lm_samples import MAX_LENGTH, language_sample, tokens, write_language_sample
 from hub_cache import snapshot_of
-from packed_samples import images, sample, write_sample
+from packed_samples import images
 from places import ROOT
 
 import fips_ort
@@ -23,14 +23,10 @@ from fips_ort.load import load
 from fips_ort.validate import main
 from pipeline.cli import app
 
-SHARD = 8192
-
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artifacts") / "sound"
-    write_sample(folder, sample("vit", "1:4"), max_shard_size=SHARD)
-    return folder
+    return write_in_shards(tmp_path_factory.mktemp("artifacts") / "sound")
 
 
 def logits(session: onnxruntime.InferenceSession) -> np.ndarray:

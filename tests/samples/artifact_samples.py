@@ -4,7 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from packed_samples import sample, write_sample
+
 from fips_ort.manifest import MANIFEST, sha256
+
+SHARD = 8192
+
+
+def write_in_shards(folder: Path) -> Path:
+    """Write a small image classifier's artefact, its weights in several files of at most ``SHARD`` bytes. Returns its
+    folder."""
+    write_sample(folder, sample("vit", "1:4"), max_shard_size=SHARD)
+    return folder
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:

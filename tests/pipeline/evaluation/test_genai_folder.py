@@ -146,7 +146,7 @@ SECTION = {"session_options": {"custom_ops_library": "libfips_ort.so"}, "filenam
         (set_option("provider_options", [{"cpu": {"library_path": "evil.so"}}]),
          "model.decoder.session_options.provider_options"),
         (set_option("ep.register", "evil.so"), "model.decoder.session_options.ep.register"),
-        (set_option("enable_profiling", "/tmp/written"), "model.decoder.session_options.enable_profiling"),
+        (set_option("enable_profiling", "written"), "model.decoder.session_options.enable_profiling"),
         (set_option("session.model_external_initializers_file_folder_path", "/etc"),
          "model.decoder.session_options.session.model_external_initializers_file_folder_path"),
         (lambda config: config["model"]["decoder"].update(run_options={"a": "b"}), "model.decoder.run_options"),

@@ -9,7 +9,7 @@ from factored_samples import tiny
 from pipeline.evaluation import image_speed
 from pipeline.evaluation.image_speed import DENSE_FLOAT32, DENSE_INT4, dense_sessions
 from pipeline.evaluation.measurements import NATIVE, ImageSpeed, ImageSpeedRow
-from pipeline.evaluation.turns import why
+from pipeline.plumbing.errors import first_line
 
 IMAGES = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
 
@@ -38,8 +38,8 @@ def test_what_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reasons_are_one_line() -> None:
-    assert why(ValueError("  a\nb")) == "ValueError: a"
-    assert why(AssertionError()) == "AssertionError"
+    assert first_line(ValueError("  a\nb")) == "ValueError: a"
+    assert first_line(AssertionError()) == "AssertionError"
 
 
 def test_without_a_baseline_there_is_no_ratio() -> None:
