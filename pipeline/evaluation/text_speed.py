@@ -21,7 +21,7 @@ from torch import nn
 
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
-from exporters.rest import quantize_embedding, quantize_linears
+from exporters.nbits import with_nbits
 from pipeline.evaluation.genai_folder import without_code
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
 from pipeline.evaluation.turns import wait_until_idle
@@ -125,8 +125,7 @@ def bench_recipe(
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
     """Export the dense model into ``folder`` as the builder does at int4: MatMulNBits (accuracy_level 4) and
     GatherBlockQuantized with blocks of 32, rounded to nearest."""
-    linears = quantize_linears(dense, 4, INT4_BLOCK, [], 4, codes_only=True)
-    model = quantize_embedding(linears, 4, INT4_BLOCK, 4, codes_only=True).eval()
+    model = with_nbits(dense, INT4_BLOCK, accuracy_level=4)
     graph = export_causal_lm(model, MEASURED_LENGTH)
     ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
     save_causal_lm_config(folder, model, tokenizer, MEASURED_LENGTH)
