@@ -180,7 +180,7 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "quantization.training(task).precision": Changes("bfloat16", TOGETHER, {}, TOGETHER_KEY + "precision"),
     "quantization.training(task).train_rest": Changes(True, TOGETHER, {}, TOGETHER_KEY + "train_rest"),
     "quantization.rest.weights": Changes("float32", "export"),
-    "quantization.rest.linear_bits": Changes(8, "qat/rest", {"quantization.rest": {"linear_bits": 4, "block_size": 16}}),
+    "quantization.rest.linear_bits": Changes(8, "qat/rest", REST, text=True),
     "quantization.rest.embedding_bits": Changes(8, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
     "quantization.rest.embedding_bits.bits": Changes(
         [{"bits": 8, "tokens": 30}, {"bits": 2}], "qat/rest", TIERS, "quantization.rest.embedding_bits", text=True
