@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pipeline.data.token_bytes import content_of
 from pipeline.models.gguf_tokenizer import TOKENIZER_SAMPLES
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import VocabularySection
@@ -58,18 +59,6 @@ def cut_vocabulary(
     else:
         kept = most_frequent(content, counts, always, candidates, section.keep)
     return CutVocabulary(torch.tensor(sorted(kept)), _reload(tokenizer, cut_tokenizer(content, kept), sorted(kept)))
-
-
-def content_of(tokenizer: Any) -> dict[str, Any]:
-    """The content of the ``tokenizer.json`` of transformers' ``tokenizer``. Raises InputError if it has none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise InputError(
-            f"the model's tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json; save it as a fast "
-            "tokenizer in a copy of the model"
-        )
-    content: dict[str, Any] = json.loads(backend.to_str())
-    return content
 
 
 def _reload(tokenizer: Any, content: dict[str, Any], kept: Sequence[int]) -> Any:
