@@ -37,13 +37,30 @@ class Samples(Record):
     test_samples: PositiveInt
 
 
+class VocabularyCut(Record):
+    """What a recipe left of a vocabulary: ``kept`` of its ``tokens``; ``respelled``: part of the training text's tokens
+    that are spelled in others."""
+
+    tokens: PositiveInt
+    kept: PositiveInt
+    respelled: Share
+
+    @model_validator(mode="after")
+    def _fewer_are_kept(self) -> Self:
+        if self.kept > self.tokens:
+            raise ValueError(f"kept is {self.kept}, the vocabulary has {self.tokens} tokens")
+        return self
+
+
 class TextSamples(Samples):
-    """The text of a run, in windows. ``context``: tokens of a window; the others: tokens in all."""
+    """The text of a run, in windows. ``context``: tokens of a window; the others: tokens in all. ``vocabulary``: how it
+    was cut, if it was; test windows then have their number of tokens in the whole one."""
 
     context: PositiveInt
     train_tokens: PositiveInt
     calibration_tokens: PositiveInt
     test_tokens: PositiveInt
+    vocabulary: VocabularyCut | None = None
 
 
 # --- quality ---------------------------------------------------------------------------------------------------
@@ -137,6 +154,8 @@ class PerplexityByStage(QualityByStage[PositiveFloat]):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         most = self.windows * self.context
+        if self.frequent_tokens > self.tokens:
+            raise ValueError(f"frequent_tokens is {self.frequent_tokens}, of {self.tokens} tokens")
         if self.tokens > most:
             raise ValueError(
                 f"tokens is {self.tokens}, {self.windows} windows of {self.context} tokens have at most {most}"
@@ -145,10 +164,6 @@ class PerplexityByStage(QualityByStage[PositiveFloat]):
             raise ValueError(f"stride is {self.stride}, expected 1 to {self.context}, the context")
         check_stages("bits_per_byte", self.bits_per_byte, self.by_stage)
         check_stages("by_frequency", self.by_frequency, self.by_stage if self.by_frequency else ())
-        for stage, bits in self.bits_per_byte.items():
-            expected = math.log2(self.by_stage[stage]) * self.tokens / self.bytes
-            if abs(bits - expected) > 1e-4:
-                raise ValueError(f"bits_per_byte.{stage} is {bits:.6g}, the perplexity says {expected:.6g}")
         check_stages("difference_to_dense", self.difference_to_dense, self.by_stage.keys() - {"dense"})
         for stage, difference in self.difference_to_dense.items():
             # Sums over windows in another order differ by rounding; anything more is another set of tokens.
@@ -158,6 +173,10 @@ class PerplexityByStage(QualityByStage[PositiveFloat]):
                     f"difference_to_dense.{stage}.nll is {difference.nll:.6g}, its ratio and the perplexities say "
                     f"{nats[0]:.6g} and {nats[1]:.6g}"
                 )
+        for stage, bits in self.bits_per_byte.items():
+            expected = math.log2(self.by_stage[stage]) * self.tokens / self.bytes
+            if abs(bits - expected) > 1e-4:
+                raise ValueError(f"bits_per_byte.{stage} is {bits:.6g}, the perplexity says {expected:.6g}")
         return self
 
 

@@ -245,8 +245,7 @@ def _script_name(name: str) -> str:
         regex.compile(rf"\p{{Script={name}}}")
     except (ValueError, regex.error):
         raise ValueError(
-            f"{name!r} is not Unicode's name of a script, as Latin, Cyrillic, Greek, Arabic, Han, Hiragana and "
-            "Devanagari are"
+            "not Unicode's name of a script, as Latin, Cyrillic, Greek, Arabic, Han, Hiragana and Devanagari are"
         ) from None
     return name
 

@@ -76,7 +76,7 @@ def assemble_report(
     quality, divergence = task.describe_quality(evaluated)
     benchmark = read_record(Benchmark, work / "bench" / "bench.json")
     return Report(
-        schema_version=3,
+        schema_version=4,
         recipe=recipe,
         model=DenseModel(
             name=type(task.model).__name__,

@@ -28,6 +28,7 @@ from pipeline.evaluation.measurements import (
     Stage,
     TextDivergence,
     TextSamples,
+    VocabularyCut,
 )
 from pipeline.evaluation.perplexity import (
     DenseReference,
@@ -113,7 +114,7 @@ class CausalLMTask(Task):
             return Dense(whole, find_mlps(whole), loaded.source_hash, notes)
         assert isinstance(self.data, RespelledText)
         model = cut_model(whole, self._vocabulary)
-        return Dense(model, find_mlps(model), loaded.source_hash, (*notes, self.data.describe(rows)), whole)
+        return Dense(model, find_mlps(model), loaded.source_hash, (*notes, self.data.note), whole)
 
     def check_stored(self) -> None:
         compressed = {path for site in self._compressed_sites for path in site.linear_paths}
@@ -258,7 +259,15 @@ class CausalLMTask(Task):
             train_tokens=self.train_samples * context,
             calibration_tokens=calibration * context,
             test_tokens=len(self.data.test) * context,
+            vocabulary=self._describe_cut(),
         )
+
+    def _describe_cut(self) -> VocabularyCut | None:
+        if self._vocabulary is None:
+            return None
+        assert isinstance(self.data, RespelledText)
+        cut = self._vocabulary
+        return VocabularyCut(tokens=cut.rows, kept=len(cut.kept), respelled=self.data.respelled)
 
     # --- delivery ---
 

@@ -25,14 +25,18 @@ _ADDED = "added_tokens_decoder"
 @dataclass(frozen=True)
 class CutVocabulary:
     """Part of a vocabulary. ``kept``: its ids in the full one, int64 [n], ascending: row i of the cut model's tables is
-    row ``kept[i]`` of the full model's. ``tokenizer``: transformers' tokenizer with these tokens alone."""
+    row ``kept[i]`` of the full model's, which has ``rows`` of them. ``ids``: how many ids the full tokenizer and model
+    have. ``tokenizer``: transformers' tokenizer with these tokens alone."""
 
     kept: Tensor
+    rows: int
+    ids: int
     tokenizer: Any
 
-    def new_ids(self, rows: int) -> Tensor:
-        """The id here of each id of a full vocabulary with ``rows`` tokens, int64 [rows]; -1 for those that went."""
-        numbers = torch.full((rows,), -1, dtype=torch.int64)
+    @property
+    def new_ids(self) -> Tensor:
+        """The id here of each id of the full vocabulary, int64 [ids]; -1 for those that went."""
+        numbers = torch.full((self.ids,), -1, dtype=torch.int64)
         numbers[self.kept] = torch.arange(len(self.kept))
         return numbers
 
@@ -58,7 +62,12 @@ def cut_vocabulary(
         kept = always | candidates
     else:
         kept = most_frequent(content, counts, always, candidates, section.keep)
-    return CutVocabulary(torch.tensor(sorted(kept)), _reload(tokenizer, cut_tokenizer(content, kept), sorted(kept)))
+    return CutVocabulary(
+        kept=torch.tensor(sorted(kept)),
+        rows=rows,
+        ids=max(rows, 1 + max(tokenizer.get_vocab().values())),
+        tokenizer=_reload(tokenizer, cut_tokenizer(content, kept), sorted(kept)),
+    )
 
 
 def _reload(tokenizer: Any, content: dict[str, Any], kept: Sequence[int]) -> Any:

@@ -28,10 +28,9 @@ def cut_model(model: Any, vocabulary: CutVocabulary) -> Any:
     and generation configuration have the new ids."""
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     cut = copy.deepcopy(model, memo)
-    kept = vocabulary.kept
+    kept, new_ids = vocabulary.kept, vocabulary.new_ids
     embedding, head = cut.get_input_embeddings(), cut.get_output_embeddings()
     tied = embedding.weight is head.weight
-    new_ids = vocabulary.new_ids(max(len(embedding.weight), int(kept.max()) + 1))
     embedding.weight = _rows(embedding.weight, kept)
     embedding.num_embeddings = len(kept)
     if embedding.padding_idx is not None:
@@ -47,7 +46,7 @@ def cut_model(model: Any, vocabulary: CutVocabulary) -> Any:
 
 
 def renumber(config: Any, size: int | None, new_ids: Tensor) -> None:
-    """Give a configuration the ids ``new_ids`` of :meth:`CutVocabulary.new_ids` and, unless it is None, the ``size`` of
+    """Give a configuration the ids ``new_ids`` of :attr:`CutVocabulary.new_ids` and, unless it is None, the ``size`` of
     the vocabulary."""
     for key, value in list(_ids_in(config)):
         setattr(config, key, _renumbered(value, new_ids))

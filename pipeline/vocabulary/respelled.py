@@ -36,7 +36,7 @@ class Stream:
 
     def same_as(self, full: "Stream", new_ids: Tensor) -> Tensor:
         """Which token of ``full`` is the same at the same place, int64 [n]; -1 where none is. ``new_ids``: of
-        :meth:`CutVocabulary.new_ids`."""
+        :attr:`CutVocabulary.new_ids`."""
         if not len(full.ids):
             return torch.full((len(self.ids),), _ABSENT)
         place = torch.searchsorted(full.starts[:-1], self.starts[:-1]).clamp(max=len(full.ids) - 1)
@@ -158,7 +158,7 @@ def respell_windows(full: TextSplit, natural: Stream, vocabulary: CutVocabulary)
     ends = first + full.width
     cuts = whole.starts[torch.stack([first, ends - full.predicted(), ends], dim=1)]
     stream = _cut_at(natural, torch.unique(cuts).tolist(), Speller(vocabulary))
-    new_ids = vocabulary.new_ids(len(full.facts.bytes))
+    new_ids = vocabulary.new_ids
     bounds = torch.searchsorted(stream.starts, cuts)
     assert torch.equal(stream.starts[bounds], cuts), "tokens of both vocabularies spell the same bytes"
     bos = None if full.bos is None else int(new_ids[full.bos])
@@ -220,7 +220,7 @@ class RespelledText:
     """A recipe's text in a cut vocabulary.
 
     ``train``: windows of ``context`` tokens of the cut vocabulary. ``test``: the windows of the full vocabulary.
-    ``kept``: tokens of the cut vocabulary. ``respelled``: the part of the training text's tokens, of the full
+    ``kept``: how many tokens are left of ``rows``. ``respelled``: the part of the training text's tokens, of the full
     vocabulary, that are spelled otherwise.
     ``hash``: SHA-256 of both vocabularies' ids.
     """
@@ -230,17 +230,19 @@ class RespelledText:
     hash: str
     respelled: float
     kept: int
+    rows: int
     _full: Stream
     _bos: int | None
     _student: Stream
     _same: Tensor
 
-    def describe(self, rows: int) -> str:
-        """Say what was cut from a vocabulary of ``rows`` tokens, and what it does to the training text."""
+    @property
+    def note(self) -> str:
+        """What a user should know of the vocabulary that is left."""
         return (
-            f"The vocabulary was cut from {rows:,} to {self.kept:,} tokens; {100 * self.respelled:.2f} % of the tokens "
-            "of the training text are spelled in others. Text unlike it, in another script say, takes more tokens, "
-            "which the model hardly knows in that order."
+            f"Of the vocabulary's {self.rows:,} tokens {self.kept:,} are kept, and {100 * self.respelled:.2f} % of the "
+            "training text's tokens are spelled in others. Text unlike it, in another script or code, takes more "
+            "tokens, in an order that the model hardly knows."
         )
 
     def lesson(self, indices: Indices) -> Lesson:
@@ -279,7 +281,7 @@ def respell(data: TextData, vocabulary: CutVocabulary) -> RespelledText:
     """A recipe's text in the tokens of a cut vocabulary. Raises InputError where it has none of its words left."""
     tokenizer = vocabulary.tokenizer
     full_facts = data.train.facts
-    new_ids = vocabulary.new_ids(len(full_facts.bytes))
+    new_ids = vocabulary.new_ids
     ids = tokenize(data.train_pieces, tokenizer)
     facts = TokenFacts.of(tokenizer, ids)
     student, full = Stream.of(ids, facts), Stream.of(data.train.tokens, full_facts)
@@ -303,6 +305,7 @@ def respell(data: TextData, vocabulary: CutVocabulary) -> RespelledText:
         hash=digest([data.hash, hash_text(tokenizer, [train])]),
         respelled=1.0 - int((same != _ABSENT).sum()) / covered,
         kept=len(vocabulary.kept),
+        rows=vocabulary.rows,
         _full=full,
         _bos=data.train.bos,
         _student=student,

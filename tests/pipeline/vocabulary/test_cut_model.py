@@ -33,7 +33,7 @@ def test_logits_are_those_of_the_kept_tokens(kind: str) -> None:
     if model.config.tie_word_embeddings is False:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
     state = copy.deepcopy(model.state_dict())
-    cut = cut_model(model, CutVocabulary(KEPT, None))
+    cut = cut_model(model, CutVocabulary(KEPT, 265, 265, None))
     ids = torch.randint(len(KEPT), (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(cut(input_ids=ids).logits, model(input_ids=KEPT[ids]).logits[..., KEPT])
@@ -53,7 +53,7 @@ def test_configurations_have_the_new_ids() -> None:
     model.generation_config.pad_token_id = 10  # of a token that goes
     model.generation_config.suppress_tokens = [9, 13]
     assert named_ids(model.config, model.generation_config, None) == {0, 1, 2, 9, 10, 12, 13}
-    cut = cut_model(model, CutVocabulary(KEPT, None))
+    cut = cut_model(model, CutVocabulary(KEPT, 265, 265, None))
     assert (cut.config.bos_token_id, cut.config.eos_token_id, cut.config.pad_token_id) == (2, [1, 6], 0)
     assert (cut.generation_config.eos_token_id, cut.generation_config.pad_token_id) == ([6, 1], None)
     assert cut.generation_config.suppress_tokens == [5]
@@ -129,7 +129,7 @@ def test_the_dense_model_keeps_its_whole_vocabulary(task_of: Callable[[str, str]
     task = task_of("gemma3", "Latin")
     whole: Any = task.dense.whole
     assert whole.config.vocab_size == len(TOKENIZERS["gemma3"]()) > task.model.config.vocab_size == len(task.tokenizer)
-    assert "% of the tokens of the training text are spelled in others" in task.dense.notes[-1]
+    assert "% of the training text's tokens are spelled in others" in task.dense.notes[-1]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
