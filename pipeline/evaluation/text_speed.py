@@ -116,10 +116,16 @@ def bench_recipe(
     assert isinstance(recipe.model, LanguageModelSection)
     loaded = load_language_model(recipe.model)
     tokens = loaded.tokenizer(PROMPT)["input_ids"]
-    prompt = [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]
+    # Ids for all of them: where one has a smaller vocabulary, another text, in which as much is computed.
+    fewest = min(_vocabulary_size(folder) for folder in (artifact, *beside))
+    prompt = [token % fewest for token in [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]]
     return bench_causal_lm(
         artifact, loaded.model, loaded.tokenizer, prompt, threads, beside, trust_libraries=trust_libraries
     )
+
+
+def _vocabulary_size(folder: Path) -> int:
+    return int(json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["vocab_size"])
 
 
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:

@@ -125,7 +125,7 @@ class Report(Record):
     output. ``divergence``: of the artefact from the dense model. ``disk_bytes``: what the run keeps in its work folder.
     """
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     recipe: Recipe
     model: DenseModel
     compression: Method

@@ -11,6 +11,7 @@ from pipeline.evaluation.measurements import (
     Agreement,
     ImageSpeed,
     LogitDifference,
+    PerplexityByStage,
     Stage,
     TextDivergence,
     TextSamples,
@@ -23,6 +24,7 @@ from pipeline.report.units import (
     format_error,
     format_percent,
     format_rate,
+    format_ratio,
     format_seconds,
 )
 
@@ -38,6 +40,9 @@ _STAGE_NAMES: dict[Stage, str] = {
     "onnx_native": "ONNX, native kernels",
     "onnx_portable": "ONNX, portable functions",
 }
+_LIKE_TRAINING_TEXT = 0.8
+"""Part of the test text that the training text's frequent tokens make up, at least, if both are alike: of the training
+text itself they make up 0.9."""
 _START_NAMES = {"nearest": "nearest", "gptq": "GPTQ"}
 _METHOD_NAMES = {
     "fips": "FiPS (shared bases and projections)",
@@ -163,6 +168,13 @@ def warning_lines(report: Report) -> list[str]:
     if not report.parity.same_predictions:
         lines.append("The artefact's native kernels and portable functions do not give the same predictions.")
     lines += [f"{name}: the logits differ by more than the tolerance." for name in _parity_failures(report.parity)]
+    quality = report.quality
+    if isinstance(quality, PerplexityByStage) and quality.frequent_tokens < _LIKE_TRAINING_TEXT * quality.tokens:
+        share = format_percent(quality.frequent_tokens / quality.tokens)
+        lines.append(
+            f"The test text is unlike the training text: tokens that make up 90 % of the one make up {share} of the "
+            "other. The model was compressed for other text than it was measured on."
+        )
     if report.bytes.artifact >= report.bytes.dense_float16:
         lines.append("The artefact is not smaller than the dense model stored as float16.")
     return lines
@@ -195,6 +207,9 @@ def _quality(report: Report) -> PageSection:
         nats = (format_error(value) for value in (divergence.kl_mean, *divergence.percentiles))
         tables.append(Table(header, (("nats per token", *nats),)))
         notes.append(f"The artefact and the dense model have the same most likely next token for {same} of the tokens.")
+        assert isinstance(report.quality, PerplexityByStage)
+        tables.append(_by_frequency(report, report.quality))
+        notes += _about_tokens(report, report.quality, divergence)
     else:
         notes.append(
             f"Against the dense model the artefact gives the same top label for {same} of the samples; KL divergence "
@@ -209,6 +224,39 @@ def _quality(report: Report) -> PageSection:
         "stages",
         f"{measure.name.capitalize()} with its standard error and bytes of the whole model, per stage",
     )
+
+
+def _by_frequency(report: Report, quality: PerplexityByStage) -> Table:
+    """Bits per byte, and perplexities of the training text's frequent tokens and of all others."""
+    rows = []
+    for stage in report.stages:
+        row = [stage_name(report, stage), f"{quality.bits_per_byte[stage]:.4f}"]
+        if quality.by_frequency:
+            own, dense = quality.by_frequency[stage], quality.by_frequency["dense"]
+            for value, of_dense in ((own.frequent, dense.frequent), (own.rare, dense.rare)):
+                row += [f"{value:.4g}", "–" if stage == "dense" else format_ratio(value / of_dense)]
+        rows.append(tuple(row))
+    columns = ("frequent tokens", "× dense", "rare tokens", "× dense") if quality.by_frequency else ()
+    return Table(("stage", "bits per byte", *columns), tuple(rows))
+
+
+def _about_tokens(report: Report, quality: PerplexityByStage, divergence: TextDivergence) -> list[str]:
+    """Say which tokens are frequent, and what tokens are where the vocabulary was cut."""
+    notes = []
+    if quality.by_frequency:
+        share = format_percent(quality.frequent_tokens / quality.tokens)
+        notes.append(
+            "Frequent tokens are the most frequent ones of the training text, which make up 90 % of it, and "
+            f"{share} of the test text; all others are rare. Text unlike the training text, in another script or code, "
+            "is mostly of rare ones."
+        )
+    if report.recipe.vocabulary is not None:
+        notes.append(
+            "Perplexities and their ratios count tokens of the whole vocabulary at every stage. KL divergence is from "
+            f"the dense model's distribution over the kept tokens, at {divergence.tokens:,} of {quality.tokens:,} "
+            "tokens: those that both models predict at the same place."
+        )
+    return notes
 
 
 def _where_it_went(measure: Measure, stages: list[Stage], sparse: bool) -> str:

@@ -125,7 +125,7 @@ CASES = {
     "llama": ("dense", True, None, None),
     "mistral": ("dense", False, 8, _TIERS),
     "qwen2": ("2:4", True, 2, None),
-    "qwen3": ("dense", False, None, 4),
+    "qwen3": ("dense", False, None, 8),
 }
 """Together all patterns, both methods, tied and untied tables of all kinds."""
 

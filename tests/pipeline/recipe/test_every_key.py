@@ -130,6 +130,8 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     **{f"data(hub_text).{key}": TestedBy(TEXT, "test_hub_errors") for key in ("config", "train")},
     "data(hub_text).documents": TestedBy(TEXT, "test_hub_documents_are_limited"),
     "data(hub_text).context": TestedBy(TEXT, "test_hub_text_is_streamed_in_its_own_order"),
+    "vocabulary.scripts": Changes(["Cyrillic"], "calibrate", {"vocabulary": {"scripts": ["Latin"]}}, text=True),
+    "vocabulary.keep": Changes(262, "calibrate", {"vocabulary": {"keep": 264}}, text=True),
     "calibration.samples": Changes(24, "calibrate"),
     "calibration.batch_size": Batches(7, "calibrate"),
     "compression.method": TestedBy("pipeline/sweep/test_sweep.py", "test_results_are_those_of_the_points_reports"),

@@ -92,7 +92,7 @@ def sample_report(
         if stage in correct
     }
     content = {
-        "schema_version": 3,
+        "schema_version": 4,
         "recipe": shipped_recipe("vit-digits"),
         "model": {
             "name": "vit-digits",
@@ -229,7 +229,7 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
     levels = {"factorized": 0.3, "fitted": 0.011, "rounded": 0.095, "qat": 0.021}
     backends = ("artefact, native kernels", "onnxruntime-genai builder, int4")
     content = {
-        "schema_version": 3,
+        "schema_version": 4,
         "recipe": shipped_recipe("gemma3-270m-w3"),
         "model": {
             "name": "Gemma3ForCausalLM",
@@ -282,6 +282,12 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
             "context": 512,
             "stride": 512,
             "windows": windows,
+            "bytes": 4 * tokens,
+            "bits_per_byte": {stage: value / math.log(2) / 4 for stage, value in nll.items()},
+            "frequent_tokens": 90_000,
+            "by_frequency": {
+                stage: {"frequent": 0.6 * value, "rare": 40 * value} for stage, value in perplexity.items()
+            },
             "standard_error": {stage: 0.0145 * value for stage, value in perplexity.items()},
             "difference_to_dense": {
                 stage: {
@@ -296,6 +302,7 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
         },
         "stage_bytes": stage_bytes,
         "divergence": {
+            "tokens": tokens,
             "kl_mean": 0.213,
             "kl_median": 0.081,
             "kl_p90": 0.55,
@@ -410,6 +417,11 @@ def any_html(any_report: Report) -> str:
     return render_html(any_report)
 
 
+def notes_of(report: Report, title: str) -> str:
+    (section,) = [section for section in sections(report) if section.title == title]
+    return " ".join(section.notes)
+
+
 def table_rows(report: Report, title: str, index: int = 0) -> dict[str, tuple[str, ...]]:
     """Rows of a table by their first cell."""
     (section,) = [section for section in sections(report) if section.title == title]
@@ -493,7 +505,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[str]:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema_version", 1, r"schema_version\n  Input should be 3 .*input_value=1"),
+        ("schema_version", 1, r"schema_version\n  Input should be 4 .*input_value=1"),
         ("bytes.by_part.graph", 0, r"bytes\n.*by_part adds up to \d+, artifact is \d+"),
         ("quality.finetuned", REMOVED, r"quality\.accuracy\n.*standard_error has the stages .*'finetuned'"),
         ("stage_bytes.finetuned", REMOVED, "stage_bytes has the stages .*, quality has .*'finetuned'"),
@@ -538,6 +550,11 @@ def test_method_fips_has_factors(report: Report) -> None:
         ("quality.difference_to_dense.qat.nll", 0.2, r"to_dense\.qat\.nll is 0\.2, its ratio .* say 0\.1832"),
         ("quality.difference_to_dense.qat.nll", 1e9, r"difference_to_dense\.qat\.nll is 1e\+09, its ratio"),
         ("quality.qat", 17.0, r"its ratio and the perplexities say 0\.1832 and 0\.165"),
+        ("quality.bits_per_byte.qat", 1.1, r"bits_per_byte\.qat is 1\.1, the perplexity says 1\.02835"),
+        ("quality.bits_per_byte.qat", REMOVED, "bits_per_byte has the stages"),
+        ("quality.by_frequency.qat", REMOVED, "by_frequency has the stages"),
+        ("quality.frequent_tokens", 102_201, "frequent_tokens is 102201, of 102200 tokens"),
+        ("data.vocabulary", {"tokens": 9, "kept": 10, "respelled": 0.1}, "kept is 10, the vocabulary has 9 tokens"),
         ("quality.tokens", 102_401, "tokens is 102401, 200 windows of 512 tokens have at most 102400"),
         ("quality.stride", 1024, r"stride is 1024, expected 1 to 512"),
         ("speed.unit", "images/s", r"speed\.images/s\.prompt_tokens\n  Extra inputs are not permitted"),
@@ -558,6 +575,8 @@ def test_dense_method_has_no_factors() -> None:
         "quality.fitted": LANGUAGE["quality"]["fitted"],
         "quality.standard_error.fitted": 0.1,
         "quality.difference_to_dense.fitted": LANGUAGE["quality"]["difference_to_dense"]["fitted"],
+        "quality.bits_per_byte.fitted": LANGUAGE["quality"]["bits_per_byte"]["fitted"],
+        "quality.by_frequency.fitted": LANGUAGE["quality"]["by_frequency"]["fitted"],
     }
     with pytest.raises(ValidationError, match=r"quality has the stages \['fitted'\], which method dense has not"):
         changed(report, changes)
@@ -676,7 +695,8 @@ def _change_nll(report: Report, stage: str, nll: float) -> Report:
     """Let ``stage`` differ from dense by ``nll`` nats."""
     difference = {"nll": nll, "standard_error": 0.001 if nll > 0 else 0.0001, "ratio": math.exp(nll)}
     value = report.quality.dense * math.exp(nll)
-    return changed(report, {f"quality.{stage}": value, f"quality.difference_to_dense.{stage}": difference})
+    changes = {f"quality.{stage}": value, f"quality.difference_to_dense.{stage}": difference}
+    return changed(report, {**changes, f"quality.bits_per_byte.{stage}": math.log2(value) / 4})
 
 
 def test_perplexity_per_stage() -> None:
@@ -697,6 +717,33 @@ def test_perplexity_per_stage() -> None:
     assert rows["ONNX, portable functions"][2] == "1.000"
     divergence = table_rows(sample_language_report(), "Perplexity and bytes per stage", 1)
     assert divergence == {"nats per token": ("0.21", "0.081", "0.55", "1.9", "4.4", "13")}
+
+
+def test_frequent_and_rare_tokens_apart() -> None:
+    report = sample_language_report()
+    rows = table_rows(report, "Perplexity and bytes per stage", 2)
+    assert rows["dense"] == ("0.9623", "8.647", "–", "576.4", "–")
+    assert rows["ONNX, native kernels"] == ("1.0284", "10.39", "1.201", "692.4", "1.201")
+    notes = notes_of(report, "Perplexity and bytes per stage")
+    assert "make up 90 % of it, and 88.1 % of the test text" in notes
+    assert "whole vocabulary" not in notes
+    without = changed(report, {"quality.by_frequency": {}, "quality.frequent_tokens": 102_200})
+    assert table_rows(without, "Perplexity and bytes per stage", 2)["dense"] == ("0.9623",)
+
+
+def test_a_cut_vocabulary_is_told() -> None:
+    report = sample_language_report()
+    cut = changed(report, {"recipe.vocabulary": {"scripts": ["Latin"]}, "divergence.tokens": 100_000})
+    notes = notes_of(cut, "Perplexity and bytes per stage")
+    assert "count tokens of the whole vocabulary at every stage" in notes
+    assert "over the kept tokens, at 100,000 of 102,200 tokens" in notes
+
+
+def test_text_unlike_the_training_text_is_a_warning() -> None:
+    report = sample_language_report()
+    assert warning_lines(report) == []
+    (line,) = warning_lines(changed(report, {"quality.frequent_tokens": 51_100}))
+    assert line.startswith("The test text is unlike the training text: tokens that make up 90 % of the one make up 50")
 
 
 def test_dense_method_in_words() -> None:
