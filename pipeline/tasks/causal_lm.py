@@ -21,6 +21,7 @@ from fips_ort.memory import measure_memory
 from pipeline.data.samples import check_samples_asked, check_train_samples
 from pipeline.data.text import check_vocabulary, load_text_data
 from pipeline.evaluation.measurements import (
+    NATIVE,
     ArtifactMemory,
     Benchmark,
     PerplexityByStage,
@@ -281,8 +282,12 @@ class CausalLMTask(Task):
         threads = os.cpu_count() or 1
         longest = min(PROMPT_TOKENS, longest_text(self.model.config) - GENERATED_TOKENS)
         prompt = self.data.test.batch([0])[0, :longest].tolist()
-        speed, by_backend = bench_causal_lm(artifact, self.model, self.tokenizer, prompt, threads)
-        memory = ArtifactMemory(**measure_memory(artifact), load_rss_by_backend=by_backend)
+        speed, loads = bench_causal_lm(artifact, self.model, self.tokenizer, prompt, threads)
+        memory = ArtifactMemory(
+            **measure_memory(artifact),
+            load_rss_by_backend={name: load.load_rss_bytes for name, load in loads.items()},
+            base_rss_bytes=loads[NATIVE].base_rss_bytes,
+        )
         return Benchmark(speed=speed, memory=memory)
 
 
