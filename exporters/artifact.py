@@ -18,7 +18,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.packed_model import PackedModel
 from exporters.passes import group_by_bytes, tensor_of
 from fips_ort.errors import ArtifactError
 from fips_ort.manifest import (
@@ -70,7 +69,7 @@ class Provenance:
 def write_artifact(
     folder: Path,
     model: ir.Model,
-    packed: PackedModel,
+    weights: Mapping[str, PackedWeight],
     golden: Golden,
     provenance: Provenance,
     save_config: Callable[[Path], object],
@@ -79,10 +78,10 @@ def write_artifact(
 ) -> Manifest:
     """Write the artefact into ``folder``, replacing one that is there.
 
-    ``save_config`` is called with the folder being written and saves config.json, preprocessor_config.json and
-    whatever else belongs to the model. ``known``: files of the old artefact, should its manifest be damaged. Raises
-    ArtifactError if ``folder`` holds something else than an artefact, or more (:func:`check_replaceable`), the disk is
-    too small or a write fails; then ``folder`` is as it was before.
+    ``weights``: every packed matrix by name, for the manifest. ``save_config`` is called with the folder being written
+    and saves config.json, preprocessor_config.json and whatever else belongs to the model. ``known``: files of the old
+    artefact, should its manifest be damaged. Raises ArtifactError if ``folder`` holds something else than an artefact,
+    or more (:func:`check_replaceable`), the disk is too small or a write fails; then ``folder`` is as it was before.
     """
     check_replaceable(folder, known)
     recover(folder)
@@ -107,7 +106,7 @@ def write_artifact(
             library=library.name,
             golden=golden_files,
             tensors=tensors,
-            weights=[_weight_entry(name, weight) for name, weight in packed.weights().items()],
+            weights=[_weight_entry(name, weight) for name, weight in weights.items()],
             files=_list_files(partial),
             recipe=provenance.recipe,
             versions=provenance.versions,

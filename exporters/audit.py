@@ -1,5 +1,6 @@
 """Audit of an artefact's graph: every initializer takes the bytes it was promised to take, and is stored once."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from exporters.artifact import INLINE_BYTES, MODEL
 from exporters.modules import input_node, linear_node, output_node
 from exporters.packed_model import PackedModel
 from exporters.passes import group_by_bytes, tensor_of
-from fips_ort.layout import padded_to_blocks
-from fips_ort.ops import DOMAIN
+from fips_ort.layout import BIT_WIDTHS, Layout
+from fips_ort.ops import DOMAIN, Q_GATHER, Q_MATMUL
 from fips_ort.packed import PackedWeight, unpack
 
 SMALLEST = 64
 """Initializers below this size are shapes and scalars: they may repeat, and stay float32."""
 
-Kind = Literal["basis", "projection", "bias", "matmul_nbits", "token_table", "rest"]
+_ROW_BITS = {Q_GATHER: 3, Q_MATMUL: 4}
+"""Place of the input ``row_bits`` of the ops that have one."""
+
+Kind = Literal["basis", "projection", "bias", "linear", "token_table", "rest"]
 
 
 class AuditError(ValueError):
@@ -30,8 +34,7 @@ class AuditError(ValueError):
 @dataclass(frozen=True, slots=True)
 class AuditRow:
     """One initializer of the graph: the ``bytes`` that it takes, and those ``promised`` by its layout or by the storage
-    of the rest. Both are 0 if it shares its place in the file with an earlier one, as the codes of a tied output layer
-    do with those of the token table."""
+    of the rest. Both are 0 if it shares its place in the file with an earlier one."""
 
     name: str
     kind: Kind
@@ -42,17 +45,16 @@ class AuditRow:
 def audit(artifact: Path | ir.Model, packed: PackedModel, rest: Literal["float16", "float32"]) -> list[AuditRow]:
     """Check the graph of an artefact's folder (or in memory) against the packed model it was made of.
 
-    ``rest``: how floating weights outside the packed MLPs and n-bit layers are stored (biases of packed layers may
-    be either). Returns one row per initializer, in the graph's order. Raises AuditError if bytes differ from the
-    promised ones, packed streams from those of ``packed``, a shared basis is stored twice, or two initializers have
+    ``rest``: how floating weights outside packed matrices are stored (biases of packed layers may be either). Returns
+    one row per initializer, in the graph's order. Raises AuditError if bytes differ from the promised ones, packed
+    streams from those of ``packed``, a shared basis is stored twice, or two initializers have
     equal type, shape and bytes, or equal bytes in two places.
     """
     model = artifact if isinstance(artifact, ir.Model) else ir.load(artifact / MODEL)
     nodes = {node.name or "": node for node in model.graph}
     promises: dict[str, tuple[Kind, int]] = {}
     violations = list(_match_weights(nodes, packed, promises))
-    violations += _match_matmul_nbits(model, promises)
-    violations += _match_token_tables(model, promises)
+    violations += _match_rest(model, promises)
     sharing, repetitions = _repetitions(model)
     rows = []
     for name, value in model.graph.initializers.items():
@@ -89,8 +91,8 @@ def _match_weights(
         for child, linear in mlp.linears.items():
             expected[linear_node(mlp.path, child)] = ("projection", linear.weight)
     present = {name for name, node in nodes.items() if node.domain == DOMAIN}
-    if present != expected.keys():
-        yield f"nodes of {DOMAIN} differ from the packed model's: {', '.join(sorted(present ^ expected.keys()))}"
+    if missing := expected.keys() - present:
+        yield f"nodes of {DOMAIN} are missing: {', '.join(sorted(missing))}"
     promised = {id(weight): promised_bytes(weight) for _, weight in expected.values()}
     stored_as: dict[int, tuple[str, ...]] = {}
     for name in sorted(present & expected.keys()):
@@ -109,39 +111,35 @@ def _match_weights(
             yield f"{name}: its {kind} is stored twice, as {names[0]} and {stored_as[id(weight)][0]}"
 
 
-def _match_matmul_nbits(model: ir.Model, promises: dict[str, tuple[Kind, int]]) -> list[str]:
-    """Fill in ``promises`` for the codes and scales of MatMulNBits. Returns the violations."""
+def _match_rest(model: ir.Model, promises: dict[str, tuple[Kind, int]]) -> list[str]:
+    """Fill in ``promises`` for packed linear layers and token tables, whose bytes follow from the attributes of the
+    nodes that read them. Returns the violations."""
     violations = []
-    for node in model.graph:
-        if node.op_type != "MatMulNBits":
+    for node in sorted(model.graph, key=lambda node: node.op_type != Q_GATHER):  # a tied table is the token table
+        if node.op_type not in (Q_GATHER, Q_MATMUL):
             continue
-        block_size = node.attributes["block_size"].as_int()
-        size = node.attributes["N"].as_int() * padded_to_blocks(node.attributes["K"].as_int(), block_size)
-        codes, scales = node.inputs[1], _behind_cast(node.inputs[2])
-        if codes is None or scales is None:
-            violations.append(f"{node.name}: codes or scales are missing")
-            continue
-        promises[codes.name or ""] = ("matmul_nbits", size * node.attributes["bits"].as_int() // 8)
-        promises[scales.name or ""] = ("matmul_nbits", 2 * size // block_size)
-    return violations
-
-
-def _match_token_tables(model: ir.Model, promises: dict[str, tuple[Kind, int]]) -> list[str]:
-    """Fill in ``promises`` for the tables of GatherBlockQuantized: codes of whole rows, one scale a block. Returns the
-    violations. A tied output layer reads the same scales, so this comes after :func:`_match_matmul_nbits`."""
-    violations = []
-    for node in model.graph:
-        if node.op_type != "GatherBlockQuantized":
-            continue
-        codes, scales = node.inputs[0], _behind_cast(node.inputs[2])
+        codes, scales, row_bits = node.inputs[1], node.inputs[2], node.inputs[_ROW_BITS[node.op_type]:]
         if codes is None or scales is None or codes.const_value is None or scales.const_value is None:
             violations.append(f"{node.name}: codes or scales are missing")
             continue
-        rows, blocks = tensor_of(scales).shape.numpy()
-        size = rows * blocks * node.attributes["block_size"].as_int()
-        promises[codes.name or ""] = ("token_table", size * node.attributes["bits"].as_int() // 8)
-        promises[scales.name or ""] = ("token_table", 2 * rows * blocks)
+        layout = _layout_of(node)
+        kind: Kind = "token_table" if node.op_type == Q_GATHER else "linear"
+        promised = {codes: layout.code_bytes(), scales: 2 * math.prod(layout.scales_shape)}
+        promised |= {value: layout.rows for value in row_bits if value is not None}
+        for value, size in promised.items():
+            promises.setdefault(value.name or "", (kind, size))
     return violations
+
+
+def _layout_of(node: ir.Node) -> Layout:
+    """The layout of the dense weight that a QMatMul (with transB 1, unless it reads a basis) or a QGather reads."""
+    attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+    segments = tuple(attributes[f"size_{bits}bit"] for bits in BIT_WIDTHS)
+    rows, columns = attributes["N"], attributes["K"]
+    if not attributes.get("transB", 1):
+        rows, columns = columns, rows
+    axis = attributes.get("segment_axis", 0)
+    return Layout(rows, columns, attributes["block_size"], segments, axis, bool(attributes["midrise"]))
 
 
 def _behind_cast(value: ir.Value | None) -> ir.Value | None:

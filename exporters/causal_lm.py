@@ -13,6 +13,7 @@ after another, and padding behind them, which the next tokens take the place of.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,9 +22,20 @@ from torch import Tensor, nn
 
 from exporters import passes
 from exporters.genai_builder import new_builder, silent
-from exporters.modules import PackedMatrix, PackedMLPModule, PackedProjection, input_node, linear_node
-from exporters.nbits import NBitsEmbedding, NBitsLinear
-from fips_ort.ops import DOMAIN, node_attributes, op_type
+from exporters.modules import (
+    PackedEmbedding,
+    PackedLayer,
+    PackedMatrix,
+    PackedMLPModule,
+    PackedOutput,
+    PackedProjection,
+    input_node,
+    linear_node,
+)
+from exporters.nbits import BITS, NBitsEmbedding, NBitsLinear
+from fips_ort.layout import Layout, padded_to_blocks
+from fips_ort.ops import DOMAIN, Q_GATHER, gather_attributes, node_attributes, op_type
+from fips_ort.packed import stack_rows
 
 MAX_LENGTH = 8192
 """Limit of tokens, prompt and answer together, unless the export is given another."""
@@ -183,27 +195,20 @@ class _StoredModel:
         path = self.paths[id(embedding)]
         shape = self.make_hidden_state_shape()
         rows = f"{path}/rows"
-        if isinstance(embedding, NBitsEmbedding):
-            self._initialize(f"{path}.codes", embedding.codes)
-            self._initialize(f"{path}.scales", embedding.scales)
-            self.tables[embedding.scales.data_ptr()] = f"{path}.scales"
-            inputs = [f"{path}.codes", "padding/input_ids", f"{path}.scales"]
-            attributes = {"bits": embedding.bits, "block_size": embedding.block_size}
-            width, stored = embedding.values.shape[1], 8 * embedding.codes.shape[1] // embedding.bits
-            gathered = rows if stored == width else f"{path}/filled"
-            self._node(
-                "GatherBlockQuantized",
-                inputs,
-                gathered,
-                self.make_hidden_state_shape(last_dim=stored),
-                name=path,
-                domain=_MICROSOFT,
-                gather_axis=0,
-                quantize_axis=1,
-                **attributes,
-            )
-            if stored != width:
-                self._cut(gathered, rows, width)
+        if isinstance(embedding, PackedEmbedding):
+            inputs = self._streams(embedding)
+            inputs.insert(0, "padding/input_ids")
+            if embedding.row_bits is not None:
+                inputs.append(self._row_bits(embedding))
+            attributes = gather_attributes(embedding.layout)
+            self._look_up(Q_GATHER, inputs, rows, embedding.layout.columns, name=path, domain=DOMAIN, **attributes)
+        elif isinstance(embedding, NBitsEmbedding):
+            codes, scales = self._nbits(path, embedding)
+            inputs = [codes, "padding/input_ids", scales]
+            attributes = {"bits": BITS, "block_size": embedding.block_size, "gather_axis": 0, "quantize_axis": 1}
+            stored = padded_to_blocks(embedding.width, embedding.block_size)
+            kind = "GatherBlockQuantized"
+            self._look_up(kind, inputs, rows, stored, name=path, domain=_MICROSOFT, **attributes)
         else:
             self._gather_floats(path, embedding.weight, rows, shape)
         scale = getattr(embedding, "embed_scale", None)
@@ -212,6 +217,14 @@ class _StoredModel:
             self._node("Mul", [rows, f"{path}.embed_scale"], f"{path}/scaled", shape)
             rows = f"{path}/scaled"
         self.layernorm_attrs["root_input"] = self.layernorm_attrs["skip_input"] = rows
+
+    def _look_up(self: Any, kind: str, inputs: list[str], rows: str, stored: int, **kwargs: Any) -> None:
+        """Add a node that looks up rows of ``stored`` values, and cut off what fills up their last block."""
+        whole = stored == self.hidden_size
+        filled = rows if whole else f"{rows}/filled"
+        self._node(kind, inputs, filled, self.make_hidden_state_shape(last_dim=stored), **kwargs)
+        if not whole:
+            self._cut(filled, rows, self.hidden_size)
 
     def _gather_floats(self: Any, path: str, weight: Tensor, rows: str, shape: Any) -> None:
         """Look up rows before they are cast, so that ONNX Runtime does not hold the whole table as float32."""
@@ -230,20 +243,46 @@ class _StoredModel:
         """Add a linear layer without its bias, which the builder adds to the value called ``{result}/output_0``."""
         path: str = self.paths[id(matmul)]
         output = "logits" if kwargs.get("logits", False) else f"{path}/output_0"
+        if isinstance(matmul, PackedLayer | PackedOutput):
+            matrix = matmul.matrix if isinstance(matmul, PackedOutput) else matmul
+            filled = self._filled(matrix, root_input, matmul.in_features, path)
+            self._multiply(matrix, path, filled, output=output)
+            return path
         assert isinstance(matmul, nn.Linear | NBitsLinear)
         shape = self.make_hidden_state_shape(last_dim=matmul.out_features)
         if isinstance(matmul, NBitsLinear):
-            # A tied output layer reads the scales of the token table. Its codes have a name of their own: onnxruntime
-            # packs the codes of MatMulNBits anew and releases what it read, unless another node refers to it. The
-            # artefact stores equal bytes in one place, so nothing is doubled in the file either.
-            scales = self.tables.get(matmul.scales.data_ptr(), f"{path}.scales")
-            self._initialize(f"{path}.codes", matmul.codes)
-            self._initialize(scales, matmul.scales)
-            inputs = [root_input, f"{path}.codes", scales]
+            inputs = [root_input, *self._nbits(path, matmul)]
             self._node("MatMulNBits", inputs, output, shape, name=path, domain=_MICROSOFT, **matmul.attributes)
         else:
             self._node("MatMul", [root_input, self._transposed(path, matmul.weight)], output, shape, name=path)
         return path
+
+    def is_qkv_projection_packable(self: Any, layer_id: int, attention: Any) -> bool:
+        """Whether queries, keys and values of a layer can be one product: if they are stored alike."""
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return all(isinstance(layer, PackedLayer) for layer in layers) and _stackable(layers)
+
+    def make_packed_matmul(
+        self: Any, q: PackedLayer, k: PackedLayer, v: PackedLayer, basename: str, root_input: str, **kwargs: Any
+    ) -> str:
+        """Add one product for queries, keys and values, in this order, as one node takes less time than three."""
+        path = f"{self.paths[id(q)].rpartition('.')[0]}.qkv_proj"
+        stacked = stack_rows([layer.stored for layer in (q, k, v)])
+        filled = self._filled(q, root_input, q.in_features, path)
+        streams = {part: torch.from_numpy(getattr(stacked, part)) for part in ("codes", "scales")}
+        inputs = [filled, *self._store(path, streams)]
+        attributes = node_attributes(stacked.layout, True, q.accuracy_level)
+        self._product(stacked.layout, inputs, path, f"{path}/output_0", attributes)
+        return path
+
+    def _nbits(self: Any, path: str, stored: NBitsLinear | NBitsEmbedding) -> list[str]:
+        """Add codes and scales of the baseline. A tied output layer reads the scales of the token table. Its codes have
+        a name of their own: onnxruntime packs the codes of MatMulNBits anew and releases what it read, unless another
+        node refers to it. Files store equal bytes in one place."""
+        name = self.tables.setdefault(stored.scales.data_ptr(), f"{path}.scales")
+        self._initialize(f"{path}.codes", stored.codes)
+        self._initialize(name, stored.scales)
+        return [f"{path}.codes", name]
 
     def _transposed(self: Any, path: str, weight: Tensor) -> str:
         """Add a float32 value [in, out] for the weight [out, in] of a linear layer. Returns its name."""
@@ -269,12 +308,7 @@ class _StoredModel:
         gate, up, down = (_projection(mlp, name) for name in _GATED)
         basis = mlp.basis
         reads = gate if basis is None else basis
-        if filling := reads.filling(self.hidden_size):
-            filled, pads = f"{mlp.path}/filled", f"/model/constants/INT64/[0, 0, 0, 0, 0, {filling}]"
-            shape = self.make_hidden_state_shape(last_dim=reads.layout.columns)
-            self._node("Pad", [root_input, pads], filled, shape)
-            root_input = filled
-        t = root_input
+        t = root_input = self._filled(reads, root_input, self.hidden_size, mlp.path)
         if basis is not None:
             t = self._multiply(basis, input_node(mlp.path), root_input)
         activated = self.make_activation(layer_id, self._project(gate, t))
@@ -286,7 +320,7 @@ class _StoredModel:
         else:
             reduced = self._multiply(down, linear_node(mlp.path, _GATED[-1]), product)
             output = self._multiply(basis, mlp.output_node, reduced, trans_b=False, bias=self._bias(down))
-            if filling:
+            if basis.filling(self.hidden_size):
                 written, output = output, f"{mlp.path}/cut"
                 self._cut(written, output, self.hidden_size)
         self.mlp_attrs["output_0"] = self.layernorm_attrs["skip_input"] = output
@@ -303,23 +337,57 @@ class _StoredModel:
         return name
 
     def _multiply(
-        self: Any, matrix: PackedMatrix, node: str, root_input: str, *, trans_b: bool = True, bias: str | None = None
+        self: Any,
+        matrix: PackedMatrix,
+        node: str,
+        root_input: str,
+        *,
+        trans_b: bool = True,
+        bias: str | None = None,
+        output: str | None = None,
     ) -> str:
         """Add a QMatMul, SparseQMatMul or BitmapQMatMul. Returns the name of its output."""
-        path = self.paths[id(matrix)]
-        streams = {"codes": matrix.codes, "pattern": matrix.pattern, "scales": matrix.scales}
-        inputs = [root_input]
-        for part, stream in streams.items():
-            if stream is not None:
-                self._initialize(f"{path}.{part}", stream)
-                inputs.append(f"{path}.{part}")
-        if bias is not None:
-            inputs.append(bias)
+        inputs = [root_input, *self._streams(matrix)]
+        if bias is not None or matrix.row_bits is not None:
+            inputs.append(bias or "")
+        if matrix.row_bits is not None:
+            inputs.append(self._row_bits(matrix))
+        output = output or f"{node}/output"
         attributes = node_attributes(matrix.layout, trans_b, matrix.accuracy_level)
-        shape = self.make_hidden_state_shape(last_dim=attributes["N"])
-        output = f"{node}/output"
-        self._node(op_type(matrix.layout), inputs, output, shape, name=node, domain=DOMAIN, **attributes)
+        self._product(matrix.layout, inputs, node, output, attributes)
         return output
+
+    def _product(
+        self: Any, layout: Layout, inputs: list[str], node: str, output: str, attributes: dict[str, int]
+    ) -> None:
+        shape = self.make_hidden_state_shape(last_dim=attributes["N"])
+        self._node(op_type(layout), inputs, output, shape, name=node, domain=DOMAIN, **attributes)
+
+    def _streams(self: Any, matrix: PackedMatrix) -> list[str]:
+        """Add codes, pattern and scales of a packed matrix, unless they are there. Returns their names."""
+        streams = {"codes": matrix.codes, "pattern": matrix.pattern, "scales": matrix.scales}
+        present = {part: stream for part, stream in streams.items() if stream is not None}
+        names: list[str] = self._store(self.paths[id(matrix)], present)
+        return names
+
+    def _row_bits(self: Any, matrix: PackedMatrix) -> str:
+        (name,) = self._store(self.paths[id(matrix)], {"row_bits": matrix.row_bits})
+        return str(name)
+
+    def _store(self: Any, path: str, streams: dict[str, Tensor]) -> list[str]:
+        """Add initializers ``{path}.{part}``, unless they are there. Returns their names."""
+        for part, stream in streams.items():
+            self._initialize(f"{path}.{part}", stream)
+        return [f"{path}.{part}" for part in streams]
+
+    def _filled(self: Any, matrix: PackedMatrix, root_input: str, features: int, path: str) -> str:
+        """Fill up the ``features`` of each token to the length of the rows of ``matrix``, if they are longer."""
+        filling = matrix.filling(features)
+        if not filling:
+            return root_input
+        filled, pads = f"{path}/filled", f"/model/constants/INT64/[0, 0, 0, 0, 0, {filling}]"
+        self._node("Pad", [root_input, pads], filled, self.make_hidden_state_shape(last_dim=matrix.layout.columns))
+        return filled
 
     # --- rotary embeddings -------------------------------------------------------------------------------------
 
@@ -366,6 +434,13 @@ def _leave_out_absent_inputs(graph: ir.Graph) -> None:
         for index, value in enumerate(node.inputs):
             if value is not None and not value.name:
                 node.replace_input_with(index, None)
+
+
+def _stackable(layers: Sequence[PackedLayer]) -> bool:
+    """Whether layers are stored alike but for how many rows they have, all of one width."""
+    layouts = [layer.layout for layer in layers]
+    widths = {bits for layout in layouts for bits, _, _ in layout.submatrices()}
+    return len(widths) == 1 and len({(layout.columns, layout.block_size) for layout in layouts}) == 1
 
 
 def _projection(mlp: PackedMLPModule, name: str) -> PackedProjection:

@@ -11,14 +11,14 @@ import onnx.parser
 
 from fips_ort.bits import CHUNK
 from fips_ort.layout import BIT_WIDTHS, STEP_GROUPS, TILE_ROWS
-from fips_ort.ops import ATTRIBUTES, BITMAP_Q_MATMUL, DOMAIN, Q_MATMUL, SPARSE_Q_MATMUL
+from fips_ort.ops import ATTRIBUTES, BITMAP_Q_MATMUL, DOMAIN, Q_GATHER, Q_MATMUL, SPARSE_Q_MATMUL
 
 MINIMUM_OPSET = 18
 """The first ONNX opset with every operator of the bodies (BitwiseAnd)."""
 
 
 def op_functions(opset: int = MINIMUM_OPSET) -> list[onnx.FunctionProto]:
-    """QMatMul, SparseQMatMul and BitmapQMatMul, generic over all attributes and over the optional bias.
+    """QMatMul, SparseQMatMul, BitmapQMatMul and QGather, generic over all attributes and over the optional inputs.
 
     ``opset`` is the ONNX opset that the model imports: functions and model must import the same one. Raises
     ValueError below 18. ``accuracy_level`` is a permission to round activations, which the functions do not use.
@@ -26,17 +26,20 @@ def op_functions(opset: int = MINIMUM_OPSET) -> list[onnx.FunctionProto]:
     if opset < MINIMUM_OPSET:
         raise ValueError(f"the functions need opset {MINIMUM_OPSET} or later, got {opset}")
     return [
-        _function(opset, Q_MATMUL, "A, codes, scales, bias", _DENSE + _DENSE_VALUES),
-        _function(opset, SPARSE_Q_MATMUL, "A, codes, pattern, scales, bias", _N_OF_M + _SPARSE_VALUES),
-        _function(opset, BITMAP_Q_MATMUL, "A, codes, pattern, scales, bias", _BITMAP + _SPARSE_VALUES),
+        _function(opset, Q_MATMUL, "A, codes, scales, bias, row_bits",
+                  _SIZES + _DENSE + _DENSE_VALUES + _PRODUCT),
+        _function(opset, SPARSE_Q_MATMUL, "A, codes, pattern, scales, bias",
+                  _SIZES + _N_OF_M + _SPARSE_VALUES + _PRODUCT),
+        _function(opset, BITMAP_Q_MATMUL, "A, codes, pattern, scales, bias",
+                  _SIZES + _BITMAP + _SPARSE_VALUES + _PRODUCT),
+        _function(opset, Q_GATHER, "indices, codes, scales, row_bits", _GATHER),
     ]
 
 
 def _function(opset: int, name: str, inputs: str, body: str) -> onnx.FunctionProto:
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
     attributes = ", ".join(ATTRIBUTES[name])
-    whole = _SIZES + body + _PRODUCT
-    return onnx.parser.parse_function(f"{header}\n{name} <{attributes}> ({inputs}) => (Y)\n{{\n{whole}}}")
+    return onnx.parser.parse_function(f"{header}\n{name} <{attributes}> ({inputs}) => (Y)\n{{\n{body}}}")
 
 
 def _attribute(name: str) -> str:
@@ -52,30 +55,43 @@ def _ints(*values: int, dtype: str = "uint8") -> str:
     return f"{dtype}[{len(values)}] {{{', '.join(map(str, values))}}}"
 
 
-# rows and columns of the whole matrix; segment_sizes [4]; segment_rows and segment_columns [4] of the submatrices.
-_SIZES = f"""
+_CONSTANTS = f"""
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     minus_one = Constant <value_ints = [-1]> ()
     seven = Constant <value_ints = [7]> ()
     eight = Constant <value_ints = [8]> ()
+    four = Constant <value_ints = [4]> ()
+    zero_0 = Squeeze (zero)
+    one_0 = Squeeze (one)
     widths = Constant <value_ints = [{", ".join(map(str, BIT_WIDTHS))}]> ()
-    {"".join(_attribute(name) for name in ("K", "N", "transB", "block_size", "segment_axis"))}
+""" + "".join(f"""
+    index_{bits} = Constant <value_ints = [{index}]> ()
+    next_{bits} = Constant <value_ints = [{index + 1}]> ()
+""" for index, bits in enumerate(BIT_WIDTHS))
+
+# segment_sizes [4].
+_SEGMENT_SIZES = f"""
     {"".join(_attribute(f"size_{bits}bit") for bits in BIT_WIDTHS)}
+    segment_sizes = Concat <axis = 0> ({", ".join(f"size_{bits}bit_1" for bits in BIT_WIDTHS)})
+"""
+
+# rows and columns of the whole matrix; segment_rows and segment_columns [4] of the submatrices.
+_SIZES = f"""
+    {_CONSTANTS}
+    {"".join(_attribute(name) for name in ("K", "N", "transB", "block_size", "segment_axis"))}
+    {_SEGMENT_SIZES}
     transposed = Cast <to = 9> (transB_1)
     rows = Where (transposed, N_1, K_1)
     columns = Where (transposed, K_1, N_1)
     along_columns = Cast <to = 9> (segment_axis_1)
-    segment_sizes = Concat <axis = 0> ({", ".join(f"size_{bits}bit_1" for bits in BIT_WIDTHS)})
     segment_rows = Where (along_columns, rows, segment_sizes)
     segment_columns = Where (along_columns, segment_sizes, columns)
 """ + "".join(f"""
-    index_{bits} = Constant <value_ints = [{index}]> ()
-    next_{bits} = Constant <value_ints = [{index + 1}]> ()
     rows_{bits} = Gather (segment_rows, index_{bits})
     columns_{bits} = Gather (segment_columns, index_{bits})
     shape_{bits} = Concat <axis = 0> (rows_{bits}, columns_{bits})
-""" for index, bits in enumerate(BIT_WIDTHS))
+""" for bits in BIT_WIDTHS)
 
 
 def _ends(name: str, counts: str) -> str:
@@ -83,6 +99,42 @@ def _ends(name: str, counts: str) -> str:
     return f"""
     {name}_tail = CumSum ({counts}, zero)
     {name} = Concat <axis = 0> (zero, {name}_tail)
+"""
+
+
+# --- the order of rows -----------------------------------------------------------------------------------------
+
+
+def _rows_of_width(bits: int, before: str) -> str:
+    """order_{bits} int64 [rows]: ``before``, but where rows of this width are stored."""
+    return f"""
+    width_{bits} = Constant <value = {_ints(bits, dtype="int32")}> ()
+    has_width_{bits} = Equal (row_widths, width_{bits})
+    counted_{bits} = Cast <to = 7> (has_width_{bits})
+    earlier_{bits} = CumSum <exclusive = 1> (counted_{bits}, zero)
+    segment_start_{bits} = Gather (segment_ends, index_{bits})
+    stored_row_{bits} = Add (earlier_{bits}, segment_start_{bits})
+    order_{bits} = Where (has_width_{bits}, stored_row_{bits}, {before})
+"""
+
+
+def _row_order(rows: str) -> str:
+    """stored_order int64: where each of ``rows`` [1] rows is stored.
+
+    QuantizeLinear adds its zero point, if there is one, to zeros: so an input that is not there becomes zeros. No row
+    has 0 bits; all keep their places then.
+    """
+    before = ("stored_places", *(f"order_{bits}" for bits in BIT_WIDTHS))
+    return f"""
+    no_values = ConstantOfShape <value = float[1] {{0.0}}> ({rows})
+    unit_scales = ConstantOfShape <value = float[1] {{1.0}}> ({rows})
+    given_widths = QuantizeLinear <axis = 0> (no_values, unit_scales, row_bits)
+    row_widths = Cast <to = 6> (given_widths)
+    all_rows_0 = Squeeze ({rows})
+    stored_places = Range (zero_0, all_rows_0, one_0)
+    {_ends("segment_ends", "segment_sizes")}
+    {"".join(map(_rows_of_width, BIT_WIDTHS, before))}
+    stored_order = Identity (order_{BIT_WIDTHS[-1]})
 """
 
 
@@ -148,8 +200,6 @@ def _dense_entries(bits: int) -> str:
     else:
         rest_codes = _plane(rest, f"rest_{bits}_bytes", bits, f"rest_shape_{bits}")
     return f"""
-    {_segment_bytes(bits)}
-    row_bytes_{bits} = Gather (row_bytes, index_{bits})
     stored_shape_{bits} = Concat <axis = 0> (rows_{bits}, row_bytes_{bits})
     stored_rows_{bits} = Reshape <allowzero = 1> (bytes_{bits}, stored_shape_{bits})
     whole_chunks_{bits} = Gather (whole_chunks, index_{bits})
@@ -173,17 +223,24 @@ def _dense_entries(bits: int) -> str:
 """
 
 
-# entry_codes_{bits} uint8 [rows, columns] of each segment.
-_DENSE = f"""
+# Sizes of dense rows. Needs segment_columns [4].
+_DENSE_ROWS = f"""
     {_CHUNK_SIZES}
     chunk = Constant <value_ints = [{CHUNK}]> ()
-    four = Constant <value_ints = [4]> ()
-    row_bits = Mul (segment_columns, widths)
-    row_bytes = Div (row_bits, eight)
+    bits_of_rows = Mul (segment_columns, widths)
+    row_bytes = Div (bits_of_rows, eight)
     whole_chunks = Div (segment_columns, chunk)
+""" + "".join(f"""
+    row_bytes_{bits} = Gather (row_bytes, index_{bits})
+""" for bits in BIT_WIDTHS)
+
+# entry_codes_{bits} uint8 [rows, columns] of each segment; stored_order.
+_DENSE = f"""
+    {_row_order("rows")}
+    {_DENSE_ROWS}
     byte_counts = Mul (segment_rows, row_bytes)
     {_ends("byte_ends", "byte_counts")}
-    {"".join(_dense_entries(bits) for bits in BIT_WIDTHS)}
+    {"".join(_segment_bytes(bits) + _dense_entries(bits) for bits in BIT_WIDTHS)}
 """
 
 
@@ -242,7 +299,6 @@ def _scale_rows(bits: int) -> str:
 _N_OF_M = f"""
     {_attribute("keep")}{_attribute("of")}
     two = Constant <value_ints = [2]> ()
-    one_0 = Squeeze (one)
     tile_rows = Constant <value_ints = [{TILE_ROWS}]> ()
     tile_rows_less_one = Constant <value_ints = [{TILE_ROWS - 1}]> ()
     step_groups = Constant <value_ints = [{STEP_GROUPS}]> ()
@@ -267,7 +323,6 @@ _N_OF_M = f"""
     padded_indices = Pad (stored_indices, padding)
     {_two_planes("small_indices", "padded_indices")}
     indices = Cast <to = 6> (small_indices)
-    zero_0 = Squeeze (zero)
     of_0 = Squeeze (of_1)
     positions_int64 = Range (zero_0, of_0, one_0)
     positions = Cast <to = 6> (positions_int64)
@@ -400,52 +455,74 @@ _BITMAP = f"""
 # --- values and product ----------------------------------------------------------------------------------------
 
 
-def _blocks(name: str) -> str:
-    """{name}_blocks [rows, blocks, block_size] from the segments' submatrices."""
-    return f"""
-    {name}_matrix = Concat <axis: int = @segment_axis> ({", ".join(f"{name}_{bits}" for bits in BIT_WIDTHS)})
-    {name}_blocks = Reshape ({name}_matrix, block_shape)
-"""
-
-
-def _offset(bits: int) -> str:
-    """The zero point of one segment, less half a level if midrise, once per row or column."""
+def _offset(bits: int, size: str) -> str:
+    """The zero point of one segment, less half a level if midrise, ``size`` [1] times: once per row or column."""
     return f"""
     middle_{bits} = Constant <value_floats = [{1 << (bits - 1)}.0]> ()
     offset_{bits} = Sub (middle_{bits}, rise)
-    offsets_{bits} = Expand (offset_{bits}, size_{bits}bit_1)
+    offsets_{bits} = Expand (offset_{bits}, {size}_{bits}{"bit_1" if size == "size" else ""})
 """
 
 
-# centred float32 [rows, blocks, block_size]: what the codes stand for before scaling. Needs scale_matrix.
-_VALUES = f"""
+def _of_all_segments(name: str, axis: str) -> str:
+    """{name}_matrix [rows, columns] from the segments' submatrices."""
+    return f"    {name}_matrix = Concat <{axis}> ({', '.join(f'{name}_{bits}' for bits in BIT_WIDTHS)})\n"
+
+
+def _offset_vector(size: str) -> str:
+    """offset_vector: the offset of every row, or of every column if the columns are cut, in the order of storage."""
+    return f"""
     {_attribute("midrise")}
     half = Constant <value_floats = [0.5]> ()
     midrise_float = Cast <to = 1> (midrise_1)
     rise = Mul (midrise_float, half)
-    {"".join(_offset(bits) for bits in BIT_WIDTHS)}
-    block_shape = Concat <axis = 0> (rows, minus_one, block_size_1)
+    {"".join(_offset(bits, size) for bits in BIT_WIDTHS)}
     offset_vector = Concat <axis = 0> ({", ".join(f"offsets_{bits}" for bits in BIT_WIDTHS)})
     offset_by_row = Constant <value_ints = [-1, 1, 1]> ()
-    offset_by_column = Concat <axis = 0> (one, minus_one, block_size_1)
-    offset_shape = Where (along_columns, offset_by_column, offset_by_row)
-    offset = Reshape (offset_vector, offset_shape)
-    {_blocks("entry_codes")}
-    entry_values = Cast <to = 1> (entry_codes_blocks)
-    centred = Sub (entry_values, offset)
+    block_count = Div (columns, block_size_1)
+    block_shape = Concat <axis = 0> (rows, block_count, block_size_1)
+"""
+
+
+def _centred(codes: str, offset: str) -> str:
+    """centred float32 [rows, blocks, block_size]: what the codes stand for before scaling. Needs scale_matrix."""
+    return f"""
+    code_blocks = Reshape <allowzero = 1> ({codes}, block_shape)
+    entry_values = Cast <to = 1> (code_blocks)
+    centred = Sub (entry_values, {offset})
     scales_float = Cast <to = 1> (scale_matrix)
     block_scales = Unsqueeze (scales_float, minus_one)
 """
 
+
+_SEGMENT_AXIS = "axis: int = @segment_axis"
+
+# entry_codes_matrix [rows, columns]; offset [rows or 1, 1 or blocks, 1 or block_size].
+_STORED_VALUES = f"""
+    {_offset_vector("size")}
+    offset_by_column = Concat <axis = 0> (one, minus_one, block_size_1)
+    offset_shape = Where (along_columns, offset_by_column, offset_by_row)
+    offset = Reshape (offset_vector, offset_shape)
+    {_of_all_segments("entry_codes", _SEGMENT_AXIS)}
+"""
+
+# An offset for all rows has only place 0, where the first row is if columns are cut.
 _DENSE_VALUES = f"""
-    scale_matrix = Identity (scales)
-    {_VALUES}
+    {_STORED_VALUES}
+    ordered_codes = Gather (entry_codes_matrix, stored_order)
+    offset_rows = Shape <start = 0, end = 1> (offset)
+    offset_order = Slice (stored_order, zero, offset_rows)
+    ordered_offset = Gather (offset, offset_order)
+    scale_matrix = Gather (scales, stored_order)
+    {_centred("ordered_codes", "ordered_offset")}
     scaled_blocks = Mul (centred, block_scales)
 """
 
 _SPARSE_VALUES = f"""
-    {_VALUES}
-    {_blocks("mask")}
+    {_STORED_VALUES}
+    {_centred("entry_codes_matrix", "offset")}
+    {_of_all_segments("mask", _SEGMENT_AXIS)}
+    mask_blocks = Reshape (mask_matrix, block_shape)
     nothing = Constant <value_float = 0.0> ()
     unscaled = Where (mask_blocks, centred, nothing)
     scaled_blocks = Mul (unscaled, block_scales)
@@ -459,4 +536,71 @@ _PRODUCT = """
     A_batch = Shape <start = 0, end = -1> (A)
     Y_shape = Concat <axis = 0> (A_batch, N_1)
     Y = Reshape <allowzero = 1> (Y_rows, Y_shape)
+"""
+
+
+# --- looking rows up -------------------------------------------------------------------------------------------
+
+
+def _looked_up(bits: int) -> str:
+    """entry_codes_{bits} uint8 [rows, columns] of the rows of this width among those looked up; rows_{bits} [1]: how
+    many they are; places_{bits}: their places among all that are looked up."""
+    return f"""
+    segment_end_{bits} = Gather (segment_ends, next_{bits})
+    begun_{bits} = GreaterOrEqual (stored_rows, segment_start_{bits})
+    not_ended_{bits} = Less (stored_rows, segment_end_{bits})
+    is_here_{bits} = And (begun_{bits}, not_ended_{bits})
+    place_row_{bits} = NonZero (is_here_{bits})
+    places_{bits} = Squeeze (place_row_{bits}, zero)
+    rows_{bits} = Shape (places_{bits})
+    columns_{bits} = Identity (columns)
+    stored_rows_of_{bits} = Gather (stored_rows, places_{bits})
+    rows_in_segment_{bits} = Sub (stored_rows_of_{bits}, segment_start_{bits})
+    row_starts_in_segment_{bits} = Mul (rows_in_segment_{bits}, row_bytes_{bits})
+    byte_start_{bits} = Gather (byte_ends, index_{bits})
+    row_starts_{bits} = Add (row_starts_in_segment_{bits}, byte_start_{bits})
+    row_start_column_{bits} = Unsqueeze (row_starts_{bits}, one)
+    row_bytes_{bits}_0 = Squeeze (row_bytes_{bits})
+    bytes_of_row_{bits} = Range (zero_0, row_bytes_{bits}_0, one_0)
+    byte_index_{bits} = Add (row_start_column_{bits}, bytes_of_row_{bits})
+    bytes_{bits} = Gather (codes, byte_index_{bits})
+    {_dense_entries(bits)}
+"""
+
+
+# Only the rows that are looked up are decoded. An index below 0 becomes one past the end, for ONNX would count it from
+# the end: Gather refuses both.
+_GATHER = f"""
+    {_CONSTANTS}
+    {"".join(_attribute(name) for name in ("K", "N", "block_size"))}
+    {_SEGMENT_SIZES}
+    {_row_order("N_1")}
+    columns = Identity (K_1)
+    segment_columns = Expand (columns, four)
+    {_DENSE_ROWS}
+    byte_counts = Mul (segment_sizes, row_bytes)
+    {_ends("byte_ends", "byte_counts")}
+    is_below_zero = Less (indices, zero)
+    checked_indices = Where (is_below_zero, N_1, indices)
+    index_vector = Reshape (checked_indices, minus_one)
+    stored_rows = Gather (stored_order, index_vector)
+    rows = Shape (stored_rows)
+    {"".join(_looked_up(bits) for bits in BIT_WIDTHS)}
+    all_places = Concat <axis = 0> ({", ".join(f"places_{bits}" for bits in BIT_WIDTHS)})
+    {_offset_vector("rows")}
+    {_of_all_segments("entry_codes", "axis = 0")}
+    place_column = Unsqueeze (all_places, one)
+    rows_0 = Squeeze (rows)
+    order_by_width = Range (zero_0, rows_0, one_0)
+    order = ScatterND (order_by_width, place_column, order_by_width)
+    ordered_codes = Gather (entry_codes_matrix, order)
+    ordered_offset_vector = Gather (offset_vector, order)
+    offset_shape = Concat <axis = 0> (rows, one, one)
+    ordered_offset = Reshape <allowzero = 1> (ordered_offset_vector, offset_shape)
+    scale_matrix = Gather (scales, stored_rows)
+    {_centred("ordered_codes", "ordered_offset")}
+    scaled_blocks = Mul (centred, block_scales)
+    Y_batch = Shape (indices)
+    Y_shape = Concat <axis = 0> (Y_batch, columns)
+    Y = Reshape <allowzero = 1> (scaled_blocks, Y_shape)
 """

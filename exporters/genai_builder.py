@@ -40,7 +40,7 @@ def new_builder(architecture: str, config: Any, max_length: int, parts: type | N
     kind = base if parts is None else type(f"{parts.__name__}{base.__name__}", (parts, base), {})
     # Caches that hold the window alone would save memory in long texts, but only onnxruntime-genai can feed them:
     # they must be there, in full size, before the first token.
-    options = {"disable_qkv_fusion": True, "windowed_kv_cache": False, "hf_token": False}
+    options = {"windowed_kv_cache": False, "hf_token": False}
     with silent():
         # The empty path is the builder's cache folder, in which only its own way to save a model would write.
         builder = kind(_describe(architecture, config, max_length), _FLOAT32, _FLOAT32, "cpu", "", options)

@@ -1,38 +1,67 @@
-"""Torch modules of packed weights.
+"""Torch modules of packed weights: of the MLPs, and of linear layers, token table and output layer around them.
 
 In PyTorch they compute with the dequantized float32 weights: this is the reference for everything that runs the stored
 numbers. :func:`torch.onnx.export` makes of them nodes of domain ``ai.fips`` whose inputs are the packed bytes.
 """
 
 import copy
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.packed_model import BASES, PackedLinear, PackedMLP, PackedModel
+from exporters.packed_rest import PackedTable
 from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
 from fips_ort.packed import PackedWeight, dequantize
+from fips_ort.row_order import stored_rows
 
 NODE_NAME = "fips.name"
 """Key of the node metadata that holds the name a node is to get (see :func:`exporters.passes.name_nodes`)."""
 
 
 class PackedMatrix(nn.Module):
-    """A packed matrix S [rows, columns]: ``codes``, ``pattern`` (unless dense) and ``scales`` as buffers."""
+    """A packed matrix S [rows, columns]: ``codes``, ``pattern`` (unless dense) and ``scales`` as buffers.
+
+    ``row_bits`` (uint8 [rows], or None): bits of each output of ``x @ S.T`` where rows are stored in another order than
+    outputs have (:mod:`fips_ort.row_order`). ``values`` float32 [rows, columns] are in the order of the outputs.
+    """
 
     codes: Tensor
     pattern: Tensor | None
     scales: Tensor
+    row_bits: Tensor | None
     values: Tensor
 
-    def __init__(self, weight: PackedWeight, accuracy_level: int = 0) -> None:
+    def __init__(
+        self, weight: PackedWeight, accuracy_level: int = 0, row_bits: NDArray[np.uint8] | None = None
+    ) -> None:
         super().__init__()
         self.layout = weight.layout
         self.accuracy_level = accuracy_level
+        values = dequantize(weight)
         self.register_buffer("codes", torch.from_numpy(weight.codes.copy()))
         self.register_buffer("pattern", torch.from_numpy(weight.pattern.copy()) if weight.pattern.size else None)
         self.register_buffer("scales", torch.from_numpy(weight.scales.copy()))
-        self.register_buffer("values", torch.from_numpy(dequantize(weight)), persistent=False)
+        self.register_buffer("row_bits", None if row_bits is None else torch.from_numpy(row_bits.copy()))
+        values = values if row_bits is None else values[stored_rows(row_bits, weight.layout)]
+        self.register_buffer("values", torch.from_numpy(values), persistent=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the module but not its tensors, which take gigabytes in a large model and never change."""
+        memo |= {id(tensor): tensor for tensor in self.buffers(recurse=False)}
+        result = type(self).__new__(type(self))
+        memo[id(self)] = result
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
+
+    @property
+    def stored(self) -> PackedWeight:
+        """What is stored, in the order in which it is."""
+        pattern = np.zeros(0, np.uint8) if self.pattern is None else self.pattern.numpy()
+        return PackedWeight(self.layout, self.codes.numpy(), pattern, self.scales.numpy())
 
     def filling(self, features: int) -> int:
         """How many columns fill up the last block of rows of ``features`` values."""
@@ -66,6 +95,69 @@ class PackedProjection(PackedMatrix):
     def __init__(self, linear: PackedLinear, accuracy_level: int = 0) -> None:
         super().__init__(linear.weight, accuracy_level)
         self.register_buffer("bias", None if linear.bias is None else torch.from_numpy(linear.bias.copy()))
+
+
+class PackedLayer(PackedProjection):
+    """A linear layer outside the MLPs. ``name``: its path in the model, which becomes the name of the node;
+    ``in_features``: without what fills up the last block of a row."""
+
+    def __init__(self, linear: PackedLinear, in_features: int, name: str, accuracy_level: int = 0) -> None:
+        super().__init__(linear, accuracy_level)
+        self.in_features, self.out_features, self.name = in_features, linear.weight.layout.rows, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., in_features] → float32 [..., out_features]."""
+        return self.matmul(x, trans_b=True, bias=self.bias, name=self.name)
+
+
+class PackedEmbedding(PackedMatrix):
+    """A token table, one row a token. ``width``: features of a row, without what fills up its last block.
+    ``embed_scale``: float32 scalar that rows are multiplied with (Gemma), or None."""
+
+    embed_scale: Tensor | None
+
+    def __init__(self, table: PackedTable, width: int, embed_scale: Tensor | None, accuracy_level: int = 0) -> None:
+        super().__init__(table.weight, accuracy_level, table.row_bits)
+        self.width = width
+        scale = None if embed_scale is None else embed_scale.detach().float().clone()
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [...] → float32 [..., width]."""
+        rows = nn.functional.embedding(input_ids, self.values)[..., : self.width]
+        return rows if self.embed_scale is None else rows * self.embed_scale
+
+
+class PackedOutput(nn.Module):
+    """The output layer of a language model: it multiplies with a table whose rows are tokens, its own or, tied, the one
+    that tokens are looked up in. ``bias`` float32 [tokens], or None. ``name``: its path in the model.
+
+    A tied ``table`` is only referred to here, so that it has one name in the state dict and in the exported graph.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, table: PackedMatrix, in_features: int, bias: Tensor | None, name: str, *, tied: bool) -> None:
+        super().__init__()
+        self._table = (table,)
+        if not tied:
+            self.add_module("table", table)
+        self.in_features, self.out_features, self.name = in_features, table.layout.rows, name
+        self.register_buffer("bias", bias)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The table that is multiplied with."""
+        return self._table[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Rows of the table as the layer computes with them: float32 [tokens, in_features]."""
+        return self.matrix.values[:, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., in_features] → logits float32 [..., tokens]."""
+        return nn.functional.linear(x, self.values, self.bias)
 
 
 class PackedMLPModule(nn.Module):

@@ -10,22 +10,19 @@ matrices that read the model's features, d are then larger here than in the mode
 rows as the last one has columns, so that what it reads is filled up too.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from fips_ort.layout import Layout, Pattern, padded_to_blocks
+from exporters.packed_file import PackedReader, PackedWriter
+from fips_ort.layout import Layout, padded_to_blocks
 from fips_ort.packed import PackedWeight
 
 _FORMAT = "fips-packed-model"
 _VERSION = 1
-_PARTS = ("codes", "pattern", "scales")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,59 +88,39 @@ BASES = "shared_bases"
 
 
 def save_packed_model(packed: PackedModel, path: Path) -> None:
-    """Write ``packed`` as one safetensors file (arrays) with the structure as JSON in its header.
+    """Write ``packed`` as one safetensors file. Inverse: :func:`load_packed_model`."""
+    writer = PackedWriter()
 
-    Inverse: :func:`load_packed_model`.
-    """
-    arrays: dict[str, NDArray[Any]] = {}
-
-    def describe(name: str, weight: PackedWeight) -> dict[str, Any]:
-        arrays.update({f"{name}.{part}": getattr(weight, part) for part in _PARTS})
-        return asdict(weight.layout)
-
-    def describe_linear(name: str, linear: PackedLinear) -> dict[str, Any]:
-        if linear.bias is not None:
-            arrays[f"{name}.bias"] = linear.bias
-        return {"layout": describe(name, linear.weight), "bias": linear.bias is not None}
+    def describe(name: str, linear: PackedLinear) -> dict[str, Any]:
+        return {"layout": writer.weight(name, linear.weight), "bias": writer.optional(name, "bias", linear.bias)}
 
     structure = {
         "version": _VERSION,
-        "bases": {name: describe(f"{BASES}.{name}", weight) for name, weight in packed.bases.items()},
+        "bases": {name: writer.weight(f"{BASES}.{name}", weight) for name, weight in packed.bases.items()},
         "mlps": [
             {
                 "block": mlp.block,
                 "path": mlp.path,
                 "basis": mlp.basis,
-                "first": {child: describe_linear(f"{mlp.path}.{child}", linear) for child, linear in mlp.first.items()},
-                "last": [mlp.last[0], describe_linear(f"{mlp.path}.{mlp.last[0]}", mlp.last[1])],
+                "first": {child: describe(f"{mlp.path}.{child}", linear) for child, linear in mlp.first.items()},
+                "last": [mlp.last[0], describe(f"{mlp.path}.{mlp.last[0]}", mlp.last[1])],
                 "activation": mlp.activation,
             }
             for mlp in packed.mlps
         ],
     }
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(contiguous, path, metadata={_FORMAT: json.dumps(structure)})
+    writer.save(path, _FORMAT, structure)
 
 
 def load_packed_model(path: Path) -> PackedModel:
     """Read what :func:`save_packed_model` wrote. Raises ValueError if the file is of another kind or version."""
-    with safe_open(path, framework="numpy") as file:
-        text = (file.metadata() or {}).get(_FORMAT)
-        if text is None:
-            raise ValueError(f"{path}: not a packed model")
-        structure = json.loads(text)
-        if structure["version"] != _VERSION:
-            raise ValueError(f"{path}: packed model of version {structure['version']}, expected {_VERSION}")
-
-        def weight(name: str, layout: dict[str, Any]) -> PackedWeight:
-            return PackedWeight(_layout(layout), *(file.get_tensor(f"{name}.{part}") for part in _PARTS))
+    with PackedReader(path, _FORMAT, _VERSION) as reader:
 
         def linear(name: str, entry: dict[str, Any]) -> PackedLinear:
-            bias = file.get_tensor(f"{name}.bias") if entry["bias"] else None
-            return PackedLinear(weight(name, entry["layout"]), bias)
+            return PackedLinear(reader.weight(name, entry["layout"]), reader.optional(name, "bias", entry["bias"]))
 
         return PackedModel(
-            {name: weight(f"{BASES}.{name}", layout) for name, layout in structure["bases"].items()},
+            {name: reader.weight(f"{BASES}.{name}", layout) for name, layout in reader.structure["bases"].items()},
             [
                 PackedMLP(
                     block=mlp["block"],
@@ -153,13 +130,9 @@ def load_packed_model(path: Path) -> PackedModel:
                     last=(mlp["last"][0], linear(f"{mlp['path']}.{mlp['last'][0]}", mlp["last"][1])),
                     activation=mlp["activation"],
                 )
-                for mlp in structure["mlps"]
+                for mlp in reader.structure["mlps"]
             ],
         )
-
-
-def _layout(fields: dict[str, Any]) -> Layout:
-    return Layout(**{**fields, "segments": tuple(fields["segments"]), "pattern": Pattern(**fields["pattern"])})
 
 
 def _check_shapes(mlp: PackedMLP, basis: Layout | None) -> None:

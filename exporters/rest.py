@@ -1,21 +1,21 @@
-"""Storage of everything outside the MLPs: float16 weights, and linear layers and token tables at 4 or 8 bits
-(:mod:`exporters.nbits`).
+"""Storage of everything outside the MLPs: packed linear layers and tables (:mod:`exporters.packed_rest`), and float16
+weights.
 
 All functions put the *stored* numbers into the PyTorch model, so that PyTorch and the artefact compute with the
-same weights. They are used in this order: :func:`fix_position_embeddings`, :func:`quantize_linears`,
-:func:`quantize_embedding`, :func:`round_to_float16`.
+same weights. They are used in this order: :func:`fix_position_embeddings`, :func:`install_rest`,
+:func:`round_to_float16`.
 """
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from exporters.modules import PackedMatrix, PackedMLPModule
-from exporters.nbits import NBitsEmbedding, NBitsLinear, NBitsModule, NBitsTable, block_size_for, quantize_table
+from exporters.modules import PackedEmbedding, PackedLayer, PackedMatrix, PackedMLPModule, PackedOutput
+from exporters.packed_model import PackedLinear
+from exporters.packed_rest import PackedRest, PackedTable
 
 
 def fix_position_embeddings(model: nn.Module, height: int, width: int) -> None:
@@ -45,7 +45,7 @@ def fix_position_embeddings(model: nn.Module, height: int, width: int) -> None:
 def round_to_float16(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose floating parameters and buffers hold float16 numbers (in their own dtype).
 
-    What is stored packed (MLPs, n-bit layers) is left alone, and so are buffers that are no part of the model's
+    What is stored packed is left alone, and so are buffers that are no part of the model's
     state but computed from its configuration (frequencies of rotary embeddings, say). Raises ValueError naming
     every tensor with a number beyond float16's range or not finite.
     """
@@ -66,72 +66,74 @@ def round_to_float16(model: nn.Module) -> nn.Module:
     return result
 
 
-def quantize_linears(
-    model: nn.Module,
-    bits: int,
-    block_size: int,
-    skip: Collection[str] = (),
-    accuracy_level: int = 0,
-    tables: Mapping[str, NBitsTable] | None = None,
-    codes_only: bool = False,
-) -> nn.Module:
-    """A copy of ``model`` whose linear layers outside the packed MLPs are :class:`NBitsLinear`.
+def install_rest(model: Any, rest: PackedRest, accuracy_level: int = 0) -> nn.Module:
+    """A copy of ``model`` with the packed weights of ``rest`` in the place of its own linear layers and tables.
 
-    ``skip``: paths of layers left alone (the classifier). A language model's output layer is always left alone: it
-    goes with the token table (:func:`quantize_embedding`). ``tables``: path → what to store for a layer; layers not
-    named there are rounded to nearest, in blocks of ``block_size`` or, where it does not divide the input features,
-    of what :func:`exporters.nbits.block_size_for` gives. ``codes_only``: make a model that can be exported but not run,
-    in an eighth of the memory at 4 bits. Raises ValueError naming any path in ``skip`` that is no linear layer.
+    Biases stay, as float16 numbers. The output layer of a model that ties it reads the token table. Raises ValueError
+    if a path leads to no such layer, or the token table is of a kind that does more than look up rows and scale them by
+    a number.
     """
-    linears = {name: module for name, module in _modules_outside(model) if isinstance(module, nn.Linear)}
-    unknown = sorted(set(skip) - linears.keys())
-    if unknown:
-        raise ValueError(f"not linear layers of the model: {', '.join(unknown)}")
-    head = _output_layer(model)
-    chosen = {name: linear for name, linear in linears.items() if name not in skip and linear is not head}
-    replaced: dict[int, object] = {
-        id(linear): NBitsLinear(
-            (tables or {}).get(name) or _nearest(linear.weight, bits, block_size, codes_only),
-            linear.bias,
-            name,
-            accuracy_level,
-        ).train(linear.training)
-        for name, linear in chosen.items()
-    }
+    modules = dict(model.named_modules())
+    embedding, head = _token_layers(model)
+    names = {id(module): name for name, module in modules.items()}
+    replaced: dict[int, object] = {}
+    for path, weight in rest.linears.items():
+        linear = modules.get(path)
+        if not isinstance(linear, nn.Linear) or linear is head:
+            raise ValueError(f"{path} is no linear layer of the model")
+        bias = None if linear.bias is None else linear.bias.detach().half().float().numpy()
+        layer = PackedLayer(PackedLinear(weight, bias), linear.in_features, path, accuracy_level)
+        replaced[id(linear)] = layer.train(linear.training)
+    for path, table in rest.tables.items():
+        if path == names.get(id(embedding)):
+            scale = _scale_of(embedding)
+            packed = PackedEmbedding(table, embedding.embedding_dim, scale, accuracy_level).train(embedding.training)
+            replaced[id(embedding)] = packed
+            if head.weight is embedding.weight:
+                replaced[id(head)] = _output(head, packed, names[id(head)], tied=True)
+        elif path == names.get(id(head)):
+            own = PackedMatrix(table.weight, accuracy_level, table.row_bits)
+            replaced[id(head)] = _output(head, own, path, tied=False)
+        else:
+            raise ValueError(f"{path} is no table of tokens of the model")
     return copy.deepcopy(model, replaced)
 
 
-def quantize_embedding(
-    model: Any,
-    bits: int,
-    block_size: int,
-    accuracy_level: int = 0,
-    tables: Mapping[str, NBitsTable] | None = None,
-    codes_only: bool = False,
-) -> nn.Module:
-    """A copy of the language ``model`` whose token table is an :class:`NBitsEmbedding` and whose output layer is an
-    :class:`NBitsLinear`. Where the model ties them, both hold the same tensors.
+def packed_rest(model: nn.Module) -> PackedRest:
+    """What :func:`install_rest` has put into ``model``."""
+    linears, tables = {}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            linears[path] = module.stored
+        elif isinstance(module, PackedEmbedding):
+            tables[path] = _table_of(module)
+        elif isinstance(module, PackedOutput) and "table" in module._modules:
+            tables[path] = _table_of(module.matrix)
+    return PackedRest(linears, tables)
 
-    ``tables``: path → table; if the output layer's path is there, its table is stored, else it is rounded to nearest.
-    ``block_size``, ``codes_only``: as in :func:`quantize_linears`. Raises ValueError if the token table is of a kind
-    that does more than look up rows and scale them by a number.
-    """
-    embedding, head = model.get_input_embeddings(), _output_layer(model)
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no token table and output layer that could be quantized")
-    scale = getattr(embedding, "embed_scale", None)
+
+def _table_of(matrix: PackedMatrix) -> PackedTable:
+    return PackedTable(matrix.stored, None if matrix.row_bits is None else matrix.row_bits.numpy())
+
+
+def _output(head: nn.Linear, table: PackedMatrix, name: str, *, tied: bool) -> nn.Module:
+    bias = None if head.bias is None else head.bias.detach().half().float()
+    return PackedOutput(table, head.in_features, bias, name, tied=tied).train(head.training)
+
+
+def _token_layers(model: Any) -> tuple[Any, Any]:
+    """The token table and the output layer of a language model; (None, None) for other models."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    return (None, None) if head is None else (model.get_input_embeddings(), head)
+
+
+def _scale_of(embedding: nn.Module) -> Tensor | None:
+    """What rows of a token table are multiplied with."""
+    scale: Tensor | None = getattr(embedding, "embed_scale", None)
     if type(embedding) is not nn.Embedding and scale is None:
         raise ValueError(f"the token table is a {type(embedding).__name__}, whose computation is not known here")
-    names = {id(module): name for name, module in model.named_modules()}
-    head_name = names[id(head)]
-    head_table = (tables or {}).get(head_name) or _nearest(head.weight, bits, block_size, codes_only)
-    tied = head.weight is embedding.weight
-    table = head_table if tied else _nearest(embedding.weight, bits, block_size, codes_only)
-    replaced: dict[int, object] = {
-        id(embedding): NBitsEmbedding(table, scale).train(embedding.training),
-        id(head): NBitsLinear(head_table, head.bias, head_name, accuracy_level).train(head.training),
-    }
-    return copy.deepcopy(model, replaced)
+    return scale
 
 
 def _modules_outside(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -139,19 +141,7 @@ def _modules_outside(model: nn.Module) -> list[tuple[str, nn.Module]]:
     stored = {
         id(part)
         for module in model.modules()
-        if isinstance(module, PackedMLPModule | PackedMatrix | NBitsModule)
+        if isinstance(module, PackedMLPModule | PackedMatrix)
         for part in module.modules()
     }
     return [(name, module) for name, module in model.named_modules() if id(module) not in stored]
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that computes a language model's logits; None for other models."""
-    find = getattr(model, "get_output_embeddings", None)
-    layer = None if find is None else find()
-    return layer if isinstance(layer, nn.Module) else None
-
-
-def _nearest(weight: Tensor, bits: int, block_size: int, codes_only: bool) -> NBitsTable:
-    """``weight`` [N, K] rounded to nearest, in the blocks that suit K."""
-    return quantize_table(weight, bits, block_size_for(weight.shape[1], block_size), codes_only=codes_only)

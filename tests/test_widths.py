@@ -9,6 +9,7 @@ import torch
 from causal_lm_samples import tiny_language_model
 from factored_samples import dense_recipe, recipe, start_quantization
 from language_samples import byte_level_tokenizer
+from rest_samples import with_packed_linears
 from run_samples import TINY, language_recipe, no_bench, quantization_of_language, tiny_recipe
 from torch import nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
@@ -19,7 +20,7 @@ from exporters.image_classifier import export_image_classifier
 from exporters.modules import install_packed
 from exporters.packed_model import load_packed_model, save_packed_model
 from exporters.parity import check_parity
-from exporters.rest import quantize_linears, round_to_float16
+from exporters.rest import packed_rest, round_to_float16
 from fips_ort.layout import PATTERNS, Pattern
 from fips_ort.validate import validate
 from pipeline.compression.factorized_mlp import FactorizedMLP
@@ -90,7 +91,7 @@ def assert_parity(model: Any, mlps: list[FactorizedMLP], folder: Path, promised:
     packed = load_packed_model(folder / "packed.safetensors")
     stored_bytes = sum(weight.nbytes for weight in packed.weights().values())
     assert abs(stored_bytes - promised) <= slack
-    base = round_to_float16(quantize_linears(model, 4, 64, ["classifier", *mlp_linears(model)]))
+    base = round_to_float16(with_packed_linears(model, 4, 64, ["classifier", *mlp_linears(model)]))
     fake_quantized = install(base, mlps).eval()
     stored: Any = install_packed(base, packed).eval()
     x = torch.randn(4, *PIXELS, generator=torch.Generator().manual_seed(1))
@@ -101,7 +102,8 @@ def assert_parity(model: Any, mlps: list[FactorizedMLP], folder: Path, promised:
     audit(graph, packed, "float16")
     golden = Golden({"pixel_values": x.numpy()}, {"logits": actual.numpy()})
     provenance = Provenance("widths", "Random weights.", {"name": "widths"}, {"torch": torch.__version__})
-    write_artifact(folder / "artifact", graph, packed, golden, provenance, model.config.save_pretrained, 1 << 30)
+    weights = packed.weights() | packed_rest(stored).weights()
+    write_artifact(folder / "artifact", graph, weights, golden, provenance, model.config.save_pretrained, 1 << 30)
     parity = check_parity(folder / "artifact", stored, list(x.split(2)))
     assert max(parity.native_vs_torch.relative, parity.portable_vs_torch.relative) < 2e-5
 

@@ -23,7 +23,7 @@ from pipeline.models.causal_lm import is_here, language_model_class, load_langua
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.plumbing.errors import InputError, one_line
-from pipeline.quantization.rest_layers import fitted_rest
+from pipeline.quantization.rest_layers import check_tiers, fitted_rest
 from pipeline.recipe.choices import choices_of, largest_choice
 from pipeline.recipe.plan import FittedRows, GroupSize, Plan, fitted_rows, make_plan
 from pipeline.recipe.schema import LanguageModelSection, Recipe
@@ -95,6 +95,7 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         make_plan(choice, sites)
     plan = make_plan(recipe, sites)
     check_filling(recipe, model, plan)
+    check_tiers(recipe, model)
     if isinstance(recipe.model, LanguageModelSection) and (fetch or is_here(recipe.model)):
         check_saved_config(recipe.model, config)
         notes = (*notes_on(recipe.model), *notes)

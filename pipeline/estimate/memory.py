@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.quantization.rest_layers import rest_linears
-from pipeline.quantization.rest_start import ROWS_AT_ONCE
+from pipeline.quantization.rest_weights import ROWS_AT_ONCE
 from pipeline.recipe.plan import MLPSite, Plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, QuantizedEndToEnd, Recipe, TextSection
 
@@ -144,7 +144,7 @@ def _trains_rest(part: EndToEnd) -> bool:
 
 
 def _rest_training(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> int:
-    """Bytes to train the scales of the n-bit linear layers outside the MLPs."""
+    """Bytes to train the scales of the packed linear layers outside the MLPs."""
     if not recipe.quantization.rest.linear_bits:
         return 0
     return REST_TRAINING_BYTES * sum(linear.weight.numel() for linear in rest_linears(model, sites).values())

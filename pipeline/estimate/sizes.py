@@ -1,17 +1,17 @@
 """Bytes of what an artefact stores: packed factors, and the weights outside the compressed MLPs."""
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from exporters.nbits import block_size_for
+from exporters.packed_rest import rest_block_size
 from fips_ort.layout import Segments, padded_to_blocks, segments_with
 from pipeline.recipe.plan import GroupPlan, GroupSize, Plan, given_segments, group_size
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import Recipe, Tier
 
-_SCALE_BITS = 16
-"""Bits of the scale that each block of n-bit weights has: a float16."""
+_SCALE_BYTES = 2
+"""Bytes of the scale that each block has: a float16."""
 
 
 def least_size(recipe: Recipe, group: GroupPlan) -> GroupSize:
@@ -39,17 +39,27 @@ def rest_bytes(recipe: Recipe, model: Any, plan: Plan) -> int:
             if id(parameter) in seen or (name in compressed and parameter.dim() == 2):
                 continue
             seen.add(id(parameter))
-            bits: float = 16 if rest.weights == "float16" else 32
+            bits: int | Sequence[Tier] | None = None
             if parameter.dim() == 2:
                 if any(module is table for table in tables):
-                    bits = rest.embedding_bits or bits
+                    bits = rest.embedding_bits
                 elif isinstance(module, nn.Linear) and name != "classifier":
-                    bits = rest.linear_bits or bits
-                if bits < 16:
-                    rows, columns = parameter.shape
-                    block_size = block_size_for(columns, rest.block_size)
-                    stored = padded_to_blocks(columns, block_size)
-                    total += rows * (stored * int(bits) + stored // block_size * _SCALE_BITS) // 8
-                    continue
-            total += math.ceil(parameter.numel() * bits / 8)
+                    bits = rest.linear_bits
+            if bits is None:
+                total += parameter.numel() * (2 if rest.weights == "float16" else 4)
+            else:
+                rows, columns = parameter.shape
+                total += _packed_bytes(rows, columns, bits, rest.block_size)
     return total
+
+
+def _packed_bytes(rows: int, columns: int, bits: int | Sequence[Tier], block_size: int) -> int:
+    """Bytes of a packed matrix [rows, columns], of a table in tiers also of the bits of each row."""
+    block_size = rest_block_size(columns, block_size)
+    stored = padded_to_blocks(columns, block_size)
+    scales = rows * (stored // block_size) * _SCALE_BYTES
+    if isinstance(bits, int):
+        return rows * stored * bits // 8 + scales
+    counts = [tier.tokens or 0 for tier in bits]
+    counts[-1] = rows - sum(counts)
+    return sum(count * stored * tier.bits // 8 for count, tier in zip(counts, bits, strict=True)) + scales + rows

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from exporters.image_classifier import export_image_classifier
-from exporters.rest import quantize_linears
+from exporters.nbits import with_nbits
 from fips_ort.load import load
 from pipeline.evaluation.measurements import NATIVE
 from pipeline.evaluation.turns import interleave
@@ -21,7 +21,7 @@ from pipeline.plumbing.errors import first_line
 DENSE_FLOAT32 = "dense float32, onnxruntime"
 DENSE_INT4 = "dense MatMulNBits 4 bit, onnxruntime"
 INT4_BLOCK = 64
-"""Block size of its MatMulNBits, at most (:func:`exporters.nbits.block_size_for`)."""
+"""Block size of its MatMulNBits, at most."""
 PORTABLE = "artefact, portable functions"
 
 
@@ -57,7 +57,7 @@ def dense_sessions(
     """
     models: dict[str, Callable[[], nn.Module]] = {
         DENSE_FLOAT32: lambda: dense,
-        DENSE_INT4: lambda: quantize_linears(dense, 4, INT4_BLOCK, ["classifier"], 4),
+        DENSE_INT4: lambda: with_nbits(dense, INT4_BLOCK, accuracy_level=4, skip=["classifier"]),
     }
     height, width = pixel_values.shape[2:]
     sessions, left_out = {}, {}

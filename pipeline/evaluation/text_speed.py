@@ -15,7 +15,7 @@ from torch import nn
 
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
-from exporters.rest import quantize_embedding, quantize_linears
+from exporters.nbits import with_nbits
 from pipeline.evaluation.genai_folder import without_code
 from pipeline.evaluation.genai_load import GenaiLoad, measure_load
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
@@ -145,8 +145,7 @@ def bench_recipe(
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any, block_size: int = INT4_BLOCK) -> None:
     """Export the dense model into ``folder`` as the builder does at int4: MatMulNBits (accuracy_level 4) and
     GatherBlockQuantized with blocks of ``block_size`` at most, rounded to nearest."""
-    linears = quantize_linears(dense, 4, block_size, [], 4, codes_only=True)
-    model = quantize_embedding(linears, 4, block_size, 4, codes_only=True).eval()
+    model = with_nbits(dense, block_size, accuracy_level=4)
     graph = export_causal_lm(model, MEASURED_LENGTH)
     ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
     save_causal_lm_config(folder, model, tokenizer, MEASURED_LENGTH)

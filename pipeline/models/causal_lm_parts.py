@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from exporters.nbits import NBitsLinear
+from exporters.modules import PackedOutput
 
 
 def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def output_table(model: Any) -> Tensor:
     """Rows of the output layer as the model computes with them: float32 [vocabulary, d], without gradient."""
     layer = model.get_output_embeddings()
     assert layer.bias is None, "a table alone does not make the logits of an output layer with a bias"
-    table: Tensor = layer.values if isinstance(layer, NBitsLinear) else layer.weight
+    table: Tensor = layer.values if isinstance(layer, PackedOutput) else layer.weight
     return table.detach()
 
 

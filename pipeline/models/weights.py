@@ -37,9 +37,9 @@ def check_float16(
     for path, module in model.named_modules():
         if path in compressed:
             continue
-        bits = None
+        bits: int | None = None
         if any(module is table for table in tables):
-            bits = rest.embedding_bits
+            bits = rest.fewest_embedding_bits
         elif isinstance(module, nn.Linear) and path not in plain:
             bits = rest.linear_bits
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -48,8 +48,8 @@ def check_float16(
             if bits is None and rest.weights == "float32":
                 continue
             largest = float(tensor.detach().abs().max())
-            # The entry of largest magnitude of a block of codes is the lowest level times the scale.
-            if largest >= _FLOAT16_END * (1 if bits is None or name != "weight" else 1 << (bits - 1)):
+            # The entry of largest magnitude of a block of codes is the outermost level times the scale.
+            if largest >= _FLOAT16_END * (1 if bits is None or name != "weight" else 2 ** (bits - 1) - 0.5):
                 beyond[f"{path}.{name}"] = largest
     if beyond:
         named = ", ".join(f"{name} (up to {largest:.6g})" for name, largest in beyond.items())

@@ -1,11 +1,12 @@
-"""What lies outside the MLPs and can have 4 or 8 bits, and the blocks that it is stored in."""
+"""What lies outside the MLPs and can be packed, and the blocks that it is stored in."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from exporters.nbits import block_size_for
+from exporters.packed_rest import rest_block_size
+from pipeline.plumbing.errors import InputError
 from pipeline.recipe.plan import FittedRows, MLPSite
 from pipeline.recipe.schema import Recipe
 
@@ -21,6 +22,19 @@ def rest_linears(model: Any, sites: Sequence[MLPSite]) -> dict[str, nn.Linear]:
     }
 
 
+def check_tiers(recipe: Recipe, model: Any) -> None:
+    """Raise InputError if the tiers of the token table leave no token for the last one."""
+    tiers = recipe.quantization.rest.embedding_bits
+    if not isinstance(tiers, list):
+        return
+    given, tokens = sum(tier.tokens or 0 for tier in tiers), len(model.get_output_embeddings().weight)
+    if given >= tokens:
+        raise InputError(
+            f"recipe {recipe.name}: quantization.rest.embedding_bits: the tiers before the last take {given:,} tokens, "
+            f"and the vocabulary has {tokens:,}; give them fewer"
+        )
+
+
 def fitted_rest(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> list[FittedRows]:
     """Lengths of rows that ``quantization.rest.block_size`` does not divide, each once."""
     rest = recipe.quantization.rest
@@ -29,7 +43,7 @@ def fitted_rest(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> list[Fi
         lengths.add(model.config.hidden_size)
     key, wanted = "quantization.rest.block_size", rest.block_size
     return [
-        FittedRows(key, "input features", length, wanted, block_size_for(length, wanted))
+        FittedRows(key, "input features", length, wanted, rest_block_size(length, wanted))
         for length in sorted(lengths)
         if length % wanted
     ]

@@ -1,29 +1,26 @@
-"""Starting codes for the weights of a language model outside its MLPs, from second moments of their inputs (GPTQ)."""
+"""Starting codes for the weights outside the MLPs: nearest, or from second moments of their inputs (GPTQ)."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporters.nbits import NBitsTable, block_size_for, table_of_codes, table_of_values
-from fips_ort.layout import Layout, padded_to_blocks
-from pipeline.plumbing.files import write_aside
+from exporters.packed_rest import PackedRest
 from pipeline.plumbing.progress import Progress
+from pipeline.quantization.rest_weights import quantize_rows, quantize_table
+from pipeline.recipe.schema import RestOfModel, Tier
 from qat.damping import damped
-from qat.gptq import gptq
+
+Role = Literal["input", "output", "tied"]
+"""What a table of tokens is read for: to look rows up, to multiply with them, or both."""
 
 TIED_TABLE_DAMPING = 0.3
 """A tied table is read in two ways: rows are multiplied with final hidden states, and looked up as they are. Its
 moment is that of the hidden states plus this part of their mean energy times the identity. Gemma 3 270M, table at 4
 bits in blocks of 32: perplexity 15.41 rounded to nearest, 14.76 so, on 12,264 tokens where the dense model has 14.01.
 """
-ROWS_AT_ONCE = 16_384
-"""Rows of a table whose codes are found together: GPTQ makes many copies of them, and vocabularies are large."""
 
 
 @torch.no_grad()
@@ -63,94 +60,85 @@ def linear_moments(
     return {name: means[source[name]] for name in linears}
 
 
-@torch.no_grad()
-def gptq_table(weight: Tensor, moment: Tensor, bits: int, block_size: int) -> NBitsTable:
-    """Store ``weight`` float32 [N, K] at 4 or 8 bits, with codes that GPTQ finds for inputs of ``moment`` [K, K]."""
-    features = weight.shape[1]
-    columns = padded_to_blocks(features, block_size)
-    values, scales = torch.empty(weight.shape), torch.empty(len(weight), columns // block_size)
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        part = weight.detach()[rows]
-        layout = Layout.uniform(len(part), columns, bits, block_size, segment_axis=1)
-        values[rows], scales[rows] = gptq(part, moment, layout)
-    return table_of_values(values, scales, bits, block_size)
-
-
 def tied_moment(hidden: Tensor) -> Tensor:
     """The moment by which a table is rounded that is both looked up and multiplied with ``hidden`` (moment [d, d])."""
     return damped(hidden, TIED_TABLE_DAMPING)
 
 
-def rest_tables(
-    model: Any,
-    skip: Iterable[str],
+def token_bits(tiers: int | Sequence[Tier], counts: Tensor) -> Tensor:
+    """Bits of every token's row: uint8 [tokens]. ``counts`` [tokens]: how often each is in the training text; the most
+    frequent ones, of equals those of lower id, are in the first tier."""
+    if isinstance(tiers, int):
+        return torch.full((len(counts),), tiers, dtype=torch.uint8)
+    order = torch.argsort(counts, descending=True, stable=True)
+    result = torch.empty(len(counts), dtype=torch.uint8)
+    start = 0
+    for tier in tiers:
+        stop = len(counts) if tier.tokens is None else start + tier.tokens
+        result[order[start:stop]] = tier.bits
+        start = stop
+    return result
+
+
+def start_rest(
+    model: nn.Module,
+    rest: RestOfModel,
+    linears: Mapping[str, nn.Linear],
     *,
-    run: Callable[[Tensor], Tensor],
-    batches: Iterable[Tensor],
-    linear_bits: int | None,
-    embedding_bits: int | None,
-    block_size: int,
+    counts: Tensor | None = None,
+    calibration: "RestCalibration | None" = None,
     progress: Progress,
-) -> dict[str, NBitsTable]:
-    """Find the tables of all linear layers outside the MLPs (``skip``: theirs) and of the token table, by module name.
+) -> PackedRest:
+    """Find the codes of ``linears`` (by path) and, if ``rest`` has bits for it, of the token table.
 
-    ``run``: token ids to final hidden states. ``block_size``: at most (:func:`exporters.nbits.block_size_for`). A table
-    that is only looked up is rounded to nearest and not listed.
+    ``counts``: of a language model's tokens in the training text. With a ``calibration`` codes are those that GPTQ
+    finds, else the nearest; a table that is only looked up is rounded to nearest in any case.
     """
-    head = model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    skipped = {*skip, names[id(head)]}
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in skipped and linear_bits is not None
-    }
-    hidden: list[Tensor] = []
-
-    def run_and_sum(batch: Tensor) -> None:
-        states = run(batch)
-        hidden.append((states.T @ states).double())
-
-    moments = linear_moments(run_and_sum, linears, batches, progress)
-    tables = {}
-    steps = len(linears) + (embedding_bits is not None)
-    with progress.task("starting codes outside the MLPs", steps) as advance:
+    packed = PackedRest()
+    moments, hidden = (None, None) if calibration is None else calibration.moments(linears, progress)
+    tables = {} if rest.embedding_bits is None else token_tables(model)
+    with progress.task("starting codes outside the MLPs", len(linears) + len(tables)) as advance:
         for name, linear in linears.items():
-            assert linear_bits is not None
-            tables[name] = gptq_table(
-                linear.weight, moments[name], linear_bits, block_size_for(linear.in_features, block_size)
-            )
+            assert rest.linear_bits is not None
+            moment = None if moments is None else moments[name]
+            packed.linears[name] = quantize_rows(linear.weight, rest.linear_bits, rest.block_size, moment)
             advance(1, name)
-        if embedding_bits is not None:
-            moment = torch.stack(hidden).sum(dim=0).float()
-            tied = head.weight is model.get_input_embeddings().weight
-            tables[names[id(head)]] = gptq_table(
-                head.weight,
-                tied_moment(moment) if tied else moment,
-                embedding_bits,
-                block_size_for(head.in_features, block_size),
-            )
-            advance(1, names[id(head)])
-    return tables
+        for name, (weight, role) in tables.items():
+            assert rest.embedding_bits is not None
+            assert counts is not None
+            moment = None
+            if hidden is not None and role != "input":
+                moment = tied_moment(hidden) if role == "tied" else hidden
+            row_bits = token_bits(rest.embedding_bits, counts)
+            packed.tables[name] = quantize_table(weight, row_bits, rest.block_size, moment)
+            advance(1, name)
+    return packed
 
 
-def save_tables(tables: Mapping[str, NBitsTable], path: Path) -> None:
-    """Write codes and scales of tables, by name (safetensors)."""
-    tensors: dict[str, Tensor] = {}
-    for name, table in tables.items():
-        tensors |= {f"{name}/codes": table.codes, f"{name}/scales": table.scales}
-    metadata = {
-        name: json.dumps([table.bits, table.block_size, table.values.shape[1]]) for name, table in tables.items()
-    }
-    write_aside(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+def token_tables(model: Any) -> dict[str, tuple[Tensor, Role]]:
+    """The tables of a language model by path, with what they are read for: tied ones are one."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    if head.weight is embedding.weight:
+        return {names[id(embedding)]: (embedding.weight, "tied")}
+    return {names[id(embedding)]: (embedding.weight, "input"), names[id(head)]: (head.weight, "output")}
 
 
-def load_tables(path: Path) -> dict[str, NBitsTable]:
-    """Read the tables that :func:`save_tables` has written."""
-    with safe_open(path, framework="pt") as file:
-        return {
-            name: table_of_codes(file.get_tensor(f"{name}/codes"), file.get_tensor(f"{name}/scales"), *json.loads(text))
-            for name, text in (file.metadata() or {}).items()
-            if name != "format"
-        }
+@dataclass(frozen=True)
+class RestCalibration:
+    """What second moments are taken on. ``run``: token ids to final hidden states [tokens, d]."""
+
+    run: Callable[[Tensor], Tensor]
+    batches: Iterable[Tensor]
+
+    def moments(self, linears: Mapping[str, nn.Linear], progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
+        """Second moments of the inputs of ``linears`` by name (:func:`linear_moments`), and the sum of those of the
+        final hidden states: float32 [d, d]."""
+        hidden: list[Tensor] = []
+
+        def run_and_sum(batch: Tensor) -> None:
+            states = self.run(batch)
+            hidden.append((states.T @ states).double())
+
+        moments = linear_moments(run_and_sum, linears, self.batches, progress)
+        return moments, torch.stack(hidden).sum(dim=0).float()

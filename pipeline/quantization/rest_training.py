@@ -1,19 +1,23 @@
-"""Training of what surrounds the factors: vectors (norms, layer scales) and the scales of n-bit linear layers.
+"""Training of what surrounds the factors: vectors (norms, layer scales) and the scales of packed linear layers.
 
-Only these numbers move: codes and biases of n-bit layers stay as they are stored, and so do the token table and the
+Only these numbers move: codes and biases of packed layers stay as they are stored, and so do the token table and the
 output layer. Scales alone are what EfficientQAT (arXiv 2407.11062, its second phase) trains end to end, too.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from exporters.nbits import NBitsLinear, table_of_codes, unpack_nbits
+from exporters.modules import PackedLayer
+from exporters.packed_model import PackedLinear
+from fips_ort.packed import unpack
 from pipeline.compression.factorized_mlp import FactorizedMLP
 from pipeline.compression.factors import install
 from pipeline.plumbing.files import write_aside
@@ -22,7 +26,7 @@ _SCALES = "/scales"
 
 
 class TrainedScales(nn.Module):
-    """An n-bit linear layer as it is trained: ``scale = float16(stored scale * exp(log_gain))``, as of the factors.
+    """A packed linear layer as it is trained: ``scale = float16(stored scale * exp(log_gain))``, as of the factors.
 
     ``log_gain`` float32 [N, blocks] is the parameter; the levels int8 [N, blocks * block_size], those that fill up the
     last block included, and the bias are fixed.
@@ -32,12 +36,12 @@ class TrainedScales(nn.Module):
     stored_scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: NBitsLinear) -> None:
+    def __init__(self, layer: PackedLayer) -> None:
         super().__init__()
-        self.block_size, self.in_features = layer.block_size, layer.in_features
-        codes = layer.codes.reshape(layer.out_features, -1).numpy()
-        self.register_buffer("levels", torch.from_numpy(unpack_nbits(codes, layer.bits)), persistent=False)
-        self.register_buffer("stored_scales", layer.scales.view(layer.out_features, -1), persistent=False)
+        self.layout, self.in_features = layer.layout, layer.in_features
+        levels, scales, _ = unpack(layer.stored)
+        self.register_buffer("levels", torch.from_numpy(levels), persistent=False)
+        self.register_buffer("stored_scales", torch.from_numpy(scales.astype(np.float32)), persistent=False)
         self.register_buffer("bias", layer.bias, persistent=False)
         self.log_gain = nn.Parameter(torch.zeros_like(self.stored_scales))
 
@@ -48,8 +52,9 @@ class TrainedScales(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., K] → float32 [..., N]."""
-        blocks = self.levels.view(len(self.levels), -1, self.block_size) * self.scale()[..., None]
-        return F.linear(x, blocks.view(self.levels.shape)[:, : self.in_features], self.bias)
+        blocks = self.levels.view(len(self.levels), -1, self.layout.block_size) + 0.5 * self.layout.midrise
+        weight = (blocks * self.scale()[..., None]).view(self.levels.shape)
+        return F.linear(x, weight[:, : self.in_features], self.bias)
 
 
 class _InUnits(nn.Module):
@@ -95,7 +100,7 @@ class TrainableRest(nn.Module):
 
 
 def make_rest_trainable(model: nn.Module, mlps: Collection[FactorizedMLP]) -> TrainableRest:
-    """Make vectors and the scales of n-bit linear layers of ``model`` trainable, in place.
+    """Make vectors and the scales of packed linear layers of ``model`` trainable, in place.
 
     ``model``: of :func:`pipeline.compression.factors.install`, with ``mlps`` in it, whose own vectors are left
     alone, and so is the output layer. Tensors that ``model`` shares with other models are copied, never changed.
@@ -108,7 +113,7 @@ def make_rest_trainable(model: nn.Module, mlps: Collection[FactorizedMLP]) -> Tr
     for path, module in list(model.named_modules()):
         if id(module) in inside:
             continue
-        if isinstance(module, NBitsLinear):
+        if isinstance(module, PackedLayer):
             layers[path] = TrainedScales(module)
             model.set_submodule(path, layers[path])
             continue
@@ -136,9 +141,10 @@ def open_trained_rest(base: nn.Module, path: Path, *, float16: bool) -> nn.Modul
         if name.endswith(_SCALES):
             layer_path = name.removesuffix(_SCALES)
             layer = model.get_submodule(layer_path)
-            assert isinstance(layer, NBitsLinear)
-            table = table_of_codes(layer.codes, tensor, layer.bits, layer.block_size, layer.in_features)
-            stored = NBitsLinear(table, layer.bias, layer.name, layer.accuracy_level)
+            assert isinstance(layer, PackedLayer)
+            weight = replace(layer.stored, scales=tensor.numpy().astype(np.float16))
+            linear = PackedLinear(weight, None if layer.bias is None else layer.bias.numpy())
+            stored = PackedLayer(linear, layer.in_features, layer.name, layer.accuracy_level)
             model.set_submodule(layer_path, stored.train(layer.training))
         else:
             owner, _, attribute = name.rpartition(".")

@@ -420,22 +420,55 @@ class LocalTraining(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
 
 
-class RestOfModel(Section):
-    """Storage of everything outside the MLPs. Linear layers (not the classifier) can take 4 or 8 bits
-    (MatMulNBits); all other weights are float16 or float32.
+class Tier(Section):
+    """Rows of a token table stored with ``bits``: of the ``tokens`` that are most frequent in the training text among
+    those of no tier before; in the last tier, of all others."""
 
-    ``embedding_bits``: the token table of a language model (GatherBlockQuantized), and its output layer
-    (MatMulNBits), which share one table where the model ties them."""
+    bits: Literal[2, 3, 4, 8]
+    tokens: Positive | None = None
+
+
+class RestOfModel(Section):
+    """Storage of everything outside the MLPs. Linear layers (not the classifier) can take 2, 3, 4 or 8 bits; all other
+    weights are float16 or float32.
+
+    ``embedding_bits``: of the token table of a language model and of its output layer, which share one table where the
+    model ties them; or tiers of falling bits. ``block_size``: values that share a float16 scale, at most."""
 
     weights: Literal["float32", "float16"] = "float16"
-    linear_bits: Literal[4, 8] | None = None
-    embedding_bits: Literal[4, 8] | None = None
+    linear_bits: Literal[2, 3, 4, 8] | None = None
+    embedding_bits: Literal[2, 3, 4, 8] | Annotated[list[Tier], Field(min_length=2)] | None = None
     block_size: BlockSize = 64
 
     @model_validator(mode="after")
     def _blocks_belong_to_bits(self) -> "RestOfModel":
-        if self.linear_bits is None and self.embedding_bits is None and _is_given(self, "block_size"):
+        if not self.is_packed and _is_given(self, "block_size"):
             raise AtKeyError("block_size", "is for linear_bits and embedding_bits; give one of them, or leave it out")
+        return self
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether anything outside the MLPs is stored as codes."""
+        return self.linear_bits is not None or self.embedding_bits is not None
+
+    @property
+    def fewest_embedding_bits(self) -> int | None:
+        """Bits of the rows of a token table that have fewest; None if it is not stored as codes."""
+        bits = self.embedding_bits
+        return bits[-1].bits if isinstance(bits, list) else bits
+
+    @model_validator(mode="after")
+    def _tiers_are_complete(self) -> "RestOfModel":
+        if not isinstance(self.embedding_bits, list):
+            return self
+        widths = [tier.bits for tier in self.embedding_bits]
+        if sorted(widths, reverse=True) != widths or len(set(widths)) != len(widths):
+            raise AtKeyError("embedding_bits", f"tiers must have falling bits, each once; got {widths}")
+        for number, tier in enumerate(self.embedding_bits):
+            is_last = number == len(widths) - 1
+            if (tier.tokens is None) != is_last:
+                said = "the last tier has all other tokens; leave it out" if is_last else "required key is missing"
+                raise AtKeyError(f"embedding_bits.{number}.tokens", said)
         return self
 
 

@@ -12,6 +12,7 @@ from exporters.artifact import Provenance, check_replaceable, delete_artifact, w
 from exporters.audit import AuditError, audit
 from exporters.packed_model import PackedModel
 from exporters.parity import Difference, Parity, ParityError, check_parity
+from exporters.rest import packed_rest
 from fips_ort.errors import ArtifactError
 from fips_ort.golden import TOLERANCES
 from fips_ort.load import load
@@ -70,6 +71,7 @@ def export(
     ``work`` anew."""
     recipe = task.recipe
     exported = task.export_graph(stored, packed)
+    weights = packed.weights() | packed_rest(stored).weights()
     golden = task.golden(task.predictor(stored), TOLERANCES[recipe.export.accuracy_level])
     provenance = Provenance(
         title=recipe.name,
@@ -84,7 +86,7 @@ def export(
         raise StageError(str(error)) from None
     try:
         manifest = write_artifact(
-            artifact, exported, packed, golden, provenance, task.save_config, recipe.export.max_shard_size, known
+            artifact, exported, weights, golden, provenance, task.save_config, recipe.export.max_shard_size, known
         )
     except ArtifactError as error:
         raise InputError(str(error)) from None

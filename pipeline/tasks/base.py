@@ -22,6 +22,8 @@ from pipeline.recipe.schema import EndToEnd, Precision, Recipe
 
 Predict = Callable[[Tensor], Tensor]
 """A PyTorch model as a function of a batch of samples: logits, float32."""
+PACKED_REST = "packed_rest.safetensors"
+"""File of the weights outside the MLPs that are stored as codes (:mod:`exporters.packed_rest`)."""
 Form = Union[nn.Module, "onnxruntime.InferenceSession"]
 """A form of the model: in PyTorch, or an artefact's session."""
 
@@ -162,8 +164,7 @@ class Task(ABC):
 
     @abstractmethod
     def store_rest(self, folder: Path, progress: Progress) -> None:
-        """Find codes for the weights outside the MLPs and keep them in ``folder``; keep nothing where they are quickly
-        found again."""
+        """Find codes for the weights outside the MLPs and keep them in ``folder``, as :data:`PACKED_REST`."""
 
     @abstractmethod
     def open_rest(self, folder: Path) -> nn.Module:

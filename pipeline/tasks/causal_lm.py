@@ -4,6 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,7 +16,8 @@ from exporters.artifact import Golden
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import save_causal_lm_config
 from exporters.packed_model import PackedModel
-from exporters.rest import quantize_embedding, quantize_linears, round_to_float16
+from exporters.packed_rest import load_packed_rest, save_packed_rest
+from exporters.rest import install_rest, round_to_float16
 from fips_ort.causal_lm import prefill_inputs
 from fips_ort.memory import measure_memory
 from pipeline.data.samples import check_samples_asked, check_train_samples
@@ -51,15 +53,16 @@ from pipeline.models.causal_lm import (
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
 from pipeline.models.weights import check_float16
 from pipeline.plumbing.errors import StageError
+from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
-from pipeline.quantization.rest_start import load_tables, rest_tables, save_tables
+from pipeline.quantization.rest_layers import rest_linears
+from pipeline.quantization.rest_start import RestCalibration, start_rest
 from pipeline.recipe.plan import MLPSite, make_plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelSection, Recipe, TextDataSection
-from pipeline.tasks.base import Dense, Form, Predict, Task, products_in
+from pipeline.tasks.base import PACKED_REST, Dense, Form, Predict, Task, products_in
 from qat.losses import Vocabulary, distillation_loss, next_token_loss
 
-REST_TABLES = "tables.safetensors"
 GOLDEN_TOKENS = 8
 """Tokens of the golden text. The artefact carries the logits of the last one, a megabyte at a vocabulary of 262,144."""
 PARITY_TOKENS = 32
@@ -141,7 +144,7 @@ class CausalLMTask(Task):
             return task_loss
         dense = self.model
         dense_table = output_table(dense).to(dtype)
-        vocabulary = Vocabulary.of(torch.bincount(self.data.train.tokens, minlength=len(dense_table)))
+        vocabulary = Vocabulary.of(self._token_counts)
 
         def distillation(step: int) -> Tensor:
             input_ids = windows(step)
@@ -214,45 +217,37 @@ class CausalLMTask(Task):
 
     # --- delivery ---
 
-    @property
-    def _has_rest_tables(self) -> bool:
-        """Whether codes outside the MLPs are found once, by GPTQ, and kept; rounding to nearest is quick."""
-        rest = self.recipe.quantization.rest
-        has_codes = rest.linear_bits is not None or rest.embedding_bits is not None
-        return has_codes and self.recipe.quantization.start == "gptq"
-
     def store_rest(self, folder: Path, progress: Progress) -> None:
-        if not self._has_rest_tables:
-            return
-        rest = self.recipe.quantization.rest
-        samples, size = self.calibration_samples(), self.recipe.calibration.batch_size
-        tables = rest_tables(
+        rest, size = self.recipe.quantization.rest, self.recipe.calibration.batch_size
+        samples = self.calibration_samples()
+        calibration = RestCalibration(
+            lambda input_ids: self.run_dense(input_ids).flatten(0, 1),
+            (self.training_batch(samples[first : first + size]) for first in range(0, len(samples), size)),
+        )
+        packed = start_rest(
             self.model,
-            [path for site in self.sites for path in site.linear_paths],
-            run=lambda input_ids: self.run_dense(input_ids).flatten(0, 1),
-            batches=(self.training_batch(samples[first : first + size]) for first in range(0, len(samples), size)),
-            linear_bits=rest.linear_bits,
-            embedding_bits=rest.embedding_bits,
-            block_size=rest.block_size,
+            rest,
+            rest_linears(self.model, self.sites) if rest.linear_bits is not None else {},
+            counts=self._token_counts,
+            calibration=calibration if self.recipe.quantization.start == "gptq" and rest.is_packed else None,
             progress=progress,
         )
-        save_tables(tables, folder / REST_TABLES)
+        write_aside(folder / PACKED_REST, partial(save_packed_rest, packed))
+
+    @property
+    def _token_counts(self) -> Tensor:
+        """How often each token of the vocabulary is in the training text: int64 [vocabulary]."""
+        return torch.bincount(self.data.train.tokens, minlength=len(output_table(self.model)))
 
     def open_rest(self, folder: Path) -> nn.Module:
-        rest, level = self.recipe.quantization.rest, self.recipe.export.accuracy_level
         # Copies of large models are dear. The compressed MLPs are about to be replaced and come in again at the end;
         # all else is shared with the dense model until something takes its place.
         compressed = {site.path: self.model.get_submodule(site.path) for site in self._compressed_sites}
         memo: dict[int, object] = {id(mlp): nn.Identity() for mlp in compressed.values()}
         memo |= {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         base = copy.deepcopy(self.model, memo)
-        skip = [path for site in self.sites if site.path not in compressed for path in site.linear_paths]
-        tables = load_tables(folder / REST_TABLES) if self._has_rest_tables else {}
-        if rest.linear_bits is not None:
-            base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, level, tables)
-        if rest.embedding_bits is not None:
-            base = quantize_embedding(base, rest.embedding_bits, rest.block_size, level, tables)
-        if rest.weights == "float16":
+        base = install_rest(base, load_packed_rest(folder / PACKED_REST), self.recipe.export.accuracy_level)
+        if self.recipe.quantization.rest.weights == "float16":
             base = round_to_float16(base)
         for name, mlp in compressed.items():
             base.set_submodule(name, mlp)

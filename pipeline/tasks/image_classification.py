@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from exporters.artifact import Golden
 from exporters.image_classifier import export_image_classifier
 from exporters.packed_model import PackedModel
-from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
+from exporters.packed_rest import load_packed_rest, save_packed_rest
+from exporters.rest import fix_position_embeddings, install_rest, round_to_float16
 from fips_ort.memory import measure_memory
 from pipeline.data.images import load_data
 from pipeline.data.samples import check_train_samples
@@ -33,8 +35,11 @@ from pipeline.evaluation.measurements import (
 from pipeline.models.adapters import find_mlps
 from pipeline.models.image_classifier import ATTENTION, load_model, load_preprocessing, model_class
 from pipeline.models.weights import check_finite, check_float16, hash_model
+from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import remove_checkpoint, step_generator
+from pipeline.quantization.rest_layers import rest_linears
+from pipeline.quantization.rest_start import start_rest
 from pipeline.recipe.schema import (
     EndToEnd,
     ImageDataSection,
@@ -43,7 +48,7 @@ from pipeline.recipe.schema import (
     Recipe,
     ScratchModel,
 )
-from pipeline.tasks.base import Dense, Form, Predict, Task, products_in
+from pipeline.tasks.base import PACKED_REST, Dense, Form, Predict, Task, products_in
 
 GOLDEN_IMAGES = 4
 """Images whose logits the artefact carries."""
@@ -170,17 +175,17 @@ class ImageClassificationTask(Task):
     # --- delivery ---
 
     def store_rest(self, folder: Path, progress: Progress) -> None:
-        """Nothing is kept: rounding to nearest is quick."""
+        rest = self.recipe.quantization.rest
+        linears = rest_linears(self.model, self.sites) if rest.linear_bits is not None else {}
+        packed = start_rest(self.model, rest, linears, progress=progress)
+        write_aside(folder / PACKED_REST, partial(save_packed_rest, packed))
 
     def open_rest(self, folder: Path) -> nn.Module:
-        rest = self.recipe.quantization.rest
         base = copy.deepcopy(self.model)
         # Before rounding: what is interpolated here is stored too.
         fix_position_embeddings(base, self.image_size, self.image_size)
-        if rest.linear_bits is not None:
-            skip = ["classifier", *(path for site in self.sites for path in site.linear_paths)]
-            base = quantize_linears(base, rest.linear_bits, rest.block_size, skip, self.recipe.export.accuracy_level)
-        return round_to_float16(base) if rest.weights == "float16" else base
+        base = install_rest(base, load_packed_rest(folder / PACKED_REST), self.recipe.export.accuracy_level)
+        return round_to_float16(base) if self.recipe.quantization.rest.weights == "float16" else base
 
     def parity_batches(self) -> list[Tensor]:
         """Make batches of 1, 2, 4, … images, 64 in all if there are as many."""

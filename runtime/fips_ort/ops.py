@@ -7,11 +7,15 @@ VERSION = 1
 Q_MATMUL = "QMatMul"
 SPARSE_Q_MATMUL = "SparseQMatMul"
 BITMAP_Q_MATMUL = "BitmapQMatMul"
-_COMMON = (
-    "K", "N", "transB", "block_size", "segment_axis", *(f"size_{bits}bit" for bits in BIT_WIDTHS), "midrise",
-    "accuracy_level",
-)
-ATTRIBUTES = {Q_MATMUL: _COMMON, SPARSE_Q_MATMUL: (*_COMMON, "keep", "of"), BITMAP_Q_MATMUL: _COMMON}
+Q_GATHER = "QGather"
+_SEGMENTS = tuple(f"size_{bits}bit" for bits in BIT_WIDTHS)
+_PRODUCT = ("K", "N", "transB", "block_size", "segment_axis", *_SEGMENTS, "midrise", "accuracy_level")
+ATTRIBUTES = {
+    Q_MATMUL: _PRODUCT,
+    SPARSE_Q_MATMUL: (*_PRODUCT, "keep", "of"),
+    BITMAP_Q_MATMUL: _PRODUCT,
+    Q_GATHER: ("K", "N", "block_size", *_SEGMENTS, "midrise"),
+}
 """Attribute names per op; all are integers and all are present on every node."""
 
 
@@ -32,10 +36,25 @@ def node_attributes(layout: Layout, trans_b: bool, accuracy_level: int) -> dict[
         "transB": int(trans_b),
         "block_size": layout.block_size,
         "segment_axis": layout.segment_axis,
-        **{f"size_{bits}bit": size for bits, size in zip(BIT_WIDTHS, layout.segments, strict=True)},
+        **dict(zip(_SEGMENTS, layout.segments, strict=True)),
         "midrise": int(layout.midrise),
         "accuracy_level": accuracy_level,
     }
     if layout.pattern.is_n_of_m:
         attributes |= {"keep": layout.pattern.keep, "of": layout.pattern.of}
     return attributes
+
+
+def gather_attributes(layout: Layout) -> dict[str, int]:
+    """All attributes of a QGather node that looks up rows of a weight of this layout. Raises ValueError unless it is
+    dense and not cut into segments of columns."""
+    if layout.pattern.keep or layout.segment_axis:
+        cut = "columns" if layout.segment_axis else "rows"
+        raise ValueError(f"QGather reads dense weights cut into rows; this one is {layout.pattern}, cut into {cut}")
+    return {
+        "K": layout.columns,
+        "N": layout.rows,
+        "block_size": layout.block_size,
+        **dict(zip(_SEGMENTS, layout.segments, strict=True)),
+        "midrise": int(layout.midrise),
+    }

@@ -16,8 +16,8 @@ streams). Levels are stored as ``q + 2**(bits-1)``.
   [tiles, columns / block_size, 16], so that the scales of a tile lie together.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,32 @@ def unpack(packed: PackedWeight) -> tuple[NDArray[np.int8], NDArray[np.float16],
         if mask is not None:
             mask[rows, columns] = kept
     return levels, _logical_scales(packed), mask
+
+
+def stack_rows(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """One weight of the rows of several, one after another. They are dense, cut along the rows if at all, have the same
+    columns, blocks and kind of levels, and fall in bits. Raises ValueError for others."""
+    layouts = [weight.layout for weight in weights]
+    first = layouts[0]
+    widths = [bits for layout in layouts for bits, _, _ in layout.submatrices()]
+    for layout in layouts:
+        whole = layout.pattern.keep == 0 and layout.segment_axis == 0
+        if not whole or _rows_of(layout) != _rows_of(first):
+            raise ValueError(f"rows of {layout} cannot follow those of {first}")
+    if widths != sorted(widths, reverse=True):
+        raise ValueError(f"rows of {widths} bits, one after another, do not fall in bits")
+    segments = tuple(sum(sizes) for sizes in zip(*(layout.segments for layout in layouts), strict=True))
+    return PackedWeight(
+        replace(first, rows=sum(segments), segments=segments),
+        np.concatenate([weight.codes for weight in weights]),
+        weights[0].pattern,
+        np.concatenate([weight.scales for weight in weights]),
+    )
+
+
+def _rows_of(layout: Layout) -> tuple[int, int, bool]:
+    """What dense rows have in common: columns, size of their blocks, kind of their levels."""
+    return layout.columns, layout.block_size, layout.midrise
 
 
 def dequantize(packed: PackedWeight) -> NDArray[np.float32]:

@@ -3,17 +3,22 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from fips_ort.ops import gather_attributes
 from fips_ort.packed import PackedWeight, dequantize, unpack
+from fips_ort.row_order import stored_rows
 
 _SMALL = np.float32(2.0**-64)
 
 
 def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = True,
-             bias: NDArray[np.float32] | None = None, accuracy_level: int = 0) -> NDArray[np.float32]:
-    """``Y = A @ B (+ bias)``; the same function specifies all three ops.
+             bias: NDArray[np.float32] | None = None, row_bits: NDArray[np.uint8] | None = None,
+             accuracy_level: int = 0) -> NDArray[np.float32]:
+    """``Y = A @ B (+ bias)``; the same function specifies all three products.
 
     ``a``: float32 [..., K]. The stored matrix S is read as B = S.T (``trans_b``: one stored row per output,
-    K = columns, N = rows) or as B = S (K = rows, N = columns). Returns float32 [..., N].
+    K = columns, N = rows) or as B = S (K = rows, N = columns). Returns float32 [..., N]. With ``row_bits`` (uint8 [N];
+    only with ``trans_b``) outputs and ``bias`` have the order that these give to the rows (:mod:`fips_ort.row_order`).
+    Raises ValueError if they do not fit the weight.
 
     Sums are float64, rounded to float32 once: what overflows is the result, never something on the way to it. A value
     that is not finite has IEEE's products, which ``accuracy_level`` 4 with ``trans_b`` makes NaN for its whole row.
@@ -26,6 +31,8 @@ def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = Tr
     """
     if accuracy_level not in (0, 4):
         raise ValueError(f"accuracy_level must be 0 or 4, got {accuracy_level}")
+    if row_bits is not None and not trans_b:
+        raise ValueError("row_bits need trans_b: without it, outputs are columns")
     with np.errstate(over="ignore", invalid="ignore"):
         if accuracy_level == 4 and trans_b:
             exact = _int8_matmul(a, weight)
@@ -33,7 +40,24 @@ def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = Tr
             stored = dequantize(weight).astype(np.float64)
             exact = a.astype(np.float64) @ (stored.T if trans_b else stored)
         y: NDArray[np.float32] = exact.astype(np.float32)
+        if row_bits is not None:
+            y = y[..., stored_rows(row_bits, weight.layout)]
         return y if bias is None else y + bias
+
+
+def q_gather(indices: NDArray[np.int64], weight: PackedWeight,
+             row_bits: NDArray[np.uint8] | None = None) -> NDArray[np.float32]:
+    """Rows of a dense weight cut into segments of rows, as float32 and exact: [..., K] for ``indices`` int64 [...].
+
+    With ``row_bits`` (uint8 [N]) rows have the order that these give to them (:mod:`fips_ort.row_order`), else that in
+    which they are stored. Raises IndexError for an index below 0 or from N on, and ValueError for a weight of another
+    kind or ``row_bits`` that do not fit it.
+    """
+    rows = gather_attributes(weight.layout)["N"]
+    outside = (indices < 0) | (indices >= rows)
+    if outside.any():
+        raise IndexError(f"index {indices[outside][0]} is outside of the {rows} rows")
+    return dequantize(weight)[stored_rows(row_bits, weight.layout)[indices]]
 
 
 def _int8_matmul(a: NDArray[np.float32], weight: PackedWeight) -> NDArray[np.float64]:

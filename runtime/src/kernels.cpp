@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 
+#include "decode/decoded_values.h"
 #include "float/decoded_bytes.h"
 #include "float/decoded_floats.h"
 #include "integer/any_decoded_rows.h"
@@ -26,7 +27,7 @@ struct Kernel {
   const char* name;  // of its file
   bool (*supported)(const Layout& layout, size_t m);
   size_t (*scratch_bytes)(const Task& task);
-  void (*tile)(const Task& task, size_t tile, void* scratch);
+  void (*tile)(const Task& task, const Range& range, void* scratch);
   bool wants_offset = false;
 };
 
@@ -86,7 +87,7 @@ bool wants_offset(const Layout& layout, size_t m) {
 
 size_t scratch_bytes(const Task& task) { return kernel_of(task).scratch_bytes(task); }
 
-void run_tile(const Task& task, size_t tile, void* scratch) { kernel_of(task).tile(task, tile, scratch); }
+void run_tile(const Task& task, const Range& range, void* scratch) { kernel_of(task).tile(task, range, scratch); }
 
 #define FIPS_TEXT(name) #name
 #define FIPS_NAME(name) FIPS_TEXT(name)
@@ -102,6 +103,7 @@ constexpr Kernels all_kernels() {
   all.tile = run_tile;
   all.quantize_block = quantize_block;
   all.largest_magnitude = largest_magnitude;
+  all.decode_row = decode_row;
   all.add_parts = add_parts;
   return all;
 }

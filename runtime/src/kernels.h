@@ -18,13 +18,15 @@ struct Kernels {
   // Whether it wants codes plus 128 then.
   bool (*wants_offset)(const Layout& layout, size_t m);
   size_t (*scratch_bytes)(const Task& task);
-  // Computes outputs [tile * tile_outputs, ...). scratch: aligned to 64 bytes.
-  void (*tile)(const Task& task, size_t tile, void* scratch);
+  // Computes the outputs of a range. scratch: aligned to 64 bytes.
+  void (*tile)(const Task& task, const Range& range, void* scratch);
   // Rounds a block of activations (fips_ort/reference.py). A block with a value that is not finite gets the scale NaN.
   // sum: scale times the sum of the codes.
   void (*quantize_block)(const float* a, size_t size, int8_t* codes, float* scale, float* sum);
   // The largest magnitude of `count` values, as bits: those of infinities and NaNs are larger than of all others.
   int32_t (*largest_magnitude)(const float* values, size_t count);
+  // A row of a dense weight, cut into segments of rows, as the floats that it stands for. out: [columns].
+  void (*decode_row)(const Weight& weight, size_t row, float* out);
   // y [size] = the sum of parts [count, size].
   void (*add_parts)(const float* parts, size_t count, size_t size, float* y);
 };

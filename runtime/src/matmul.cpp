@@ -4,20 +4,21 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "simd/integers.h"
+#include "weight/row_order.h"
 
 namespace fips {
 namespace {
 
 constexpr size_t kAlignment = 64;
-// Below this many multiplications waking other threads costs more than it gains.
-constexpr size_t kSmallestParallelWork = 1 << 16;
 // Magnitudes of activations that are multiplied as they are, as bits of floats: scales and levels (up to 2^16 and 2^8)
 // and sums of up to 2^31 terms neither overflow then nor become subnormal. A row of others, 0 aside, is brought there.
 constexpr int32_t kSmallest = (127 - 64) << 23, kLargest = (127 + 64) << 23;
@@ -26,6 +27,9 @@ constexpr float kUp = 0x1p64f, kDown = 0x1p-64f;
 constexpr size_t kSumParts = 8;
 // What a tile has of stored rows at least and at most, and into how many tiles they are cut between that.
 constexpr size_t kLeastRows = 16, kMostRows = 64, kRowTiles = 16;
+// What a tile has of rows in an order of their own, a multiple of RowOrder::kStep: rows of every width should fill what
+// kernels compute at once.
+constexpr size_t kOrderedRows = 512;
 // The same of columns.
 constexpr size_t kLeastColumns = 64, kMostColumns = 256, kColumnTiles = 8;
 
@@ -57,12 +61,49 @@ void* thread_scratch(size_t bytes) {
   return scratch.get();
 }
 
+// A product, for the threads. tasks: one for each part of the weight that has a kernel of its own.
 struct Job {
-  const Task* task;
   const Kernels* kernels;
-  size_t scratch_bytes;
+  const Weight* weight;
+  const Task* tasks;
+  size_t count;
+  std::array<size_t, 5> tile_begins;  // first tile of each task, then the end
+  size_t kernel_bytes, scratch_bytes;
   std::atomic<bool> out_of_memory{false};
 };
+
+// Outputs in an order of their own: those of a tile from each task in turn, which leave them in the order of storage.
+void run_ordered_tile(const Job& job, size_t tile, void* scratch) {
+  const Task& whole = job.tasks[0];
+  const RowOrder& order = *job.weight->row_order;
+  const size_t n = job.weight->layout->rows, stride = whole.tile_outputs;
+  const size_t first = tile * stride, last = std::min(first + stride, n);
+  float* const values = reinterpret_cast<float*>(static_cast<char*>(scratch) + job.kernel_bytes);  // [m][stride]
+  uint16_t* const places = reinterpret_cast<uint16_t*>(values + whole.m * stride);                 // [stride]
+  std::array<uint16_t, 9> next{};  // by bits
+  size_t place = 0;
+  for (size_t i = 0; i < job.count; ++i) {
+    const size_t begin = order.before(first, i), end = order.before(last, i);
+    next[static_cast<size_t>(job.weight->layout->segments[i].bits)] = static_cast<uint16_t>(place);
+    if (begin == end) continue;
+    Task task = job.tasks[i];
+    task.y = values + place;
+    task.y_stride = stride;
+    task.y_first = begin;
+    task.bias = nullptr;
+    job.kernels->tile(task, {begin, end, 0}, scratch);
+    place += end - begin;
+  }
+  const uint8_t* const row_bits = job.weight->row_bits + first;
+  for (size_t j = 0; j < last - first; ++j) places[j] = next[row_bits[j]]++;
+  for (size_t i = 0; i < whole.m; ++i) {
+    const float* const row = values + i * stride;
+    float* const y = whole.y + i * n + first;
+    for (size_t j = 0; j < last - first; ++j) y[j] = row[places[j]];
+    if (!whole.bias) continue;
+    for (size_t j = 0; j < last - first; ++j) y[j] += whole.bias[first + j];
+  }
+}
 
 void run_tile(void* data, size_t tile) {
   Job& job = *static_cast<Job*>(data);
@@ -71,17 +112,35 @@ void run_tile(void* data, size_t tile) {
     job.out_of_memory = true;
     return;
   }
-  job.kernels->tile(*job.task, tile, scratch);
+  if (job.weight->row_order) return run_ordered_tile(job, tile, scratch);
+  size_t i = 0;
+  while (tile >= job.tile_begins[i + 1]) ++i;
+  const Task& task = job.tasks[i];
+  const size_t number = tile - job.tile_begins[i], first = number * task.tile_outputs;
+  const Range range = task.sum_parts > 1 ? Range{0, task.n(), number}
+                                         : Range{first, std::min(first + task.tile_outputs, task.n()), 0};
+  job.kernels->tile(task, range, scratch);
 }
 
-bool is_small(const Task& task) {
-  return task.weight->layout->rows * task.weight->layout->columns * task.m < kSmallestParallelWork;
-}
+bool is_small(const Layout& layout, size_t m) { return layout.rows * layout.columns * m < kSmallestParallelWork; }
 
-void run_tiles(const Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
-  const size_t tiles = task.sum_parts > 1 ? task.sum_parts : (task.n() + task.tile_outputs - 1) / task.tile_outputs;
-  Job job{&task, &kernels, kernels.scratch_bytes(task)};
-  if (tiles == 1 || is_small(task)) {
+void run_tiles(const Weight& weight, const Task* tasks, size_t count, const Kernels& kernels,
+               const ParallelFor& parallel_for) {
+  const auto tiles_of = [](const Task& task, size_t n) {
+    return task.sum_parts > 1 ? task.sum_parts : (n + task.tile_outputs - 1) / task.tile_outputs;
+  };
+  Job job{&kernels, &weight, tasks, count, {}, 0, 0};
+  for (size_t i = 0; i < count; ++i) {
+    job.kernel_bytes = std::max(job.kernel_bytes, round_up(kernels.scratch_bytes(tasks[i]), kAlignment));
+    job.tile_begins[i + 1] = job.tile_begins[i] + tiles_of(tasks[i], tasks[i].n());
+  }
+  job.scratch_bytes = job.kernel_bytes;
+  size_t tiles = job.tile_begins[count];
+  if (weight.row_order) {
+    job.scratch_bytes += tasks[0].tile_outputs * (tasks[0].m * sizeof(float) + sizeof(uint16_t));
+    tiles = tiles_of(tasks[0], weight.layout->rows);
+  }
+  if (tiles == 1 || is_small(*weight.layout, tasks[0].m)) {
     for (size_t tile = 0; tile < tiles; ++tile) run_tile(&job, tile);
   } else {
     parallel_for.run(parallel_for.context, tiles, run_tile, &job);
@@ -89,13 +148,14 @@ void run_tiles(const Task& task, const Kernels& kernels, const ParallelFor& para
   if (job.out_of_memory) throw std::bad_alloc();
 }
 
-void run(Task task, const Kernels& kernels, const ParallelFor& parallel_for) {
-  if (task.sum_parts == 1) return run_tiles(task, kernels, parallel_for);
+void run(const Weight& weight, Task* tasks, size_t count, const Kernels& kernels, const ParallelFor& parallel_for) {
+  Task& task = tasks[0];
+  if (task.sum_parts == 1) return run_tiles(weight, tasks, count, kernels, parallel_for);
   const size_t size = task.m * task.n();
   const AlignedArray<float> parts(task.sum_parts * size);
   float* const y = task.y;
   task.y = parts.get();
-  run_tiles(task, kernels, parallel_for);
+  run_tiles(weight, tasks, count, kernels, parallel_for);
   kernels.add_parts(parts.get(), task.sum_parts, size, y);
 }
 
@@ -104,7 +164,8 @@ void run(Task task, const Kernels& kernels, const ParallelFor& parallel_for) {
 // They do not depend on the number of threads, and so neither does the result.
 size_t sum_parts_of(const Task& task) {
   const Layout& layout = *task.weight->layout;
-  return layout.trans_b || task.m > kFewRows || layout.rows < kSumParts * kRun || is_small(task) ? 1 : kSumParts;
+  const bool whole = layout.trans_b || task.m > kFewRows || layout.rows < kSumParts * kRun || is_small(layout, task.m);
+  return whole ? 1 : kSumParts;
 }
 
 // Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored
@@ -112,6 +173,7 @@ size_t sum_parts_of(const Task& task) {
 size_t tile_outputs_of(const Task& task, const Kernels& kernels) {
   const Layout& layout = *task.weight->layout;
   const size_t m = task.m;
+  if (task.weight->row_order) return kOrderedRows;
   if (layout.trans_b) {
     if (m > kFewRows && !task.integers) return std::max(kLeastRows, 2 * kernels.vector_floats);
     return std::min(kMostRows, std::max(kLeastRows, layout.rows / (kRowTiles * kLeastRows) * kLeastRows));
@@ -121,73 +183,101 @@ size_t tile_outputs_of(const Task& task, const Kernels& kernels) {
   return std::max(layout.block_size, wanted / layout.block_size * layout.block_size);
 }
 
-// Calls body(i) for every i below `count`, on several threads if that much `work` is worth it.
-template <typename Body>
-void for_each_row(size_t count, size_t work, const ParallelFor& parallel_for, Body body) {
-  if (work < kSmallestParallelWork) {
-    for (size_t i = 0; i < count; ++i) body(i);
-    return;
+// Rows of A rounded to int8 in blocks, as the kernels want them.
+class RoundedRows {
+ public:
+  RoundedRows(const Layout& layout, const float* a, size_t m, const Kernels& kernels, const ParallelFor& parallel_for)
+      : m_(m), k_(layout.columns), block_size_(layout.block_size),
+        stride_(round_up(layout.blocks, kernels.vector_floats)), codes_(m * k_), scales_(m * stride_),
+        sums_(m * stride_) {
+    std::fill_n(scales_.get(), m * stride_, 0.0f);
+    std::fill_n(sums_.get(), m * stride_, 0.0f);
+    for_each(m, m * k_, parallel_for, [&](size_t i) {
+      for (size_t block = 0; block < layout.blocks; ++block) {
+        const size_t place = i * stride_ + block;
+        kernels.quantize_block(a + i * k_ + block * block_size_, block_size_,
+                               codes_.get() + (block * m_ + i) * block_size_, scales_.get() + place,
+                               sums_.get() + place);
+      }
+    });
   }
-  parallel_for.run(
-      parallel_for.context, count, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, &body);
-}
 
-// Activations rounded to int8 in blocks. Kernels that cannot multiply integers get the rounded values as floats.
-void rounded_matmul(Task& task, const Kernels& kernels, const ParallelFor& parallel_for) {
-  const Layout& layout = *task.weight->layout;
-  const size_t k = task.k();
-  const size_t stride = round_up(layout.blocks, kernels.vector_floats);
-  const AlignedArray<int8_t> codes(task.m * k);
-  const AlignedArray<float> scales(task.m * stride), sums(task.m * stride);
-  std::fill_n(scales.get(), task.m * stride, 0.0f);
-  std::fill_n(sums.get(), task.m * stride, 0.0f);
-  const bool offset = task.integers && kernels.wants_offset(layout, task.m);
-  const auto quantize = [&](size_t i) {
-    for (size_t block = 0; block < layout.blocks; ++block) {
-      const size_t size = layout.block_size, place = i * stride + block;
-      int8_t* out = codes.get() + (block * task.m + i) * size;
-      kernels.quantize_block(task.a + i * k + block * size, size, out, scales.get() + place, sums.get() + place);
-      if (offset) std::transform(out, out + size, out, [](int8_t code) { return static_cast<int8_t>(code ^ -128); });
+  void give(Task& task, const Kernels& kernels) {
+    if (!task.integers) {
+      task.a = floats();
+      return;
     }
-  };
-  for_each_row(task.m, task.m * k, parallel_for, quantize);
-  if (task.integers) {
-    task.codes = codes.get();
-    task.scales = scales.get();
-    task.sums = sums.get();
-    task.block_stride = stride;
-    run(task, kernels, parallel_for);
-    return;
+    task.codes = kernels.wants_offset(*task.weight->layout, m_) ? codes_plus_128() : codes_.get();
+    task.scales = scales_.get();
+    task.sums = sums_.get();
+    task.block_stride = stride_;
   }
-  const AlignedArray<float> rounded(task.m * k);
-  for (size_t i = 0; i < task.m; ++i) {
-    for (size_t j = 0; j < k; ++j) {
-      const size_t block = j / layout.block_size;
-      const int8_t code = codes.get()[(block * task.m + i) * layout.block_size + j % layout.block_size];
-      rounded.get()[i * k + j] = static_cast<float>(code) * scales.get()[i * stride + block];
+
+ private:
+  const int8_t* codes_plus_128() {
+    if (!offset_codes_) {
+      offset_codes_.emplace(m_ * k_);
+      std::transform(codes_.get(), codes_.get() + m_ * k_, offset_codes_->get(),
+                     [](int8_t code) { return static_cast<int8_t>(code ^ -128); });
     }
+    return offset_codes_->get();
   }
-  task.a = rounded.get();
-  run(task, kernels, parallel_for);
-}
+
+  // The rounded values, for kernels that cannot multiply integers.
+  const float* floats() {
+    if (!floats_) {
+      floats_.emplace(m_ * k_);
+      for (size_t i = 0; i < m_; ++i) {
+        for (size_t j = 0; j < k_; ++j) {
+          const size_t block = j / block_size_;
+          const int8_t code = codes_.get()[(block * m_ + i) * block_size_ + j % block_size_];
+          floats_->get()[i * k_ + j] = static_cast<float>(code) * scales_.get()[i * stride_ + block];
+        }
+      }
+    }
+    return floats_->get();
+  }
+
+  size_t m_, k_, block_size_, stride_;
+  AlignedArray<int8_t> codes_;  // [blocks, m, block_size]
+  AlignedArray<float> scales_, sums_;
+  std::optional<AlignedArray<int8_t>> offset_codes_;
+  std::optional<AlignedArray<float>> floats_;
+};
 
 void multiply(const Weight& weight, const float* a, size_t m, const float* bias, float* y, const Kernels& kernels,
               const ParallelFor& parallel_for) {
   const Layout& layout = *weight.layout;
-  Task task;
-  task.weight = &weight;
-  task.m = m;
-  task.a = a;
-  task.bias = bias;
-  task.y = y;
-  task.integers = layout.accuracy_level == 4 && kernels.supports_integers(layout, m);
-  task.sum_parts = sum_parts_of(task);
-  task.tile_outputs = tile_outputs_of(task, kernels);
-  if (layout.accuracy_level == 4 && layout.trans_b) {
-    rounded_matmul(task, kernels, parallel_for);
-  } else {
-    run(task, kernels, parallel_for);
+  const std::vector<RowSegment>& segments = weight.index->row_segments;
+  const size_t count = std::max<size_t>(1, segments.size());
+  std::array<Weight, 4> weights;
+  std::array<Task, 4> tasks;
+  for (size_t i = 0; i < count; ++i) {
+    size_t first = 0;
+    weights[i] = weight;
+    if (!segments.empty()) {
+      first = segments[i].row_begin;
+      weights[i].layout = &segments[i].layout;
+      weights[i].index = &segments[i].index;
+      weights[i].scales += segments[i].scales_begin;
+    }
+    Task& task = tasks[i];
+    task.weight = &weights[i];
+    task.m = m;
+    task.a = a;
+    task.bias = bias ? bias + first : nullptr;
+    task.y = y + first;
+    task.y_stride = layout.trans_b ? layout.rows : layout.columns;
+    task.integers = layout.accuracy_level == 4 && kernels.supports_integers(*task.weight->layout, m);
+    task.sum_parts = sum_parts_of(task);
+    task.tile_outputs = tile_outputs_of(task, kernels);
   }
+  std::optional<RoundedRows> rounded;
+  if (layout.accuracy_level == 4 && layout.trans_b) {
+    rounded.emplace(layout, a, m, kernels, parallel_for);
+    for (size_t i = 0; i < count; ++i) rounded->give(tasks[i], kernels);
+  }
+  run(weight, tasks.data(), count, kernels, parallel_for);
 }
 
 // What brings a row of this magnitude into the range: 1 for most.
@@ -204,7 +294,7 @@ void q_matmul(const Weight& weight, const float* a, size_t m, const float* bias,
   const Layout& layout = *weight.layout;
   const size_t k = layout.trans_b ? layout.columns : layout.rows, n = layout.trans_b ? layout.rows : layout.columns;
   std::vector<float> lifts(m);
-  for_each_row(m, m * k, parallel_for, [&](size_t i) { lifts[i] = lift_of(kernels.largest_magnitude(a + i * k, k)); });
+  for_each(m, m * k, parallel_for, [&](size_t i) { lifts[i] = lift_of(kernels.largest_magnitude(a + i * k, k)); });
   std::vector<size_t> lifted;
   for (size_t i = 0; i < m; ++i) {
     if (lifts[i] != 1.0f) lifted.push_back(i);

@@ -29,13 +29,19 @@ from exporters.genai_builder import ARCHITECTURES
 from exporters.genai_config import SAMPLE_TEXTS, TokenizerError, check_tokenizers
 from exporters.modules import install_packed
 from exporters.packed_model import PackedModel
+from exporters.packed_rest import PackedRest
 from exporters.parity import ParityError, check_parity
+from exporters.passes import tensor_of
+from exporters.rest import install_rest
 from fips_ort import causal_lm
+from fips_ort.causal_lm import prefill_inputs
 from fips_ort.load import load
+from fips_ort.packed import stack_rows
 from fips_ort.validate import validate
 from pipeline.generate import generate, greedy_tokens
 from pipeline.models.adapters import supported_model_types
 from pipeline.plumbing.errors import InputError
+from pipeline.quantization.rest_weights import quantize_rows
 
 PROMPT = tokens(3 * WINDOW, seed=7)[0].tolist()
 GENERATED = 24
@@ -153,23 +159,63 @@ def test_artefacts_store_what_was_promised(kind: str, artefacts: dict[str, Path]
     assert 0 <= external - (sum(row.bytes for row in in_memory) - inline) < 64 * len(in_memory)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("gemma2", 4), ("gemma3", 8), ("qwen3", 4)])
-def test_tied_tables_are_stored_once(kind: str, bits: int, artefacts: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tiers"), [("gemma2", {4: 265}), ("gemma3", {8: 30, 4: 100, 2: 135}), ("qwen3", {3: 265})]
+)
+def test_tied_tables_are_stored_once(kind: str, tiers: dict[int, int], artefacts: dict[str, Path]) -> None:
     exported = language_sample(kind)
     vocabulary, width = 265, 32
     rows = {row.name: row for row in audit(artefacts[kind], exported.packed, "float16")}
     table = rows["model.embed_tokens.codes"]
-    assert (table.kind, table.bytes) == ("token_table", vocabulary * width * bits // 8)
-    assert rows["lm_head.codes"].bytes == 0
+    assert table.kind == "token_table"
+    assert table.bytes == sum(count * width * bits // 8 for bits, count in tiers.items())
     assert rows["model.embed_tokens.scales"].bytes == 2 * vocabulary * width // 32
-    assert "lm_head.scales" not in rows
-    initializers = ir.load(artefacts[kind] / "model.onnx").graph.initializers
-    places = [initializers[f"{path}.codes"].const_value for path in ("model.embed_tokens", "lm_head")]
-    assert all(isinstance(place, ir.ExternalTensor) for place in places)
-    assert len({(place.location, place.offset, place.nbytes) for place in places}) == 1
+    assert ("model.embed_tokens.row_bits" in rows) == (len(tiers) > 1)
+    assert not [name for name in rows if name.startswith("lm_head")]
+    # One initializer each, which look-up and output layer read.
+    nodes = {node.name: node for node in exported.graph.graph}
+    lookup, head = nodes["model.embed_tokens"], nodes["lm_head"]
+    assert (lookup.op_type, head.op_type) == ("QGather", "QMatMul")
+    assert [value.name for value in lookup.inputs[1:3]] == [value.name for value in head.inputs[1:3]]
+    assert [value.name for value in lookup.inputs[3:]] == [value.name for value in head.inputs[4:]]
     buffers = exported.module.model.embed_tokens, exported.module.lm_head
     assert len({module.values.data_ptr() for module in buffers}) == 1
-    assert len({module.codes.data_ptr() for module in buffers}) == 1
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "mistral", "qwen2"])
+def test_queries_keys_and_values_are_one_product(kind: str) -> None:
+    exported = language_sample(kind)
+    nodes = [node for node in exported.graph.graph if "self_attn" in (node.name or "") and node.domain == "ai.fips"]
+    layers = exported.module.config.num_hidden_layers
+    names = sorted(f"model.layers.{i}.self_attn.{name}_proj" for i in range(layers) for name in ("qkv", "o"))
+    assert sorted(node.name or "" for node in nodes) == names
+    first = exported.module.model.layers[0].self_attn
+    product = next(node for node in nodes if node.name == "model.layers.0.self_attn.qkv_proj")
+    stacked = stack_rows([getattr(first, name).stored for name in ("q_proj", "k_proj", "v_proj")])
+    assert product.attributes["N"].as_int() == stacked.layout.rows
+    for value, expected in zip(product.inputs[1:3], (stacked.codes, stacked.scales), strict=True):
+        assert value is not None
+        np.testing.assert_array_equal(tensor_of(value).numpy(), expected)
+
+
+def test_what_is_stored_otherwise_is_no_part_of_one_product() -> None:
+    dense = tiny_language_model("llama")
+    packed = {
+        f"model.layers.{i}.self_attn.{name}": quantize_rows(
+            dense.get_submodule(f"model.layers.{i}.self_attn.{name}").weight, bits, 32
+        )
+        for i in range(2)
+        for name, bits in {"q_proj": 3, "k_proj": 4, "v_proj": 4, "o_proj": 8}.items()
+    }
+    model: Any = install_rest(dense, PackedRest(linears=packed)).eval()
+    graph = export_causal_lm(model, MAX_LENGTH)
+    products = {node.name for node in graph.graph if node.domain == "ai.fips"}
+    assert products == set(packed)
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
+    (logits,) = session.run(["logits"], prefill_inputs(session, tokens(20).numpy()))
+    with torch.inference_mode():
+        expected = model(input_ids=tokens(20), use_cache=False).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_a_tied_float_table_is_stored_once_and_looked_up_as_stored() -> None:
@@ -181,24 +227,26 @@ def test_a_tied_float_table_is_stored_once_and_looked_up_as_stored() -> None:
     assert lookup.inputs[0] is initializers["model.embed_tokens.weight"]
 
 
-def test_audit_finds_a_table_stored_twice(tmp_path: Path) -> None:
+def test_audit_finds_a_table_stored_twice() -> None:
     exported = language_sample("gemma2")
     model = ir.serde.deserialize_model(ir.to_proto(exported.graph))
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    head = next(node for node in model.graph if node.name == "lm_head")
+    assert head.inputs[1] is not None
+    again = ir.Value(name="lm_head.codes", const_value=head.inputs[1].const_value, type=head.inputs[1].type)
+    model.graph.register_initializer(again)
+    head.replace_input_with(1, again)
     with pytest.raises(AuditError, match=r"lm_head\.codes and model\.embed_tokens\.codes have equal bytes|"
                                          r"model\.embed_tokens\.codes and lm_head\.codes have equal bytes"):
-        audit(tmp_path, exported.packed, "float16")
+        audit(model, exported.packed, "float16")
 
 
 def test_audit_finds_a_table_of_other_bits() -> None:
-    exported = language_sample("gemma3")
-    node = next(node for node in exported.graph.graph if node.op_type == "GatherBlockQuantized")
-    node.attributes["bits"] = ir.AttrInt64("bits", 4)
-    try:
-        with pytest.raises(AuditError, match=r"embed_tokens\.codes \(token_table\) takes 8480 bytes, .* were 4240"):
-            audit(exported.graph, exported.packed, "float16")
-    finally:
-        node.attributes["bits"] = ir.AttrInt64("bits", 8)
+    exported = language_sample("gemma2")
+    model = ir.serde.deserialize_model(ir.to_proto(exported.graph))
+    node = next(node for node in model.graph if node.op_type == "QGather")
+    node.attributes["size_4bit"], node.attributes["size_2bit"] = ir.AttrInt64("a", 0), ir.AttrInt64("b", 265)
+    with pytest.raises(AuditError, match=r"embed_tokens\.codes \(token_table\) takes 4240 bytes, .* were 2120"):
+        audit(model, exported.packed, "float16")
 
 
 def test_int8_activations_are_told_apart_from_errors(tmp_path: Path) -> None:
@@ -206,7 +254,7 @@ def test_int8_activations_are_told_apart_from_errors(tmp_path: Path) -> None:
     write_language_sample(tmp_path / "artifact", exported)
     levels = {node.op_type: node.attributes["accuracy_level"].as_int() for node in exported.graph.graph
               if "accuracy_level" in node.attributes}
-    assert levels == {"QMatMul": 4, "BitmapQMatMul": 4, "MatMulNBits": 4}
+    assert levels == {"QMatMul": 4, "BitmapQMatMul": 4}
     parity = check_parity(tmp_path / "artifact", exported.module, [tokens(20)])
     assert parity.native_vs_torch.relative < 1e-5
     assert parity.rounding is not None

@@ -12,6 +12,7 @@ from exporters.audit import AuditError, audit, promised_bytes
 from exporters.image_classifier import export_image_classifier
 from exporters.modules import PackedMatrix, PackedMLPModule, install_packed
 from exporters.packed_model import PackedModel, load_packed_model, save_packed_model
+from exporters.rest import packed_rest
 
 CASES = [
     ("vit", "1:4", False),
@@ -145,7 +146,8 @@ def test_graph_of_whole_matrices(kind: str) -> None:
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
     nodes = {node.name for node in exported.graph.graph if node.domain == "ai.fips"}
-    assert nodes == {f"{mlp.path}/{child}" for mlp in exported.packed.mlps for child in mlp.linears}
+    mlps = {f"{mlp.path}/{child}" for mlp in exported.packed.mlps for child in mlp.linears}
+    assert nodes == mlps | set(packed_rest(exported.module).linears)
     rows = {row.name: row for row in audit(exported.graph, exported.packed, "float16")}
     for name, weight in exported.packed.weights().items():
         assert rows[f"{name}.codes"].kind == "projection"
@@ -175,7 +177,7 @@ def test_nodes_are_named_by_module_and_carry_no_traces() -> None:
     assert nodes[f"{path}/basis_in"].op_type == "QMatMul"
     assert nodes[f"{path}/fc1"].op_type == "SparseQMatMul"
     assert nodes[f"{path}/basis_out"].inputs[1] is nodes["vit.layers.0.mlp/basis_in"].inputs[1]
-    assert nodes["vit.layers.1.attention.q_proj"].op_type == "MatMulNBits"
+    assert nodes["vit.layers.1.attention.q_proj"].op_type == "QMatMul"
     assert len(nodes) == len(list(exported.graph.graph))
     text = ir.to_proto(exported.graph).SerializeToString()
     assert b".py" not in text

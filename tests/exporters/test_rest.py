@@ -1,124 +1,70 @@
+"""What lies outside the MLPs as stored: packed layers and tables, float16 numbers, fixed position embeddings."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from causal_lm_samples import tiny_language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 from packed_samples import PIXEL_SHAPE, images, random_packed, tiny_model
+from rest_samples import with_packed_linears, with_packed_tables
 from torch import nn
 
-from exporters.modules import install_packed
-from exporters.nbits import (
-    NBitsEmbedding,
-    NBitsLinear,
-    pack_nbits,
-    quantize_blocks,
-    quantize_table,
-    table_of_codes,
-    table_of_values,
-    unpack_nbits,
-)
+from exporters.modules import PackedEmbedding, PackedLayer, PackedOutput, install_packed
+from exporters.packed_model import save_packed_model
+from exporters.packed_rest import PackedRest, PackedTable, load_packed_rest, save_packed_rest
 from exporters.passes import as_float16
-from exporters.rest import fix_position_embeddings, quantize_embedding, quantize_linears, round_to_float16
+from exporters.rest import fix_position_embeddings, install_rest, packed_rest, round_to_float16
+from fips_ort.packed import dequantize
+from fips_ort.row_order import stored_rows
+from pipeline.quantization.rest_weights import quantize_rows, quantize_table
+from pipeline.recipe.schema import Tier
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_levels_use_the_whole_range_and_round_to_nearest(bits: int) -> None:
-    weight = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
-    levels, scales = quantize_blocks(weight, bits, 16)
-    lowest = -(1 << (bits - 1))
-    blocks = levels.reshape(6, 4, 16)
-    # The entry of largest magnitude gets the lowest level, whatever its sign.
-    largest = np.abs(weight.reshape(6, 4, 16)).argmax(axis=-1)
-    assert (np.take_along_axis(blocks, largest[..., None], -1) == lowest).all()
-    error = np.abs(levels * np.repeat(scales.astype(np.float32), 16, axis=1) - weight)
-    step = np.repeat(np.abs(scales).astype(np.float32), 16, axis=1)
-    clipped = levels == -lowest - 1
-    assert (error[~clipped] <= step[~clipped] * (0.5 - lowest * 2**-11)).all()
-    assert (error[clipped] <= step[clipped] * (1.0 - lowest * 2**-11)).all()
-
-
-def test_a_zero_block_stays_zero() -> None:
-    levels, scales = quantize_blocks(np.zeros((2, 32), np.float32), 4, 16)
-    assert not levels.any()
-    assert not scales.any()
-
-
-def test_scales_that_float16_cannot_hold_are_refused() -> None:
-    with pytest.raises(ValueError, match="beyond float16"):
-        quantize_blocks(np.full((1, 16), 1e9, np.float32), 4, 16)
-    with pytest.raises(ValueError, match="got 3"):
-        quantize_blocks(np.zeros((1, 16), np.float32), 3, 16)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from([4, 8]), st.sampled_from([16, 32]), st.integers(1, 5), st.integers(0, 2**31))
-def test_pack_and_unpack_are_inverse(bits: int, block_size: int, rows: int, seed: int) -> None:
-    half = 1 << (bits - 1)
-    levels = np.random.default_rng(seed).integers(-half, half, (rows, 3 * block_size)).astype(np.int8)
-    stored = pack_nbits(levels, bits, block_size)
-    assert stored.shape == (rows, 3, block_size * bits // 8)
-    np.testing.assert_array_equal(unpack_nbits(stored, bits), levels)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("features", "block_size"), [(128, 16), (128, 32), (128, 64), (208, 32), (208, 128), (72, 16), (100, 64)]
-)
-def test_onnxruntime_reads_the_stored_bytes_as_we_do(bits: int, features: int, block_size: int) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(features, 24)
-    table = quantize_table(linear.weight, bits, block_size)
-    stored = NBitsLinear(table, linear.bias, "layer")
-    again = table_of_codes(table.codes, table.scales, bits, block_size, features)
-    assert torch.equal(again.values, table.values)
-    assert torch.equal(table_of_values(table.values, table.scales, bits, block_size).codes, table.codes)
-    attributes = {"K": features, "N": 24, "bits": bits, "block_size": block_size}
-    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **attributes)
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, features])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 24])],
-        [numpy_helper.from_array(getattr(stored, name).numpy(), name) for name in ("codes", "scales")],
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    x = np.random.default_rng(1).standard_normal((5, features)).astype(np.float32)
-    (y,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
-    with torch.inference_mode():
-        expected = (stored(torch.from_numpy(x)) - stored.bias).numpy()
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    np.testing.assert_array_equal(stored.scales.numpy(), stored.scales.half().float().numpy())
-
-
-def test_only_linears_outside_mlps_and_skipped_ones_are_quantized() -> None:
+def test_only_what_is_packed_is_replaced() -> None:
     dense = tiny_model("vit")
-    model = quantize_linears(install_packed(dense, random_packed(dense, "1:4")), 4, 32, skip=["classifier"])
-    quantized = {name for name, module in model.named_modules() if isinstance(module, NBitsLinear)}
-    assert quantized == {f"vit.layers.{i}.attention.{p}_proj" for i in range(3) for p in "qkvo"}
+    model = with_packed_linears(install_packed(dense, random_packed(dense, "1:4")), 3, 32, skip=["classifier"])
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    assert packed == {f"vit.layers.{i}.attention.{p}_proj" for i in range(3) for p in "qkvo"}
+    assert packed_rest(model).linears.keys() == packed
     assert type(model.classifier) is nn.Linear
-    assert not any(isinstance(module, NBitsLinear) for module in dense.modules())
+    assert not any(isinstance(module, PackedLayer) for module in dense.modules())
+    layer, linear = model.vit.layers[0].attention.q_proj, dense.vit.layers[0].attention.q_proj
+    x = torch.randn(2, 5, 32)
+    expected = x @ torch.from_numpy(dequantize(layer.stored)).T + linear.bias.half().float()
+    torch.testing.assert_close(layer(x), expected)
 
 
-def test_blocks_suit_the_length_of_rows() -> None:
-    model = quantize_linears(tiny_model("vit"), 4, 64)
-    sizes = {(module.in_features, module.block_size) for module in model.modules() if isinstance(module, NBitsLinear)}
-    assert sizes == {(32, 32), (64, 64)}
-    table = quantize_embedding(tiny_language_model("llama"), 4, 64).get_input_embeddings()
-    assert isinstance(table, NBitsEmbedding)
-    assert (table.block_size, tuple(table.codes.shape)) == (32, (265, 16))
-    with pytest.raises(ValueError, match="not linear layers of the model: head"):
-        quantize_linears(tiny_model("vit"), 4, 32, skip=["head"])
+@pytest.mark.parametrize("features", [40, 72, 96])
+def test_filled_blocks_compute_the_same(features: int) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(features, 7))
+    layer = with_packed_linears(dense, 4, 64)[0]  # type: ignore[index]
+    assert isinstance(layer, PackedLayer)
+    assert layer.layout.columns >= features == layer.in_features
+    x = torch.randn(3, features)
+    expected = x @ layer.values[:, :features].T + dense[0].bias.half().float()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert float((layer.values[:, :features] - dense[0].weight).abs().max()) < 0.05 * features**-0.5 * 2
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model.norm", "model.layers.7.self_attn.q_proj"])
+def test_paths_that_lead_to_no_linear_layer_are_refused(path: str) -> None:
+    weight = quantize_rows(torch.randn(8, 32), 4, 16)
+    with pytest.raises(ValueError, match=f"{path} is no linear layer of the model"):
+        install_rest(tiny_language_model("llama"), PackedRest(linears={path: weight}))
+    with pytest.raises(ValueError, match=r"model\.norm is no table of tokens"):
+        install_rest(tiny_language_model("llama"), PackedRest(tables={"model.norm": PackedTable(weight)}))
 
 
 def test_float16_rounds_the_rest_and_leaves_packed_storage_alone() -> None:
     dense = tiny_model("vit")
     packed = random_packed(dense, "bitmap")
-    before = quantize_linears(install_packed(dense, packed), 8, 32, skip=["classifier"])
+    before = with_packed_linears(install_packed(dense, packed), 8, 32, skip=["classifier"])
     after = round_to_float16(before)
     weight = before.classifier.weight
     assert not torch.equal(after.classifier.weight, weight)
@@ -160,78 +106,81 @@ def test_position_embeddings_interpolated_on_request_only_are_left_alone(kind: s
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_onnxruntime_looks_up_the_stored_bytes_as_we_do(bits: int) -> None:
-    torch.manual_seed(0)
-    stored = NBitsEmbedding(quantize_table(torch.randn(40, 64), bits, 16), torch.tensor(8.0))
-    node = helper.make_node("GatherBlockQuantized", ["codes", "ids", "scales"], ["y"], domain="com.microsoft",
-                            bits=bits, block_size=16, gather_axis=0, quantize_axis=1)
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("ids", TensorProto.INT64, [2, 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3, 64])],
-        [numpy_helper.from_array(getattr(stored, name).numpy(), name) for name in ("codes", "scales")],
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    ids = np.array([[0, 39, 7], [7, 21, 1]])
-    (rows,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"ids": ids})
-    np.testing.assert_array_equal(8 * rows, stored(torch.from_numpy(ids)).numpy())
-
-
 @pytest.mark.parametrize("kind", ["gemma3", "mistral"])
-def test_token_table_and_output_layer_are_quantized_together(kind: str) -> None:
+@pytest.mark.parametrize("bits", [3, (Tier(bits=8, tokens=20), Tier(bits=2))])
+def test_token_table_and_output_layer_are_packed_together(kind: str, bits: int | tuple[Tier, ...]) -> None:
     dense = tiny_language_model(kind)
     tied = dense.config.tie_word_embeddings
     assert tied == (kind == "gemma3")
     # Copies of the copy keep what it shares.
-    model = round_to_float16(quantize_embedding(dense, 4, 16, accuracy_level=4))
+    model: Any = round_to_float16(with_packed_tables(dense, bits, 16, accuracy_level=4))
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert type(dense.get_input_embeddings()).__name__.endswith("Embedding")
-    assert isinstance(table, NBitsEmbedding)
-    assert isinstance(head, NBitsLinear)
-    assert (head.name, head.accuracy_level) == ("lm_head", 4)
-    for part in ("codes", "scales", "values"):
-        assert (getattr(table, part).data_ptr() == getattr(head, part).data_ptr()) == tied, part
-    weight = dense.get_input_embeddings().weight
+    assert isinstance(table, PackedEmbedding)
+    assert isinstance(head, PackedOutput)
+    assert (head.name, head.matrix.accuracy_level) == ("lm_head", 4)
+    assert (head.matrix is table) == tied
+    rest = packed_rest(model)
+    assert rest.tables.keys() == ({"model.embed_tokens"} if tied else {"model.embed_tokens", "lm_head"})
+    for path, stored in rest.tables.items():
+        weight = dense.get_submodule(path).weight
+        values = dequantize(stored.weight)[stored_rows(stored.row_bits, stored.weight.layout)]
+        matrix = table if path == "model.embed_tokens" else head.matrix
+        np.testing.assert_array_equal(matrix.values.numpy(), values)
+        # Rows are those of their tokens, in whatever order they are stored.
+        similar = torch.nn.functional.cosine_similarity(matrix.values, weight.detach())
+        similar[weight.detach().abs().amax(dim=1) == 0] = 1.0  # padding
+        assert float(similar.min()) > 0.8
+        if stored.row_bits is not None:
+            assert float(similar[torch.from_numpy(stored.row_bits == 8)].min()) > 0.999
     scale = 32**0.5 if kind == "gemma3" else 1.0
     ids = torch.arange(265)[None]
     torch.testing.assert_close(table(ids)[0], scale * table.values, rtol=1e-6, atol=0)
-    levels, scales = quantize_blocks(weight.detach().numpy(), 4, 16)
-    expected = levels * np.repeat(scales.astype(np.float32), 16, axis=1)
-    np.testing.assert_array_equal(table.values.numpy(), expected)
-    with torch.inference_mode():
-        logits, before = model(ids[:, :20]).logits, dense(ids[:, :20]).logits
-    assert not torch.equal(logits, before)
-    assert torch.nn.functional.cosine_similarity(logits.flatten(), before.flatten(), dim=0) > 0.9
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(head(x), x @ head.values.T)
 
 
-def test_linear_layers_leave_the_output_layer_alone() -> None:
-    model = quantize_linears(tiny_language_model("mistral"), 4, 32)
-    assert type(model.lm_head) is nn.Linear
-    assert isinstance(model.model.layers[1].mlp.down_proj, NBitsLinear)
-
-
-def test_token_tables_that_cannot_be_quantized_are_refused() -> None:
-    with pytest.raises(ValueError, match="ViTForImageClassification has no token table"):
-        quantize_embedding(tiny_model("vit"), 4, 16)
-
+def test_token_tables_of_another_kind_are_refused() -> None:
     class Doubled(nn.Embedding):
         pass
 
     model = tiny_language_model("llama")
     model.model.embed_tokens.__class__ = Doubled
     with pytest.raises(ValueError, match="token table is a Doubled"):
-        quantize_embedding(model, 4, 16)
+        with_packed_tables(model, 4, 16)
 
 
-def test_tables_are_quantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(50, 32)
-    whole = quantize_table(weight, 4, 16)
-    monkeypatch.setattr("exporters.nbits._ROWS_AT_ONCE", 7)
-    parts = quantize_table(weight, 4, 16)
-    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in ("codes", "scales", "values"))
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(["all", "linears", "tables"]), st.integers(0, 2**31))
+def test_saved_weights_are_the_same(parts: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    row_bits = torch.from_numpy(np.random.default_rng(seed).choice(np.array([8, 4, 3, 2], np.uint8), 30))
+    linears = {"a.q_proj": quantize_rows(torch.randn(5, 40, generator=generator), 3, 32)}
+    tables = {
+        "embed": quantize_table(torch.randn(30, 32, generator=generator), row_bits, 16),
+        "head": quantize_table(torch.randn(9, 16, generator=generator), torch.full((9,), 4, dtype=torch.uint8), 16),
+    }
+    rest = PackedRest(linears if parts != "tables" else {}, tables if parts != "linears" else {})
+    with tempfile.TemporaryDirectory() as folder:
+        save_packed_rest(rest, Path(folder) / "rest.safetensors")
+        loaded = load_packed_rest(Path(folder) / "rest.safetensors")
+    assert loaded.weights().keys() == rest.weights().keys()
+    for name, weight in rest.weights().items():
+        again = loaded.weights()[name]
+        assert again.layout == weight.layout
+        for part in ("codes", "pattern", "scales"):
+            np.testing.assert_array_equal(getattr(again, part), getattr(weight, part))
+    for name, table in rest.tables.items():
+        assert (loaded.tables[name].row_bits is None) == (table.row_bits is None)
+        if table.row_bits is not None:
+            np.testing.assert_array_equal(loaded.tables[name].row_bits, table.row_bits)
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    dense = tiny_model("vit")
+    save_packed_model(random_packed(dense, "1:4"), tmp_path / "packed.safetensors")
+    with pytest.raises(ValueError, match="not a file of fips-packed-rest"):
+        load_packed_rest(tmp_path / "packed.safetensors")
 
 
 def test_numbers_computed_from_the_configuration_are_not_rounded() -> None:

@@ -7,7 +7,7 @@ from op_samples import layouts, random_levels, random_mask, random_weight
 from fips_ort.bits import PLANES, pack_bits, pack_chunks, packed_size, unpack_bits, unpack_chunks
 from fips_ort.layout import BITMAP, DENSE, PATTERNS, Layout, Pattern
 from fips_ort.ops import ATTRIBUTES, node_attributes, op_type
-from fips_ort.packed import PackedWeight, dequantize, pack, unpack
+from fips_ort.packed import PackedWeight, dequantize, pack, stack_rows, unpack
 from fips_ort.reference import q_matmul
 
 
@@ -209,6 +209,42 @@ def test_pack_refuses_what_the_layout_cannot_hold() -> None:
         pack(np.zeros((1, 32), np.int8), scales, None, layout)
     with pytest.raises(ValueError, match="levels have shape"):
         pack(np.zeros((2, 32), np.int8), scales, mask, layout)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([8, 4, 3, 2]), st.integers(1, 5)), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+def test_stacked_rows_are_those_of_the_parts(parts: list[tuple[int, int]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts = sorted(parts, reverse=True)
+    weights = [random_weight(rng, Layout.uniform(rows, 96, bits, 32, midrise=True)) for bits, rows in parts]
+    stacked = stack_rows(weights)
+    np.testing.assert_array_equal(dequantize(stacked), np.concatenate([dequantize(weight) for weight in weights]))
+    assert stacked.nbytes == sum(weight.nbytes for weight in weights)
+
+
+def test_rows_that_do_not_go_together_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    three, four, wide, midrise, cut, sparse = (
+        random_weight(rng, layout)
+        for layout in (
+            Layout.uniform(4, 64, 3, 32),
+            Layout.uniform(4, 64, 4, 32),
+            Layout.uniform(4, 96, 3, 32),
+            Layout.uniform(4, 64, 3, 32, midrise=True),
+            Layout(4, 64, 32, (0, 32, 32, 0), segment_axis=1),
+            Layout.uniform(4, 64, 3, 32, pattern=BITMAP),
+        )
+    )
+    assert stack_rows([four, three]).layout.segments == (0, 4, 4, 0)
+    with pytest.raises(ValueError, match=r"rows of \[3, 4\] bits, one after another, do not fall in bits"):
+        stack_rows([three, four])
+    for other in (wide, midrise, cut, sparse):
+        with pytest.raises(ValueError, match="cannot follow those of"):
+            stack_rows([three, other])
+    with pytest.raises(ValueError, match="cannot follow those of"):
+        stack_rows([cut, cut])
 
 
 def test_packed_weight_refuses_wrong_streams() -> None:

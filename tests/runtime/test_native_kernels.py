@@ -60,8 +60,8 @@ def tolerance(
 def zero_functions() -> Sequence[onnx.FunctionProto]:
     """Deliberately wrong bodies, so that a right answer can only come from the native kernels."""
     functions = []
-    for name in ATTRIBUTES:
-        inputs = "A, codes, scales, bias" if name == "QMatMul" else "A, codes, pattern, scales, bias"
+    for name in ("QMatMul", "SparseQMatMul", "BitmapQMatMul"):
+        inputs = "A, codes, scales, bias, row_bits" if name == "QMatMul" else "A, codes, pattern, scales, bias"
         functions.append(onnx.parser.parse_function(
             f'<domain: "ai.fips", opset_import: ["" : 18]> {name} <{", ".join(ATTRIBUTES[name])}> ({inputs}) => (Y)'
             "{ zero = Constant <value_float = 0.0> () n = Constant <value_int: int = @N> ()"

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from language_samples import byte_level_tokenizer, tiny_config
 from packed_samples import random_packed
+from rest_samples import with_packed_linears, with_packed_tables
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -32,8 +33,9 @@ from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import save_causal_lm_config
 from exporters.modules import install_packed
 from exporters.packed_model import PackedModel
-from exporters.rest import quantize_embedding, quantize_linears, round_to_float16
+from exporters.rest import packed_rest, round_to_float16
 from fips_ort.manifest import Manifest
+from pipeline.recipe.schema import Tier
 
 WINDOW = 16
 MAX_LENGTH = 128
@@ -115,14 +117,15 @@ class LanguageSample:
         return tokens[len(prompt) :]
 
 
+_TIERS = (Tier(bits=8, tokens=30), Tier(bits=4, tokens=100), Tier(bits=2))
 CASES = {
     # kind: (pattern, MLPs have a basis, bits of linears, bits of the token table)
     "gemma2": ("1:4", True, 4, 4),
-    "gemma3": ("bitmap", True, 4, 8),
+    "gemma3": ("bitmap", True, 3, _TIERS),
     "llama": ("dense", True, None, None),
-    "mistral": ("dense", False, 8, 4),
-    "qwen2": ("2:4", True, 4, None),
-    "qwen3": ("dense", False, None, 4),
+    "mistral": ("dense", False, 8, _TIERS),
+    "qwen2": ("2:4", True, 2, None),
+    "qwen3": ("dense", False, None, 3),
 }
 """Together all patterns, both methods, tied and untied tables of all kinds."""
 
@@ -136,9 +139,9 @@ def language_sample(kind: str, accuracy_level: int = 0) -> LanguageSample:
     packed = random_packed(dense, pattern, has_basis=has_basis, bits=bits, graded=kind == "llama")
     module: Any = install_packed(dense, packed, accuracy_level)
     if linear_bits is not None:
-        module = quantize_linears(module, linear_bits, BLOCK_SIZE, accuracy_level=accuracy_level)
+        module = with_packed_linears(module, linear_bits, BLOCK_SIZE, accuracy_level=accuracy_level)
     if embedding_bits is not None:
-        module = quantize_embedding(module, embedding_bits, BLOCK_SIZE, accuracy_level)
+        module = with_packed_tables(module, embedding_bits, BLOCK_SIZE, accuracy_level)
     module = round_to_float16(module)
     return LanguageSample(packed, module, export_causal_lm(module, MAX_LENGTH))
 
@@ -157,4 +160,5 @@ def write_language_sample(folder: Path, exported: LanguageSample) -> Manifest:
     def save_config(target: Path) -> None:
         save_causal_lm_config(target, exported.module, byte_level_tokenizer(), MAX_LENGTH)
 
-    return write_artifact(folder, exported.graph, exported.packed, golden, provenance, save_config, 1 << 30)
+    weights = exported.packed.weights() | packed_rest(exported.module).weights()
+    return write_artifact(folder, exported.graph, weights, golden, provenance, save_config, 1 << 30)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fips_ort.packed import PackedWeight, unpack
 from fips_ort.reference import q_matmul
+from fips_ort.row_order import stored_order, stored_rows
 
 UNIT = 2.0**-24
 DEVIATIONS = 8
@@ -56,8 +57,14 @@ class Expected:
 
 
 def expected_outputs(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = True,
-                     bias: NDArray[np.float32] | None = None, accuracy_level: int = 0) -> Expected:
+                     bias: NDArray[np.float32] | None = None, row_bits: NDArray[np.uint8] | None = None,
+                     accuracy_level: int = 0) -> Expected:
     """What any kernel may answer to activations [..., K]."""
+    if row_bits is not None:
+        stored_bias = None if bias is None else bias[stored_order(row_bits)]
+        stored = expected_outputs(a, weight, bias=stored_bias, accuracy_level=accuracy_level)
+        rows = stored_rows(row_bits, weight.layout)
+        return Expected(stored.outputs[..., rows], stored.allowed[..., rows], stored.flushed[..., rows])
     shape = (*a.shape[:-1], weight.layout.rows if trans_b else weight.layout.columns)
     rows = np.ascontiguousarray(a).reshape(-1, a.shape[-1])
     with np.errstate(all="ignore"):

@@ -4,49 +4,64 @@ from collections.abc import Iterator
 
 import numpy as np
 from kernel_bounds import expected_outputs
-from op_samples import layouts, random_levels, random_mask, random_weight
+from op_samples import layouts, random_levels, random_mask, random_row_bits, random_weight
 
 from fips_ort.layout import BIT_WIDTHS, PATTERNS, Layout, Pattern
 from fips_ort.ops import node_attributes
 from fips_ort.packed import PackedWeight, pack
+from fips_ort.reference import q_gather
 
-SOUND, MALFORMED, ANYTHING = 0, 1, 2
+SOUND, MALFORMED, ANYTHING, LOOKUP = 0, 1, 2, 3
 
 
-def header(weight: PackedWeight, attributes: dict[str, int], m: int, kind: int, bias_size: int = 0) -> bytes:
+def header(weight: PackedWeight, attributes: dict[str, int], m: int, kind: int, bias_size: int = 0,
+           row_bits_size: int = 0) -> bytes:
     names = (
         "K", "N", "transB", "block_size", "segment_axis", "size_8bit", "size_4bit", "size_3bit", "size_2bit",
         "midrise", "accuracy_level", "keep", "of",
     )
     pattern = {"keep": weight.layout.pattern.keep, "of": weight.layout.pattern.of} | attributes
     values = [pattern[name] for name in names]
-    values += [m, weight.codes.size, weight.pattern.size, weight.scales.size, kind, bias_size]
+    values += [m, weight.codes.size, weight.pattern.size, weight.scales.size, kind, bias_size, row_bits_size]
     return np.array(values, np.int64).tobytes()
 
 
 def sound_case(weight: PackedWeight, trans_b: bool, accuracy_level: int, a: np.ndarray,
-               bias: np.ndarray | None) -> bytes:
+               bias: np.ndarray | None, row_bits: np.ndarray | None = None) -> bytes:
     attributes = node_attributes(weight.layout, trans_b, accuracy_level)
-    expected = expected_outputs(a, weight, trans_b=trans_b, bias=bias, accuracy_level=accuracy_level)
+    expected = expected_outputs(a, weight, trans_b=trans_b, bias=bias, row_bits=row_bits, accuracy_level=accuracy_level)
     added = np.zeros(0, np.float32) if bias is None else bias
-    arrays = [weight.codes, weight.pattern, weight.scales, a, added]
+    order = np.zeros(0, np.uint8) if row_bits is None else row_bits
+    arrays = [weight.codes, weight.pattern, order, weight.scales, a, added]
     arrays += [expected.outputs, expected.allowed, expected.flushed]
-    return header(weight, attributes, len(a), SOUND, added.size) + b"".join(array.tobytes() for array in arrays)
+    start = header(weight, attributes, len(a), SOUND, added.size, order.size)
+    return start + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
-def ordinary_case(weight: PackedWeight, trans_b: bool, accuracy_level: int, m: int, rng: np.random.Generator) -> bytes:
+def ordinary_case(weight: PackedWeight, trans_b: bool, accuracy_level: int, m: int, rng: np.random.Generator,
+                  row_bits: np.ndarray | None = None) -> bytes:
     attributes = node_attributes(weight.layout, trans_b, accuracy_level)
     a = rng.standard_normal((m, attributes["K"])).astype(np.float32)
-    return sound_case(weight, trans_b, accuracy_level, a, rng.standard_normal(attributes["N"]).astype(np.float32))
+    bias = rng.standard_normal(attributes["N"]).astype(np.float32)
+    return sound_case(weight, trans_b, accuracy_level, a, bias, row_bits)
+
+
+def lookup_case(weight: PackedWeight, indices: np.ndarray, row_bits: np.ndarray | None) -> bytes:
+    order = np.zeros(0, np.uint8) if row_bits is None else row_bits
+    start = header(weight, node_attributes(weight.layout, True, 0), indices.size, LOOKUP, 0, order.size)
+    arrays = [weight.codes, order, weight.scales, indices, q_gather(indices, weight, row_bits)]
+    return start + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
 def malformed_case(weight: PackedWeight, stream: str = "", value: np.ndarray | None = None, **changes: int) -> bytes:
-    """A weight with one stream or some attributes replaced."""
-    streams = {"codes": weight.codes, "pattern": weight.pattern} | ({stream: value} if stream else {})
+    """A weight with one stream or some attributes replaced, or with ``row_bits``."""
+    streams = {"codes": weight.codes, "pattern": weight.pattern, "row_bits": np.zeros(0, np.uint8)}
+    if stream:
+        streams[stream] = value
     attributes = node_attributes(weight.layout, True, 0) | changes
     values = np.frombuffer(header(weight, attributes, 1, MALFORMED), np.int64).copy()
-    values[14:16] = streams["codes"].size, streams["pattern"].size
-    return values.tobytes() + streams["codes"].tobytes() + streams["pattern"].tobytes()
+    values[[14, 15, 19]] = [array.size for array in streams.values()]
+    return values.tobytes() + b"".join(array.tobytes() for array in streams.values())
 
 
 def sound_cases(rng: np.random.Generator) -> Iterator[bytes]:
@@ -60,6 +75,7 @@ def sound_cases(rng: np.random.Generator) -> Iterator[bytes]:
         weight = random_weight(rng, Layout.uniform(11, 3 * block_size, 3, block_size, pattern=Pattern.parse(pattern)))
         for trans_b, accuracy_level in ((False, 0), (True, 0), (True, 4)):
             yield ordinary_case(weight, trans_b, accuracy_level, 3, rng)
+    yield from ordered_cases(rng)
     for pattern in ("dense", "bitmap", "1:4"):
         cut = random_weight(rng, Layout(577, 128, 64, (0, 77, 200, 300), pattern=Pattern.parse(pattern)))
         long = random_weight(rng, Layout(7, 8256, 64, (0, 1, 3, 3), pattern=Pattern.parse(pattern)))
@@ -67,6 +83,18 @@ def sound_cases(rng: np.random.Generator) -> Iterator[bytes]:
             yield ordinary_case(cut, False, accuracy_level, 1, rng)
             yield ordinary_case(cut, False, accuracy_level, 2, rng)
             yield ordinary_case(long, True, accuracy_level, 1, rng)
+
+
+def ordered_cases(rng: np.random.Generator) -> Iterator[bytes]:
+    """Rows of several widths in an order of their own, and looked up, with and without one."""
+    for columns, block_size in ((128, 64), (256, 128), (72, 24), (1664, 64)):
+        for index, segments in enumerate(((3, 5, 4, 9), (40, 0, 1100, 0), (0, 0, 65, 0), (0, 1, 0, 63))):
+            layout = Layout(sum(segments), columns, block_size, segments, midrise=bool(index % 2))
+            weight, row_bits = random_weight(rng, layout), random_row_bits(rng, layout)
+            yield lookup_case(weight, rng.integers(0, layout.rows, 300), row_bits)
+            yield lookup_case(weight, rng.integers(0, layout.rows, 3), None)
+            for m, accuracy_level in ((1, 4), (5, 4), (9, 0)):
+                yield ordinary_case(weight, True, accuracy_level, m, rng, row_bits)
 
 
 def malformed_cases(rng: np.random.Generator) -> Iterator[bytes]:
@@ -90,8 +118,17 @@ def malformed_cases(rng: np.random.Generator) -> Iterator[bytes]:
         yield malformed_case(weight, K=127)
         yield malformed_case(weight, N=13)
         yield malformed_case(weight, N=2**40)
+        row_bits = np.repeat(np.array(BIT_WIDTHS, np.uint8), 3)
         if pattern != "dense":
             yield malformed_case(weight, "pattern", weight.pattern[:-1])
+            yield malformed_case(weight, "row_bits", row_bits)
+        else:
+            yield malformed_case(weight, "row_bits", row_bits, transB=0, K=12, N=128)
+            yield malformed_case(weight, "row_bits", row_bits[:-1])
+            yield malformed_case(weight, "row_bits", np.append(row_bits, row_bits[:1]))
+            yield malformed_case(weight, "row_bits", np.where(row_bits == 8, 4, row_bits).astype(np.uint8))
+            for bits in (0, 1, 5, 16, 255):
+                yield malformed_case(weight, "row_bits", np.where(row_bits == 8, bits, row_bits).astype(np.uint8))
         if pattern == "bitmap":
             yield malformed_case(weight, "pattern", np.full_like(weight.pattern, 255))
         if pattern in ("2:4", "2:8"):
@@ -119,7 +156,14 @@ def fuzzed_case(rng: np.random.Generator) -> bytes:
     names = ["K", "N", "transB", "block_size", "segment_axis", *(f"size_{bits}bit" for bits in BIT_WIDTHS), "midrise",
              "accuracy_level", "keep", "of"]
     values = [attributes[name] for name in names]
-    values += [int(rng.integers(1, 7)), *(stream.size for stream in streams), 0, ANYTHING, 0]
+    row_bits = np.zeros(0, np.uint8)
+    if pattern == "dense" and rng.random() < 0.5:
+        row_bits = np.repeat(np.array(BIT_WIDTHS, np.uint8), layout.segments if not layout.segment_axis else 1)
+        rng.shuffle(row_bits)
+        if rng.random() < 0.3:
+            row_bits[rng.integers(row_bits.size)] = rng.integers(0, 10)
+    values += [int(rng.integers(1, 7)), *(stream.size for stream in streams), 0, ANYTHING, 0, row_bits.size]
+    streams.append(row_bits)
     return np.array(values, np.int64).tobytes() + b"".join(stream.tobytes() for stream in streams)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from places import ROOT
@@ -11,6 +11,7 @@ from fips_ort.layout import BIT_WIDTHS
 
 DOCS = ROOT / "docs/ops.md"
 SHORT_ROW = 1536
+FIELDS = 13  # of a line, before the kernels
 LARGEST_BLOCK = 65536
 
 
@@ -30,7 +31,7 @@ class Product:
 
 
 def parse_product(fields: list[str]) -> Product:
-    """A line of `driver kernels`, without the kernel."""
+    """A line of `driver kernels`, without the kernels."""
     isa, level, trans_b, keep, of, midrise, block_size, columns, *sizes, m = fields
     pattern = {"0:0": "dense", "1:1": "bitmap"}.get(f"{keep}:{of}", f"{keep}:{of}")
     bits = tuple(width for width, size in zip(BIT_WIDTHS, sizes, strict=True) if size != "0")
@@ -92,8 +93,12 @@ def documented_rows(isa: str) -> list[tuple[Callable[[Product], bool], str]]:
 def differences(lines: Iterable[str]) -> Iterator[str]:
     """What `driver kernels` prints, where docs/ops.md says something else."""
     for line in lines:
-        *fields, kernel = line.split()
-        product = parse_product(fields)
-        documented = next(name for fits, name in documented_rows(product.isa) if fits(product))
-        if documented != kernel:
-            yield f"{product}: {kernel}, documented as {documented}"
+        fields = line.split()
+        whole, kernels = parse_product(fields[:FIELDS]), fields[FIELDS:]
+        products = [whole]
+        if whole.trans_b == "1":  # cut along the rows: each segment for itself
+            products = [replace(whole, bits=(width,)) for width in whole.bits]
+        for product, kernel in zip(products, kernels, strict=True):
+            documented = next(name for fits, name in documented_rows(product.isa) if fits(product))
+            if documented != kernel:
+                yield f"{product}: {kernel}, documented as {documented}"

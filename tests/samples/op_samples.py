@@ -8,8 +8,8 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from exporters.functions import op_functions
-from fips_ort.layout import Layout, Pattern
-from fips_ort.ops import DOMAIN, VERSION, node_attributes, op_type
+from fips_ort.layout import BIT_WIDTHS, Layout, Pattern
+from fips_ort.ops import DOMAIN, Q_GATHER, VERSION, gather_attributes, node_attributes, op_type
 from fips_ort.packed import PackedWeight, pack
 
 SEGMENTS = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 2, 1, 1), (0, 2, 0, 1))
@@ -50,8 +50,14 @@ def random_weight(rng: np.random.Generator, layout: Layout) -> PackedWeight:
     return pack(random_levels(rng, layout), scales.astype(np.float16), random_mask(rng, layout), layout)
 
 
+def random_row_bits(rng: np.random.Generator, layout: Layout) -> np.ndarray:
+    """An order of the rows of a weight of several widths: uint8 [N]."""
+    return rng.permutation(np.repeat(np.array(BIT_WIDTHS, np.uint8), layout.segments))
+
+
 def op_model(weight: PackedWeight, trans_b: bool, accuracy_level: int = 0, bias: np.ndarray | None = None, *,
-             nodes: int = 1, opset: int = 18, functions: Sequence[onnx.FunctionProto] | None = None,
+             row_bits: np.ndarray | None = None, nodes: int = 1, opset: int = 18,
+             functions: Sequence[onnx.FunctionProto] | None = None,
              batch: Sequence[str | int] = ("batch",), constant: bool = True) -> onnx.ModelProto:
     """Inputs A [*batch, K] → Y0, Y1, … [*batch, N]: ``nodes`` nodes that read one weight.
 
@@ -63,14 +69,19 @@ def op_model(weight: PackedWeight, trans_b: bool, accuracy_level: int = 0, bias:
     tensors["scales"] = weight.scales
     if bias is not None:
         tensors["bias"] = bias
+    if row_bits is not None:
+        tensors["row_bits"] = row_bits
     attributes = node_attributes(weight.layout, trans_b, accuracy_level)
     protos = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
     inputs = [helper.make_tensor_value_info("A", onnx.TensorProto.FLOAT, [*batch, attributes["K"]])]
     if not constant:
         inputs += [helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)) for proto in protos]
+    names = ["A", *tensors]
+    if row_bits is not None and bias is None:
+        names.insert(-1, "")
     graph = helper.make_graph(
         [
-            helper.make_node(op_type(weight.layout), ["A", *tensors], [f"Y{index}"], domain=DOMAIN, **attributes)
+            helper.make_node(op_type(weight.layout), names, [f"Y{index}"], domain=DOMAIN, **attributes)
             for index in range(nodes)
         ],
         "one_op",
@@ -81,6 +92,26 @@ def op_model(weight: PackedWeight, trans_b: bool, accuracy_level: int = 0, bias:
         ],
         protos if constant else [],
     )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    functions = op_functions(opset) if functions is None else functions
+    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=9)
+
+
+def gather_model(weight: PackedWeight, row_bits: np.ndarray | None = None, *, opset: int = 18,
+                 functions: Sequence[onnx.FunctionProto] | None = None, shape: Sequence[str | int] = ("count",),
+                 constant: bool = True) -> onnx.ModelProto:
+    """Input indices [*shape] → Y [*shape, K]: one node that looks rows up. ``constant``: as in :func:`op_model`."""
+    tensors = {"codes": weight.codes, "scales": weight.scales}
+    if row_bits is not None:
+        tensors["row_bits"] = row_bits
+    protos = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
+    inputs = [helper.make_tensor_value_info("indices", onnx.TensorProto.INT64, shape)]
+    if not constant:
+        inputs += [helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)) for proto in protos]
+    attributes = gather_attributes(weight.layout)
+    node = helper.make_node(Q_GATHER, ["indices", *tensors], ["Y"], domain=DOMAIN, **attributes)
+    output = helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, [*shape, attributes["K"]])
+    graph = helper.make_graph([node], "one_gather", inputs, [output], protos if constant else [])
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
     functions = op_functions(opset) if functions is None else functions
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=9)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from rest_samples import with_packed_linears
 from torch import nn
 from transformers import (
     DeiTConfig,
@@ -23,7 +24,7 @@ from exporters.artifact import Golden, Provenance, write_artifact
 from exporters.image_classifier import export_image_classifier
 from exporters.modules import install_packed
 from exporters.packed_model import PackedLinear, PackedMLP, PackedModel
-from exporters.rest import fix_position_embeddings, quantize_linears, round_to_float16
+from exporters.rest import fix_position_embeddings, packed_rest, round_to_float16
 from fips_ort.layout import Layout, Pattern
 from fips_ort.manifest import Manifest
 from fips_ort.packed import PackedWeight, pack
@@ -87,7 +88,7 @@ def _sample(kind: str, pattern: str, graded: bool, accuracy_level: int, has_basi
     dense = tiny_model(kind)
     fix_position_embeddings(dense, *PIXEL_SHAPE[1:])
     packed = random_packed(dense, pattern, graded=graded, has_basis=has_basis)
-    module = quantize_linears(install_packed(dense, packed, accuracy_level), 4, 32, skip=["classifier"])
+    module = with_packed_linears(install_packed(dense, packed, accuracy_level), 4, 32, skip=["classifier"])
     module = round_to_float16(module)
     return Sample(packed, module, export_image_classifier(module, PIXEL_SHAPE))
 
@@ -170,4 +171,5 @@ def write_sample(folder: Path, exported: Sample, *, max_shard_size: int = 1 << 3
     golden = Golden({"pixel_values": x}, {"logits": exported.logits(x)})
     provenance = Provenance(title, "Random weights.", {"name": title}, {"torch": torch.__version__})
     save_config = exported.module.config.save_pretrained
-    return write_artifact(folder, exported.graph, exported.packed, golden, provenance, save_config, max_shard_size)
+    weights = exported.packed.weights() | packed_rest(exported.module).weights()
+    return write_artifact(folder, exported.graph, weights, golden, provenance, save_config, max_shard_size)

@@ -77,10 +77,9 @@ DecodedRows decode_rows(const Weight& w, size_t first, size_t outputs, void* scr
 using DecodedKernel = void (*)(const Task& task, const DecodedRows& decoded, size_t i, size_t first, size_t outputs);
 
 template <size_t rows>
-void decoded_tile(const Task& task, size_t tile, void* scratch, DecodedKernel kernel, DecodedKernel single) {
-  const size_t tile_end = smaller((tile + 1) * task.tile_outputs, task.weight->layout->rows);
-  for (size_t first = tile * task.tile_outputs; first < tile_end; first += kDotOutputs) {
-    const size_t outputs = smaller(kDotOutputs, tile_end - first);
+void decoded_tile(const Task& task, const Range& range, void* scratch, DecodedKernel kernel, DecodedKernel single) {
+  for (size_t first = range.first; first < range.last; first += kDotOutputs) {
+    const size_t outputs = smaller(kDotOutputs, range.last - first);
     const DecodedRows decoded = decode_rows(*task.weight, first, outputs, scratch);
     for (size_t i = 0; i < task.m;) {
       const bool full = task.m - i >= rows;

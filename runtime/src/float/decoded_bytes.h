@@ -52,15 +52,15 @@ void bytes_dot_kernel(const Task& task, const DecodedRows& decoded, size_t i, si
   }
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < outputs; ++j) {
-      task.y[(i + r) * layout.rows + first + j] = Vec::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
+      *task.output(i + r, first + j) = Vec::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
     }
   }
 }
 
 size_t bytes_dot_scratch_bytes(const Task& task) { return decoded_bytes(*task.weight->layout); }
 
-void bytes_dot_tile(const Task& task, size_t tile, void* scratch) {
-  decoded_tile<kBytesDotRows>(task, tile, scratch, bytes_dot_kernel<kBytesDotRows>, bytes_dot_kernel<1>);
+void bytes_dot_tile(const Task& task, const Range& range, void* scratch) {
+  decoded_tile<kBytesDotRows>(task, range, scratch, bytes_dot_kernel<kBytesDotRows>, bytes_dot_kernel<1>);
 }
 
 // B = S: y[i][j] += sum over the part's rows k of a[i][k] * scales[k] * (bytes[k][j] - bias), for `vectors` vectors of
@@ -124,8 +124,8 @@ void bytes_outer_range(const Task& task, const OuterTile& range, uint8_t* bytes)
 
 size_t bytes_outer_scratch_bytes(const Task& task) { return kOuterDepth * task.tile_outputs; }
 
-void bytes_outer_tile(const Task& task, size_t tile, void* scratch) {
-  const OuterTile range = outer_tile_of(task, tile);
+void bytes_outer_tile(const Task& task, const Range& outputs, void* scratch) {
+  const OuterTile range = outer_tile_of(task, outputs);
   bytes_outer_range(task_of(task, range), range, static_cast<uint8_t*>(scratch));
 }
 

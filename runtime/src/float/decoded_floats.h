@@ -77,9 +77,9 @@ void outer_kernel(const float* a, size_t a_stride, const float* b, size_t b_stri
 // Outputs [first, first + outputs) of all rows of A += the products of columns [k, k + depth) of A with b [depth][…].
 void add_products(const Task& task, size_t k, size_t depth, const float* b, size_t b_stride, size_t first,
                   size_t outputs) {
-  const size_t a_stride = task.k(), n = task.n();
+  const size_t a_stride = task.k(), n = task.y_stride;
   const float* a = task.a + k;
-  float* y = task.y + first;
+  float* y = task.output(0, first);
   size_t i = 0;
   const auto take = [&](auto kernel, size_t rows) {
     for (; i + rows <= task.m; i += rows) kernel(a + i * a_stride, a_stride, b, b_stride, depth, outputs, y + i * n, n);
@@ -101,17 +101,16 @@ size_t floats_dot_scratch_bytes(const Task& task) {
   return 2 * kTurnedOutputs * round_up(depth, Vec::kLanes) * sizeof(float) + 2 * depth;
 }
 
-void floats_dot_tile(const Task& task, size_t tile, void* scratch) {
+void floats_dot_tile(const Task& task, const Range& range, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const size_t tile_end = smaller((tile + 1) * task.tile_outputs, layout.rows);
   const size_t depth = dot_depth(layout), size = kTurnedOutputs * round_up(depth, Vec::kLanes);
   float* rows = static_cast<float*>(scratch);
   float* turned = rows + size;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(turned + size);
   uint8_t* kept = bytes + depth;
-  for (size_t first = tile * task.tile_outputs; first < tile_end; first += kTurnedOutputs) {
-    const size_t outputs = smaller(kTurnedOutputs, tile_end - first);
+  for (size_t first = range.first; first < range.last; first += kTurnedOutputs) {
+    const size_t outputs = smaller(kTurnedOutputs, range.last - first);
     start_outputs(task, first, outputs);
     for (size_t begin = 0; begin < layout.columns; begin += depth) {
       const size_t end = smaller(begin + depth, layout.columns), stride = round_up(end - begin, Vec::kLanes);
@@ -154,8 +153,8 @@ size_t floats_outer_scratch_bytes(const Task& task) {
   return kOuterDepth * round_up(width, kTurnedOutputs) * sizeof(float) + 2 * width;
 }
 
-void floats_outer_tile(const Task& task, size_t tile, void* scratch) {
-  const OuterTile range = outer_tile_of(task, tile);
+void floats_outer_tile(const Task& task, const Range& outputs, void* scratch) {
+  const OuterTile range = outer_tile_of(task, outputs);
   const Task own = task_of(task, range);
   const size_t width = outer_width(task);
   float* weights = static_cast<float*>(scratch);

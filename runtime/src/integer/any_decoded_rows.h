@@ -55,22 +55,22 @@ void decoded_rows_kernel(const Task& task, const DecodedRows& decoded, size_t i,
   }
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < outputs; ++j) {
-      task.y[(i + r) * layout.rows + first + j] = V::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
+      *task.output(i + r, first + j) = V::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
     }
   }
 }
 
 template <typename V, size_t steps>
-void decoded_rows_tile(const Task& task, size_t tile, void* scratch) {
-  decoded_tile<kDecodedRows>(task, tile, scratch, decoded_rows_kernel<V, kDecodedRows, steps>,
+void decoded_rows_tile(const Task& task, const Range& range, void* scratch) {
+  decoded_tile<kDecodedRows>(task, range, scratch, decoded_rows_kernel<V, kDecodedRows, steps>,
                              decoded_rows_kernel<V, 1, steps>);
 }
 
 template <typename V>
-void decoded_rows_tile(const Task& task, size_t tile, void* scratch) {
+void decoded_rows_tile(const Task& task, const Range& range, void* scratch) {
   const size_t steps = task.weight->layout->block_size / V::kBytes;
   return (steps == 1 ? decoded_rows_tile<V, 1> : steps == 2 ? decoded_rows_tile<V, 2> : decoded_rows_tile<V, 0>)(
-      task, tile, scratch);
+      task, range, scratch);
 }
 
 bool any_decoded_rows_supported(const Layout& layout, size_t) {
@@ -79,9 +79,9 @@ bool any_decoded_rows_supported(const Layout& layout, size_t) {
 
 size_t any_decoded_rows_scratch_bytes(const Task& task) { return decoded_bytes(*task.weight->layout); }
 
-void any_decoded_rows_tile(const Task& task, size_t tile, void* scratch) {
+void any_decoded_rows_tile(const Task& task, const Range& range, void* scratch) {
   const bool whole = task.weight->layout->block_size % Vec::kBytes == 0;
-  (whole ? decoded_rows_tile<Vec> : decoded_rows_tile<Vec::Half>)(task, tile, scratch);
+  (whole ? decoded_rows_tile<Vec> : decoded_rows_tile<Vec::Half>)(task, range, scratch);
 }
 
 }  // namespace

@@ -88,46 +88,43 @@ size_t any_many_rows_scratch_bytes(const Task& task) {
   return 2 * task.weight->layout->block_size * kTurnedOutputs + task.m * kTurnedOutputs * sizeof(float);
 }
 
-void any_many_rows_tile(const Task& task, size_t tile, void* scratch) {
+void any_many_rows_tile(const Task& task, const Range& range, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
   const size_t size = layout.block_size;
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
   uint8_t* turned = bytes + size * kTurnedOutputs;
   float* y = reinterpret_cast<float*>(turned + size * kTurnedOutputs);
-  const size_t tile_begin = tile * task.tile_outputs, tile_end = smaller(tile_begin + task.tile_outputs, layout.rows);
-  for_each_row_range(layout, tile_begin, tile_end, [&](size_t row_begin, size_t row_end) {
-    for (size_t j = row_begin; j < row_end; j += kTurnedOutputs) {
-      const size_t outputs = smaller(kTurnedOutputs, row_end - j);
-      std::memset(y, 0, task.m * kTurnedOutputs * sizeof(float));
-      for_each_part(layout, j, j + outputs, 0, layout.columns, [&](const Part& part) {
-        const Segment& segment = layout.segments[part.segment];
-        const Encoding& e = segment.encoding;
-        for (size_t column = part.begin; column < part.end; column += size) {
-          const size_t block = column / size;
-          float scales[kTurnedOutputs] = {};
-          const size_t scale = block * scale_step(layout);
-          for (size_t o = 0; o < outputs; ++o) {
-            scales[o] = e.unit * float_from_half(first_scale(w, part.segment, j + o)[scale]);
-          }
-          const Vec::Floats vectors[2] = {Vec::LoadU(f32, scales), Vec::LoadU(f32, scales + Vec::kLanes)};
-          with_bits(segment.bits, [&](auto width) {
-            constexpr int bits = decltype(width)::kValue;
-            if constexpr (bits < 8 || Vec::kEightBits) {
-              turn_block<bits>(w, part, j, outputs, column, bytes, turned);
-              constexpr int kDoubled = bits < 8 ? (2 << bits) - 1 : 255;  // eight bits are never doubled
-              if (e.shift) {
-                turned_rows<kDoubled>(task, block, turned, vectors, e.bias, y);
-              } else {
-                turned_rows<(1 << bits) - 1>(task, block, turned, vectors, e.bias, y);
-              }
-            }
-          });
+  for (size_t j = range.first; j < range.last; j += kTurnedOutputs) {
+    const size_t outputs = smaller(kTurnedOutputs, range.last - j);
+    std::memset(y, 0, task.m * kTurnedOutputs * sizeof(float));
+    for_each_part(layout, j, j + outputs, 0, layout.columns, [&](const Part& part) {
+      const Segment& segment = layout.segments[part.segment];
+      const Encoding& e = segment.encoding;
+      for (size_t column = part.begin; column < part.end; column += size) {
+        const size_t block = column / size;
+        float scales[kTurnedOutputs] = {};
+        const size_t scale = block * scale_step(layout);
+        for (size_t o = 0; o < outputs; ++o) {
+          scales[o] = e.unit * float_from_half(first_scale(w, part.segment, j + o)[scale]);
         }
-      });
-      write_outputs(task, j, outputs, y, kTurnedOutputs);
-    }
-  });
+        const Vec::Floats vectors[2] = {Vec::LoadU(f32, scales), Vec::LoadU(f32, scales + Vec::kLanes)};
+        with_bits(segment.bits, [&](auto width) {
+          constexpr int bits = decltype(width)::kValue;
+          if constexpr (bits < 8 || Vec::kEightBits) {
+            turn_block<bits>(w, part, j, outputs, column, bytes, turned);
+            constexpr int kDoubled = bits < 8 ? (2 << bits) - 1 : 255;  // eight bits are never doubled
+            if (e.shift) {
+              turned_rows<kDoubled>(task, block, turned, vectors, e.bias, y);
+            } else {
+              turned_rows<(1 << bits) - 1>(task, block, turned, vectors, e.bias, y);
+            }
+          }
+        });
+      }
+    });
+    write_outputs(task, j, outputs, y, kTurnedOutputs);
+  }
 }
 
 }  // namespace

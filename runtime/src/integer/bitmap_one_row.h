@@ -51,7 +51,7 @@ inline const uint8_t* bitmap_dot(const Task& task, const Part& part, uint64_t ab
 
 // V: Vec, if it has kExpands.
 template <typename V>
-void bitmap_one_row_outputs(const Task& task, size_t tile, void* scratch) {
+void bitmap_one_row_outputs(const Task& task, const Range& range, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
   const size_t stride = task.block_stride, at_once = bitmap_rows(layout);
@@ -60,46 +60,42 @@ void bitmap_one_row_outputs(const Task& task, size_t tile, void* scratch) {
   float* products = offsets + stride;  // [at_once][stride]
   uint8_t* bytes = reinterpret_cast<uint8_t*>(products + at_once * stride);
   const float unit = layout.segments.front().encoding.unit;  // of all
-  const size_t tile_begin = tile * task.tile_outputs;
-  const size_t tile_end = smaller(tile_begin + task.tile_outputs, layout.rows);
-  for_each_row_range(layout, tile_begin, tile_end, [&](size_t range_begin, size_t range_end) {
-    write_offsets(task, range_begin, offsets);
-    for (size_t first = range_begin, last; first < range_end; first = last) {
-      last = smaller(first + at_once, range_end);
-      for (size_t row = first; row < last; ++row) {
-        typename V::Floats sums[1];
-        begin_rows<V, 1, 1>(task, 0, row, 0, offsets, products + (row - first) * stride, 0, sums);
-        acc[row - first] = sums[0];
-      }
-      for_each_part(layout, first, last, 0, layout.columns, [&](const Part& part) {
-        const Segment& segment = layout.segments[part.segment];
-        const StreamIndex::SegmentStart& start = w.index->starts[part.segment];
-        const size_t row_bytes = segment.columns() / 8, in_segment = part.row_begin - segment.row_begin;
-        const uint8_t* pattern = w.pattern + start.pattern + in_segment * row_bytes;
-        const size_t pattern_bytes = (part.row_end - part.row_begin) * row_bytes;
-        prefetch_lines(pattern, pattern_bytes, larger(2048, pattern_bytes));
-        with_bits(segment.bits, [&](auto width) {
-          constexpr int bits = decltype(width)::kValue;
-          bytes_of_codes<V, bits>(w.codes + start.codes, w.codes + w.codes_size, start.codes_before[in_segment] * bits,
-                               count_bits(pattern, pattern_bytes), segment.encoding, bytes);
-        });
-        const uint8_t* next = bytes;
-        for (size_t row = first; row < last; ++row, pattern += row_bytes) {
-          next = bitmap_dot<V>(task, part, segment.encoding.absent, next, pattern, products + (row - first) * stride,
-                            acc[row - first]);
-        }
-      });
-      for (size_t row = first; row < last; ++row) {
-        task.y[row] = unit * V::ReduceSum(f32, acc[row - first]) + bias_of(task, row);
-      }
+  write_offsets(task, offsets);
+  for (size_t first = range.first, last; first < range.last; first = last) {
+    last = smaller(first + at_once, range.last);
+    for (size_t row = first; row < last; ++row) {
+      typename V::Floats sums[1];
+      begin_rows<V, 1, 1>(task, 0, row, 0, offsets, products + (row - first) * stride, 0, sums);
+      acc[row - first] = sums[0];
     }
-  });
+    for_each_part(layout, first, last, 0, layout.columns, [&](const Part& part) {
+      const Segment& segment = layout.segments[part.segment];
+      const StreamIndex::SegmentStart& start = w.index->starts[part.segment];
+      const size_t row_bytes = segment.columns() / 8, in_segment = part.row_begin - segment.row_begin;
+      const uint8_t* pattern = w.pattern + start.pattern + in_segment * row_bytes;
+      const size_t pattern_bytes = (part.row_end - part.row_begin) * row_bytes;
+      prefetch_lines(pattern, pattern_bytes, larger(2048, pattern_bytes));
+      with_bits(segment.bits, [&](auto width) {
+        constexpr int bits = decltype(width)::kValue;
+        bytes_of_codes<V, bits>(w.codes + start.codes, w.codes + w.codes_size, start.codes_before[in_segment] * bits,
+                             count_bits(pattern, pattern_bytes), segment.encoding, bytes);
+      });
+      const uint8_t* next = bytes;
+      for (size_t row = first; row < last; ++row, pattern += row_bytes) {
+        next = bitmap_dot<V>(task, part, segment.encoding.absent, next, pattern, products + (row - first) * stride,
+                          acc[row - first]);
+      }
+    });
+    for (size_t row = first; row < last; ++row) {
+      *task.output(0, row) = unit * V::ReduceSum(f32, acc[row - first]) + bias_of(task, row);
+    }
+  }
 }
 
 // V: Vec. Never called where it lacks kExpands.
 template <typename V>
-void bitmap_one_row_tile(const Task& task, size_t tile, void* scratch) {
-  if constexpr (V::kExpands) bitmap_one_row_outputs<V>(task, tile, scratch);
+void bitmap_one_row_tile(const Task& task, const Range& range, void* scratch) {
+  if constexpr (V::kExpands) bitmap_one_row_outputs<V>(task, range, scratch);
 }
 
 }  // namespace

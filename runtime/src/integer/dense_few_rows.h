@@ -135,57 +135,50 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
   }
   for (size_t r = 0; r < rows; ++r) {
     for (size_t j = 0; j < count; ++j) {
-      task.y[(i + r) * layout.rows + first + j] = Vec::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
+      *task.output(i + r, first + j) = Vec::ReduceSum(f32, acc[r][j]) + bias_of(task, first + j);
     }
   }
 }
 
-void dense_few_rows_outputs(const Task& task, size_t first, size_t last, float* offsets) {
+void dense_few_rows_tile(const Task& task, const Range& range, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
+  float* offsets = static_cast<float*>(scratch);
   float* products = offsets + task.m * task.block_stride;
-  for_each_row_range(layout, first, last, [&](size_t begin, size_t end) {
-    SegmentRows segments[4];
-    size_t count = 0, longest = 0;
-    write_offsets(task, begin, offsets);
-    for_each_part(layout, begin, begin + 1, 0, layout.columns, [&](const Part& part) {
-      const Segment& segment = layout.segments[part.segment];
-      const uint8_t* codes = w.codes + w.index->starts[part.segment].codes;
-      SegmentRows& rows = segments[count++];
-      rows.bits = segment.bits;
-      rows.row_bytes = segment.row_bytes();
-      rows.codes = codes - segment.row_begin * rows.row_bytes;
-      rows.block_begin = part.begin / layout.block_size;
-      rows.block_end = part.end / layout.block_size;
-      longest = larger(longest, rows.row_bytes);
-    });
-    const auto compute = [&](auto kernel, size_t i, size_t j, size_t outputs) {
-      kernel(task, i, j, outputs, segments, count, offsets, products);
-    };
-    if (task.m == 1 && longest > kShortRow) {
-      for (size_t j = begin; j < end; ++j) compute(dense_outputs<1, 1>, 0, j, 1);
-      return;
-    }
-    for (size_t j = begin, outputs; j < end; j += outputs) {
-      outputs = end - j >= kDenseOutputs ? kDenseOutputs : 1;
-      size_t i = 0;
-      if (Vec::kRegisters == 32) {
-        for (; i + 4 <= task.m; i += 4) compute(dense_outputs<4, kDenseOutputs>, i, j, outputs);
-        for (; i + 2 <= task.m; i += 2) compute(dense_outputs<2, kDenseOutputs>, i, j, outputs);
-      }
-      for (; i < task.m; ++i) compute(dense_outputs<1, kDenseOutputs>, i, j, outputs);
-    }
+  SegmentRows segments[4];
+  size_t count = 0, longest = 0;
+  write_offsets(task, offsets);
+  for_each_part(layout, 0, 1, 0, layout.columns, [&](const Part& part) {
+    const Segment& segment = layout.segments[part.segment];
+    const uint8_t* codes = w.codes + w.index->starts[part.segment].codes;
+    SegmentRows& rows = segments[count++];
+    rows.bits = segment.bits;
+    rows.row_bytes = segment.row_bytes();
+    rows.codes = codes;
+    rows.block_begin = part.begin / layout.block_size;
+    rows.block_end = part.end / layout.block_size;
+    longest = larger(longest, rows.row_bytes);
   });
+  const auto compute = [&](auto kernel, size_t i, size_t j, size_t outputs) {
+    kernel(task, i, j, outputs, segments, count, offsets, products);
+  };
+  if (task.m == 1 && longest > kShortRow) {
+    for (size_t j = range.first; j < range.last; ++j) compute(dense_outputs<1, 1>, 0, j, 1);
+    return;
+  }
+  for (size_t j = range.first, outputs; j < range.last; j += outputs) {
+    outputs = range.last - j >= kDenseOutputs ? kDenseOutputs : 1;
+    size_t i = 0;
+    if (Vec::kRegisters == 32) {
+      for (; i + 4 <= task.m; i += 4) compute(dense_outputs<4, kDenseOutputs>, i, j, outputs);
+      for (; i + 2 <= task.m; i += 2) compute(dense_outputs<2, kDenseOutputs>, i, j, outputs);
+    }
+    for (; i < task.m; ++i) compute(dense_outputs<1, kDenseOutputs>, i, j, outputs);
+  }
 }
 
 size_t dense_few_rows_scratch_bytes(const Task& task) {
   return task.m * (1 + kDenseOutputs) * task.block_stride * sizeof(float);
-}
-
-void dense_few_rows_tile(const Task& task, size_t tile, void* scratch) {
-  const size_t first = tile * task.tile_outputs;
-  dense_few_rows_outputs(task, first, smaller(first + task.tile_outputs, task.weight->layout->rows),
-                 static_cast<float*>(scratch));
 }
 
 }  // namespace

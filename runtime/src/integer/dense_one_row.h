@@ -101,57 +101,54 @@ inline __attribute__((always_inline)) void quad_dot(const int8_t* a, const uint8
 }
 
 template <typename V>
-void dense_one_row_outputs(const Task& task, size_t tile, void* scratch) {
+void dense_one_row_outputs(const Task& task, const Range& range, void* scratch) {
   using Quad = VecBase<16>;  // an output of each row
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const size_t first = tile * task.tile_outputs, last = smaller(first + task.tile_outputs, layout.rows);
   float* offsets = static_cast<float*>(scratch);
   float* products = offsets + task.block_stride;
-  for_each_row_range(layout, first, last, [&](size_t begin, size_t end) {
-    write_offsets(task, begin, offsets);
-    for (size_t row = begin, count; row < end; row += count) {
-      count = end - row >= kQuadRows ? kQuadRows : 1;
-      const size_t row_step = count == kQuadRows ? 1 : 0;  // a single row is computed as often
-      typename V::Floats acc[kQuadRows];
-      begin_rows<V, 1, kQuadRows>(task, 0, row, row_step, offsets, products, 0, acc);
-      for_each_part(layout, row, row + 1, 0, layout.columns, [&](const Part& part) {
-        const Segment& segment = layout.segments[part.segment];
-        const size_t row_bytes = segment.row_bytes(), block = part.begin / layout.block_size;
-        const size_t blocks = (part.end - part.begin) / layout.block_size;
-        const uint8_t* b = w.codes + w.index->starts[part.segment].codes + (row - segment.row_begin) * row_bytes;
-        const uint8_t* ahead = b + larger(4096, kQuadRows * row_bytes);
-        with_bits(segment.bits, [&](auto width) {
-          constexpr int bits = decltype(width)::kValue;
-          if constexpr (RowProducts<V, bits>::kUsed) {
-            const auto dot = [&](auto steps) {
-              quad_dot<V, bits, decltype(steps)::kValue>(task.codes + part.begin, b, row_step * row_bytes, ahead,
-                                                          products + block, task.block_stride, blocks,
-                                                          layout.block_size, acc);
-            };
-            if (layout.block_size == 2 * kChunk) {
-              dot(Constant<2 * kChunk / RowProducts<V, bits>::kColumns>{});
-            } else {
-              dot(Constant<size_t{0}>{});
-            }
+  write_offsets(task, offsets);
+  for (size_t row = range.first, count; row < range.last; row += count) {
+    count = range.last - row >= kQuadRows ? kQuadRows : 1;
+    const size_t row_step = count == kQuadRows ? 1 : 0;  // a single row is computed as often
+    typename V::Floats acc[kQuadRows];
+    begin_rows<V, 1, kQuadRows>(task, 0, row, row_step, offsets, products, 0, acc);
+    for_each_part(layout, row, row + 1, 0, layout.columns, [&](const Part& part) {
+      const Segment& segment = layout.segments[part.segment];
+      const size_t row_bytes = segment.row_bytes(), block = part.begin / layout.block_size;
+      const size_t blocks = (part.end - part.begin) / layout.block_size;
+      const uint8_t* b = w.codes + w.index->starts[part.segment].codes + (row - segment.row_begin) * row_bytes;
+      const uint8_t* ahead = b + larger(4096, kQuadRows * row_bytes);
+      with_bits(segment.bits, [&](auto width) {
+        constexpr int bits = decltype(width)::kValue;
+        if constexpr (RowProducts<V, bits>::kUsed) {
+          const auto dot = [&](auto steps) {
+            quad_dot<V, bits, decltype(steps)::kValue>(task.codes + part.begin, b, row_step * row_bytes, ahead,
+                                                        products + block, task.block_stride, blocks,
+                                                        layout.block_size, acc);
+          };
+          if (layout.block_size == 2 * kChunk) {
+            dot(Constant<2 * kChunk / RowProducts<V, bits>::kColumns>{});
+          } else {
+            dot(Constant<size_t{0}>{});
           }
-        });
+        }
       });
-      Quad::Floats sums = V::ReduceSum4(f32, acc);
-      if (count == 1) {
-        task.y[row] = sums[0] + bias_of(task, row);
-        continue;
-      }
-      if (task.bias) sums = Quad::Add(sums, Quad::LoadU(f32, task.bias + row));
-      Quad::StoreU(sums, task.y + row);
+    });
+    Quad::Floats sums = V::ReduceSum4(f32, acc);
+    if (count == 1) {
+      *task.output(0, row) = sums[0] + bias_of(task, row);
+      continue;
     }
-  });
+    if (task.bias) sums = Quad::Add(sums, Quad::LoadU(f32, task.bias + row));
+    Quad::StoreU(sums, task.output(0, row));
+  }
 }
 
 // V: Vec. Never called where there are no halves.
 template <typename V>
-void dense_one_row_tile(const Task& task, size_t tile, void* scratch) {
-  if constexpr (kUseHalves) dense_one_row_outputs<typename V::Half>(task, tile, scratch);
+void dense_one_row_tile(const Task& task, const Range& range, void* scratch) {
+  if constexpr (kUseHalves) dense_one_row_outputs<typename V::Half>(task, range, scratch);
 }
 
 }  // namespace

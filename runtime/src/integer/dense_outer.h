@@ -334,11 +334,10 @@ size_t dense_outer_scratch_bytes(const Task& task) {
   return kRun * kChunk + task.m * (task.tile_outputs * sizeof(float) + kGroup * sizeof(Rounded));
 }
 
-// tile_outputs: whole blocks of columns.
-void dense_outer_tile(const Task& task, size_t tile, void* scratch) {
+void dense_outer_tile(const Task& task, const Range& outputs, void* scratch) {
   const Weight& w = *task.weight;
   const Layout& layout = *w.layout;
-  const OuterTile range = outer_tile_of(task, tile);
+  const OuterTile range = outer_tile_of(task, outputs);
   const size_t first = range.first, last = range.last, width = task.tile_outputs;
   uint8_t* interleaved = static_cast<uint8_t*>(scratch);
   float* y = reinterpret_cast<float*>(interleaved + kRun * kChunk);  // [m][width]

@@ -52,24 +52,13 @@ inline void with_tile(const Weight& w, size_t s, size_t tile, Visit visit) {
   });
 }
 
-// Calls compute(segments from, to, tile) for the stored tiles with outputs of tile number `tile` of the task, which
-// leaves their sums in y [m][kTileRows], and writes the outputs. A stored tile is one of a segment of rows; of all
-// segments, if those are of columns.
+// Calls compute(tile) for the stored tiles with outputs of a range, which begins with one. It leaves their sums in y
+// [m][kTileRows], from which the outputs are written.
 template <typename Compute>
-inline void for_each_stored_tile(const Task& task, size_t tile, const float* y, Compute compute) {
-  const Layout& layout = *task.weight->layout;
-  const size_t first = tile * task.tile_outputs, last = smaller(first + task.tile_outputs, layout.rows);
-  const size_t together = layout.columns_cut ? layout.segments.size() : 1;
-  for (size_t s = 0; s < layout.segments.size(); s += together) {
-    const size_t row_begin = layout.segments[s].row_begin;
-    const size_t begin = larger(first, row_begin), end = smaller(last, layout.segments[s].row_end);
-    for (size_t row = begin; row < end;) {
-      const size_t stored = (row - row_begin) / kTileRows;
-      const size_t tile_begin = row_begin + stored * kTileRows, tile_end = smaller(tile_begin + kTileRows, end);
-      compute(s, s + together, stored);
-      write_outputs(task, row, tile_end - row, y + (row - tile_begin), kTileRows);
-      row = tile_end;
-    }
+inline void for_each_stored_tile(const Task& task, const Range& range, const float* y, Compute compute) {
+  for (size_t row = range.first; row < range.last; row += kTileRows) {
+    compute(row / kTileRows);
+    write_outputs(task, row, smaller(kTileRows, range.last - row), y, kTileRows);
   }
 }
 

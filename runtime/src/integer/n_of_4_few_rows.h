@@ -76,14 +76,14 @@ void tile_dot(const Task& task, size_t i, TileStreams at, const uint16_t* scales
       task, i, at, scales, block_begin, block_end, bias, acc);
 }
 
-// The tile's outputs for all of at most kFewTileRows rows of A, from segments [first, last), to y.
+// The tile's outputs for all of at most kFewTileRows rows of A, to y.
 template <size_t rows>
-void few_rows_of_tile(const Task& task, size_t first, size_t last, size_t tile, float* y) {
+void few_rows_of_tile(const Task& task, size_t tile, float* y) {
   Vec::Floats acc[rows][kTileVectors];
   for (size_t r = 0; r < rows; ++r) {
     for (size_t v = 0; v < kTileVectors; ++v) acc[r][v] = Vec::Zero(f32);
   }
-  for (size_t s = first; s < last; ++s) {
+  for (size_t s = 0; s < task.weight->layout->segments.size(); ++s) {
     with_tile(*task.weight, s, tile, [&](auto width, auto... rest) {
       constexpr int bits = decltype(width)::kValue;
       (task.weight->layout->keep == 1 ? tile_dot<bits, 1, rows> : tile_dot<bits, 2, rows>)(task, 0, rest..., acc);
@@ -96,10 +96,10 @@ void few_rows_of_tile(const Task& task, size_t first, size_t last, size_t tile, 
 
 size_t n_of_4_few_rows_scratch_bytes(const Task& task) { return task.m * kTileRows * sizeof(float); }
 
-void n_of_4_few_rows_tile(const Task& task, size_t tile, void* scratch) {
+void n_of_4_few_rows_tile(const Task& task, const Range& range, void* scratch) {
   float* y = static_cast<float*>(scratch);
-  for_each_stored_tile(task, tile, y, [&](size_t first, size_t last, size_t stored) {
-    (task.m == 1 ? few_rows_of_tile<1> : few_rows_of_tile<2>)(task, first, last, stored, y);
+  for_each_stored_tile(task, range, y, [&](size_t tile) {
+    (task.m == 1 ? few_rows_of_tile<1> : few_rows_of_tile<2>)(task, tile, y);
   });
 }
 

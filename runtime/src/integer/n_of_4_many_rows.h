@@ -113,21 +113,21 @@ size_t n_of_4_many_rows_scratch_bytes(const Task& task) {
   return 2 * unpacked_bytes(*task.weight->layout) + task.m * kTileRows * sizeof(float);
 }
 
-void n_of_4_many_rows_tile(const Task& task, size_t tile, void* scratch) {
+void n_of_4_many_rows_tile(const Task& task, const Range& range, void* scratch) {
   const Layout& layout = *task.weight->layout;
   UnpackedBlock unpacked;
   unpacked.index = static_cast<uint8_t*>(scratch);
   unpacked.levels = unpacked.index + unpacked_bytes(layout);
   float* y = reinterpret_cast<float*>(unpacked.levels + unpacked_bytes(layout));
-  for_each_stored_tile(task, tile, y, [&](size_t first, size_t last, size_t stored) {
+  for_each_stored_tile(task, range, y, [&](size_t tile) {
     std::memset(y, 0, task.m * kTileRows * sizeof(float));
-    for (size_t s = first; s < last; ++s) {
+    for (size_t s = 0; s < layout.segments.size(); ++s) {
       const auto add = [&](auto width, TileStreams at, const uint16_t* scales, size_t begin, size_t end, float) {
         constexpr int bits = decltype(width)::kValue;
         const auto many_rows = layout.keep == 1 ? tile_many_rows<bits, 1> : tile_many_rows<bits, 2>;
         many_rows(task, at, scales, begin, end, unpacked, y);
       };
-      with_tile(*task.weight, s, stored, add);
+      with_tile(*task.weight, s, tile, add);
     }
   });
 }

@@ -10,13 +10,12 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// offsets [m][block_stride]: sums of the activations times minus the bias, for all rows of the segments that hold
-// `row`.
-inline void write_offsets(const Task& task, size_t row, float* offsets) {
+// offsets [m][block_stride]: sums of the activations times minus the bias, the same for all rows.
+inline void write_offsets(const Task& task, float* offsets) {
   const Layout& layout = *task.weight->layout;
   const size_t stride = task.block_stride;
   std::memset(offsets, 0, task.m * stride * sizeof(float));
-  for_each_part(layout, row, row + 1, 0, layout.columns, [&](const Part& part) {
+  for_each_part(layout, 0, 1, 0, layout.columns, [&](const Part& part) {
     const float bias = layout.segments[part.segment].encoding.bias;
     for (size_t i = 0; i < task.m; ++i) {
       for (size_t block = part.begin / layout.block_size; block < part.end / layout.block_size; ++block) {

@@ -36,7 +36,7 @@ constexpr uint32_t kApiVersion = 17;
 constexpr int kFail = 1;
 constexpr int kInvalidArgument = 2;
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 // The table of functions. All of those used here return null on success unless noted.

@@ -30,13 +30,13 @@ inline size_t run_begin(const Layout& layout, size_t run) {
   return found;
 }
 
-inline OuterTile outer_tile_of(const Task& task, size_t number) {
+inline OuterTile outer_tile_of(const Task& task, const Range& range) {
   const Layout& layout = *task.weight->layout;
   const size_t n = layout.columns;
   OuterTile tile;
   if (task.sum_parts == 1) {
-    tile.first = number * task.tile_outputs;
-    tile.last = smaller(tile.first + task.tile_outputs, n);
+    tile.first = range.first;
+    tile.last = range.last;
     tile.row_begin = 0;
     tile.row_end = layout.rows;
     tile.bias = task.bias;
@@ -47,10 +47,10 @@ inline OuterTile outer_tile_of(const Task& task, size_t number) {
   for_each_row_range(layout, 0, layout.rows, [&](size_t begin, size_t end) { runs += runs_of(end - begin); });
   tile.first = 0;
   tile.last = n;
-  tile.row_begin = run_begin(layout, number * runs / task.sum_parts);
-  tile.row_end = run_begin(layout, (number + 1) * runs / task.sum_parts);
-  tile.bias = number ? nullptr : task.bias;
-  tile.y = task.y + number * task.m * n;
+  tile.row_begin = run_begin(layout, range.part * runs / task.sum_parts);
+  tile.row_end = run_begin(layout, (range.part + 1) * runs / task.sum_parts);
+  tile.bias = range.part ? nullptr : task.bias;
+  tile.y = task.y + range.part * task.m * n;
   return tile;
 }
 

@@ -13,17 +13,15 @@ inline float bias_of(const Task& task, size_t output) { return task.bias ? task.
 // The bias, or 0, to outputs [first, first + count) of every row of A.
 inline void start_outputs(const Task& task, size_t first, size_t count) {
   for (size_t i = 0; i < task.m; ++i) {
-    for (size_t j = first; j < first + count; ++j) task.y[i * task.n() + j] = bias_of(task, j);
+    for (size_t j = first; j < first + count; ++j) *task.output(i, j) = bias_of(task, j);
   }
 }
 
 // Outputs [first, first + count) for every row of A from values [m][stride], with the bias.
 inline void write_outputs(const Task& task, size_t first, size_t count, const float* values, size_t stride) {
-  const size_t n = task.n();
   for (size_t i = 0; i < task.m; ++i) {
-    for (size_t j = 0; j < count; ++j) {
-      task.y[i * n + first + j] = values[i * stride + j] + bias_of(task, first + j);
-    }
+    float* y = task.output(i, first);
+    for (size_t j = 0; j < count; ++j) y[j] = values[i * stride + j] + bias_of(task, first + j);
   }
 }
 

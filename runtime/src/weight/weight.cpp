@@ -139,6 +139,20 @@ Layout::Layout(const Attributes& a) {
 
 bool Layout::needs_mask() const { return sparse() && midrise && segments.front().bits == 8; }
 
+std::vector<Layout> Layout::row_layouts() const {
+  std::vector<Layout> layouts;
+  if (!trans_b || columns_cut || segments.size() == 1) return layouts;
+  for (const Segment& segment : segments) {
+    Layout layout = *this;
+    layout.rows = segment.rows();
+    layout.segments = {segment};
+    layout.segments.front().row_begin = 0;
+    layout.segments.front().row_end = layout.rows;
+    layouts.push_back(std::move(layout));
+  }
+  return layouts;
+}
+
 size_t Layout::tiles() const {
   if (columns_cut) return segments.front().tiles();
   size_t count = 0;
@@ -189,6 +203,15 @@ StreamIndex::StreamIndex(const Layout& layout, const uint8_t* pattern, size_t pa
     starts.push_back(std::move(start));
   }
   require_size(codes_size, codes_start, "codes");
+
+  std::vector<Layout> layouts = layout.row_layouts();
+  for (size_t i = 0; i < layouts.size(); ++i) {
+    const size_t row_begin = layout.segments[i].row_begin;
+    const size_t scale_rows = layout.n_of_m() ? starts[i].tile * kTileRows : row_begin;
+    starts[i].tile = 0;
+    row_segments.push_back({std::move(layouts[i]), StreamIndex(std::move(starts[i])), row_begin,
+                            scale_rows * layout.blocks});
+  }
 }
 
 }  // namespace fips

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace fips {
@@ -70,7 +71,11 @@ struct Layout {
   size_t tiles() const;
   // No byte is left to mean "absent" beside 256 half-integer levels: decoding then fills a separate mask.
   bool needs_mask() const;
+  // With trans_b, where the rows are cut into several segments: the layout of each alone. Else empty.
+  std::vector<Layout> row_layouts() const;
 };
+
+struct RowSegment;
 
 // Where each segment's bytes start. Of n:m also its first tile, of a bitmap how many of a segment's codes come before
 // each of its rows.
@@ -84,7 +89,23 @@ struct StreamIndex {
     std::vector<uint64_t> codes_before; // bitmap: [rows of the segment]
   };
   std::vector<SegmentStart> starts;
+  // With trans_b, where the rows are cut: each segment as a weight of its own, so that its kernel need not fit the
+  // others. Else empty.
+  std::vector<RowSegment> row_segments;
+
+ private:
+  explicit StreamIndex(SegmentStart start) : starts{std::move(start)} {}
 };
+
+// A weight of one width. Its layout and index begin at row 0.
+struct RowSegment {
+  Layout layout;
+  StreamIndex index;
+  size_t row_begin;     // in the whole weight
+  size_t scales_begin;  // in the whole weight's scales
+};
+
+class RowOrder;
 
 // A weight in memory; nothing is owned. scales: float16 [rows, blocks], n:m [tiles, blocks, kTileRows].
 struct Weight {
@@ -94,6 +115,9 @@ struct Weight {
   size_t codes_size;
   const uint8_t* pattern;
   const uint16_t* scales;
+  // [rows] and what follows from them, or null: rows have the order in which they are stored.
+  const uint8_t* row_bits;
+  const RowOrder* row_order;
 };
 
 }  // namespace fips

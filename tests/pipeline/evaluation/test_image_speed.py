@@ -24,10 +24,10 @@ def test_both_run_whatever_the_width() -> None:
 
 
 def test_what_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("no room\nfor it")
 
-    monkeypatch.setattr(image_speed, "quantize_linears", fail)
+    monkeypatch.setattr(image_speed, "with_nbits", fail)
     sessions, left_out = dense_sessions(tiny("vit"), IMAGES, 1)
     assert list(sessions) == [DENSE_FLOAT32]
     assert left_out == {DENSE_INT4: "MemoryError: no room"}

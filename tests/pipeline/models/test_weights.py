@@ -55,13 +55,15 @@ FLOAT32 = {"weights": "float32"}
         (NORM, -1e5, {}, False),
         (NORM, 1e5, FLOAT32, True),
         (LINEAR, 1e5, {}, False),
-        # Codes of 4 bits go from -8, those of 8 bits from -128, times a scale in float16.
-        (LINEAR, 5e5, {"linear_bits": 4}, True),
-        (LINEAR, -6e5, {"linear_bits": 4}, False),
+        # Levels of 4 bits end at 7.5, those of 8 bits at 127.5, times a scale in float16.
+        (LINEAR, 4.8e5, {"linear_bits": 4}, True),
+        (LINEAR, -5e5, {"linear_bits": 4}, False),
         (LINEAR, 6e5, {"linear_bits": 8}, True),
         (EMBEDDING, 6e5, {"embedding_bits": 4}, False),
         (EMBEDDING, 6e5, {"embedding_bits": 4, **FLOAT32}, False),
         (EMBEDDING, 6e5, {"embedding_bits": 8, **FLOAT32}, True),
+        (EMBEDDING, 2e5, {"embedding_bits": [{"bits": 8, "tokens": 9}, {"bits": 3}], **FLOAT32}, True),
+        (EMBEDDING, 3e5, {"embedding_bits": [{"bits": 8, "tokens": 9}, {"bits": 3}], **FLOAT32}, False),
         (BIAS, 1e5, FLOAT32, True),
         (BIAS, 1e5, {"linear_bits": 4, **FLOAT32}, False),  # beside codes, biases are float16
         (f"{MLP}.weight", 1e5, {}, True),  # packed, with scales of its own

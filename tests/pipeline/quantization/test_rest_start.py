@@ -1,93 +1,26 @@
-"""Starting codes outside the MLPs: errors in the norm that counts, moments, saving."""
+"""Starting codes outside the MLPs: moments, roles of tables, tiers by frequency."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from causal_lm_samples import tiny_language_model, tokens
+from moment_samples import correlated, error, moment_of, values_of
+from rest_samples import linears_outside
 from torch import Tensor, nn
 
-from exporters.nbits import quantize_table
 from pipeline.plumbing.progress import Progress
 from pipeline.quantization.rest_start import (
     TIED_TABLE_DAMPING,
-    gptq_table,
+    RestCalibration,
     linear_moments,
-    load_tables,
-    rest_tables,
-    save_tables,
+    start_rest,
     tied_moment,
+    token_bits,
+    token_tables,
 )
-
-
-def correlated(columns: int, seed: int = 0, count: int = 400) -> Tensor:
-    """Inputs [count, columns] whose columns differ in magnitude and go together."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns // 4, columns, generator=generator)
-    noise = torch.randn(count, columns, generator=generator)
-    return (torch.randn(count, columns // 4, generator=generator) @ mixing + 0.3 * noise) * torch.logspace(
-        -1, 1, columns
-    )
-
-
-def moment_of(x: Tensor) -> Tensor:
-    return x.T @ x / len(x)
-
-
-def error(values: Tensor, weight: Tensor, moment: Tensor) -> float:
-    """Mean squared error of the products with inputs of this second moment."""
-    E = (values - weight).double()
-    return float(((E @ moment.double()) * E).sum())
-
-
-# --- tables ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("bits", "ratio"), [(4, 0.5), (8, 0.8)])
-@pytest.mark.parametrize("block_size", [16, 32])
-def test_products_lose_less_than_by_rounding_to_nearest(bits: int, ratio: float, block_size: int) -> None:
-    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
-    moment = moment_of(correlated(64))
-    table = gptq_table(weight, moment, bits, block_size)
-    assert (table.bits, table.block_size) == (bits, block_size)
-    assert error(table.values, weight, moment) < ratio * error(
-        quantize_table(weight, bits, block_size).values, weight, moment
-    )
-    # Its values are levels of scales that float16 holds.
-    levels = table.values / table.scales.repeat_interleave(block_size, dim=1)
-    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
-    assert -(2 ** (bits - 1)) <= float(levels.min().round()) <= float(levels.max().round()) < 2 ** (bits - 1)
-    assert torch.equal(table.scales, table.scales.half().float())
-
-
-def test_rows_are_rounded_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table of 262,144 rows can therefore be done some at a time."""
-    weight = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
-    moment = moment_of(correlated(32))
-    whole = gptq_table(weight, moment, 4, 16)
-    monkeypatch.setattr("pipeline.quantization.rest_start.ROWS_AT_ONCE", 7)
-    parts = gptq_table(weight, moment, 4, 16)
-    assert torch.equal(whole.values, parts.values)
-    assert torch.equal(whole.codes, parts.codes)
-    assert torch.equal(whole.scales, parts.scales)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_saved_tables_are_the_same(tmp_path: Path, bits: int) -> None:
-    moment = moment_of(correlated(32))
-    made = {
-        name: gptq_table(torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)), moment, bits, 16)
-        for name, rows in (("model.layers.0.self_attn.q_proj", 40), ("lm_head", 17))
-    }
-    save_tables(made, tmp_path / "tables.safetensors")
-    loaded = load_tables(tmp_path / "tables.safetensors")
-    assert loaded.keys() == made.keys()
-    for name, table in made.items():
-        again = loaded[name]
-        assert (again.bits, again.block_size) == (bits, 16)
-        for part in ("codes", "scales", "values"):
-            assert torch.equal(getattr(again, part), getattr(table, part)), (name, part)
+from pipeline.quantization.rest_weights import quantize_rows
+from pipeline.recipe.schema import RestOfModel, Tier
 
 
 def test_tied_table_counts_every_row_and_what_it_is_multiplied_with() -> None:
@@ -96,9 +29,9 @@ def test_tied_table_counts_every_row_and_what_it_is_multiplied_with() -> None:
     torch.testing.assert_close(tied_moment(moment), expected)
     # What is looked up is nearer to the original than with the moment of the products alone.
     weight = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
-    tied, untied = (gptq_table(weight, m, 4, 16).values for m in (tied_moment(moment), moment))
+    tied, untied = (values_of(quantize_rows(weight, 4, 16, m)) for m in (tied_moment(moment), moment))
     assert float((tied - weight).square().sum()) < float((untied - weight).square().sum())
-    assert error(tied, weight, moment) < error(quantize_table(weight, 4, 16).values, weight, moment)
+    assert error(tied, weight, moment) < error(values_of(quantize_rows(weight, 4, 16)), weight, moment)
 
 
 # --- moments ---------------------------------------------------------------------------------------------------
@@ -137,41 +70,52 @@ def test_moments_are_means_over_tokens() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llama"])
-@pytest.mark.parametrize(("linear_bits", "embedding_bits"), [(4, 4), (None, 8), (8, None)])
-def test_tables_of_a_model(kind: str, linear_bits: int | None, embedding_bits: int | None) -> None:
+@pytest.mark.parametrize(("linear_bits", "embedding_bits"), [(3, 4), (None, 8), (8, None)])
+@pytest.mark.parametrize("start", ["gptq", "nearest"])
+def test_codes_of_a_model(kind: str, linear_bits: int | None, embedding_bits: int | None, start: str) -> None:
     model = tiny_language_model(kind)
     mlps = [name for name, module in model.named_modules() if "mlp" in name and isinstance(module, nn.Linear)]
-    made = rest_tables(
-        model,
-        mlps,
-        run=body_of(model),
-        batches=[tokens(24, 4)],
-        linear_bits=linear_bits,
-        embedding_bits=embedding_bits,
-        block_size=16,
-        progress=Progress(),
+    linears = linears_outside(model, mlps) if linear_bits else {}
+    rest = RestOfModel.model_validate({"linear_bits": linear_bits, "embedding_bits": embedding_bits, "block_size": 16})
+    calibration = RestCalibration(body_of(model), [tokens(24, 4)]) if start == "gptq" else None
+    made = start_rest(
+        model, rest, linears, counts=torch.zeros(265), calibration=calibration, progress=Progress()
     )
-    attention = {
-        f"model.layers.{layer}.self_attn.{name}_proj"
-        for layer in range(model.config.num_hidden_layers)
-        for name in "qkvo"
-    }
-    expected = (attention if linear_bits else set()) | ({"lm_head"} if embedding_bits else set())
-    assert made.keys() == expected
-    for name, table in made.items():
+    assert made.linears.keys() == linears.keys()
+    assert len(linears) == (0 if linear_bits is None else 4 * model.config.num_hidden_layers)
+    tables = {"model.embed_tokens"} | ({"lm_head"} if kind == "llama" else set())
+    assert made.tables.keys() == (set() if embedding_bits is None else tables)
+    for name, weight in made.weights().items():
+        bits = linear_bits if name in linears else embedding_bits
+        assert [width for width, _, _ in weight.layout.submatrices()] == [bits]
+        assert weight.layout.midrise
+    if embedding_bits != 4:
+        return
+    # A table is right for what it is read for: to be multiplied with hidden states, to be looked up, or both.
+    with torch.no_grad():
+        hidden = body_of(model)(tokens(24, 4))
+    moment = hidden.T @ hidden
+    expected: dict[str, Tensor | None] = {"lm_head": moment, "model.embed_tokens": None}
+    if kind == "gemma3":
+        expected["model.embed_tokens"] = tied_moment(moment)
+    for name, table in made.tables.items():
         weight = model.get_submodule(name).weight.detach()
-        assert table.values.shape == weight.shape
-        assert table.bits == (embedding_bits if name == "lm_head" else linear_bits)
-    if embedding_bits == 4:
-        # The table is right for what the output layer reads: for a tied one also for being looked up.
-        with torch.no_grad():
-            hidden = body_of(model)(tokens(24, 4))
-        moment = hidden.T @ hidden
-        weight = model.lm_head.weight.detach()
-        if kind == "gemma3":
-            moment = tied_moment(moment)
-        values = gptq_table(weight, moment, 4, 16).values
+        values = values_of(quantize_rows(weight, 4, 16, expected[name] if start == "gptq" else None))
         # Sums in another order may tip a few codes.
-        assert float((values == made["lm_head"].values).float().mean()) > 0.98
-        nearest = quantize_table(weight, 4, 16).values
-        assert error(made["lm_head"].values, weight, moment) < error(nearest, weight, moment)
+        assert float((values == values_of(table.weight)).float().mean()) > 0.98
+
+
+def test_tables_are_named_by_what_they_are_read_for() -> None:
+    roles = {kind: token_tables(tiny_language_model(kind)) for kind in ("gemma3", "llama")}
+    assert {path: role for path, (_, role) in roles["gemma3"].items()} == {"model.embed_tokens": "tied"}
+    assert {path: role for path, (_, role) in roles["llama"].items()} == {
+        "model.embed_tokens": "input", "lm_head": "output"
+    }  # fmt: skip
+
+
+def test_the_most_frequent_tokens_have_most_bits() -> None:
+    counts = torch.tensor([5, 0, 7, 7, 1, 0, 9])
+    tiers = [Tier(bits=8, tokens=2), Tier(bits=4, tokens=2), Tier(bits=2)]
+    # 6 is first; of 2 and 3, which are as frequent, the lower one; then 3 and 0.
+    assert token_bits(tiers, counts).tolist() == [4, 2, 8, 4, 2, 2, 8]
+    assert token_bits(3, counts).tolist() == [3] * 7

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from causal_lm_samples import tiny_language_model
+from rest_samples import with_packed_linears, with_packed_tables
 from torch import Tensor, nn
 
-from exporters.nbits import NBitsLinear, unpack_nbits
-from exporters.rest import quantize_embedding, quantize_linears
+from exporters.modules import PackedLayer
+from fips_ort.packed import dequantize
 from pipeline.compression.factorized_mlp import FactorizedMLP, original_mlp
 from pipeline.compression.factors import install
 from pipeline.models.adapters import find_mlps
@@ -27,12 +28,12 @@ TOKENS = torch.arange(3, 27).view(2, 12)
 
 
 def stored_model(architecture: str) -> tuple[Any, list[FactorizedMLP]]:
-    """A model with n-bit linear layers and table, and its own MLPs in the form that is trained."""
+    """A model with packed linear layers and table, and its own MLPs in the form that is trained."""
     model = tiny_language_model(architecture)
     sites = find_mlps(model)
     mlps = [original_mlp(model.get_submodule(site.path), site, "group_0") for site in sites]
     skip = [f"{site.path}.{name}" for site in sites for name in (*site.first, site.last)]
-    return quantize_embedding(quantize_linears(model, 4, 16, skip), 4, 16), mlps
+    return with_packed_tables(with_packed_linears(model, 4, 16, skip), 4, 16), mlps
 
 
 def logits(model: Any) -> Tensor:
@@ -83,19 +84,15 @@ def test_scales_move_and_codes_stay(architecture: str, tmp_path: Path) -> None:
     disturb(rest)
     save_rest(rest, tmp_path / "rest.safetensors")
     opened = open_trained_rest(base, tmp_path / "rest.safetensors", float16=True)
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, NBitsLinear)}
-    attention = {name for name in layers if name != "lm_head"}
-    assert attention
-    assert len(rest.layers) == len(attention)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, PackedLayer)}
+    assert layers
+    assert len(rest.layers) == len(layers)
     for name, layer in layers.items():
         after = opened.get_submodule(name)
-        assert isinstance(after, NBitsLinear)
+        assert isinstance(after, PackedLayer)
         assert torch.equal(after.codes, layer.codes)
-        assert torch.equal(after.scales.half().float(), after.scales)
-        assert torch.equal(after.scales, layer.scales) == (name == "lm_head")
-        levels = torch.from_numpy(unpack_nbits(after.codes.reshape(len(after.values), -1).numpy(), 4))
-        expected = levels * after.scales.view(len(levels), -1).repeat_interleave(16, dim=1)
-        assert torch.equal(after.values, expected)
+        assert not torch.equal(after.scales, layer.scales)
+        assert torch.equal(after.values, torch.from_numpy(dequantize(after.stored)))
         assert (after.name, after.training) == (layer.name, layer.training)
 
 
@@ -119,8 +116,8 @@ def test_gradient_of_scales() -> None:
     block."""
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(32, 5, bias=True)
-    layer = quantize_linears(nn.Sequential(linear), 4, 16)[0]  # type: ignore[index]
-    assert isinstance(layer, NBitsLinear)
+    layer = with_packed_linears(nn.Sequential(linear), 4, 16)[0]  # type: ignore[index]
+    assert isinstance(layer, PackedLayer)
     trained = TrainedScales(layer)
     x, weights = torch.randn(7, 32, generator=generator), torch.randn(7, 5, generator=generator)
     torch.testing.assert_close(trained(x), layer(x))

@@ -77,6 +77,7 @@ ALLOCATED_BITS = {"quantization.projections.bits": "allocate", "quantization.tar
 RIGL = {"compression.sparsifier": {"algorithm": "rigl", "update_every": 1}}
 LOCAL_KEY, TOGETHER_KEY = "quantization.training.0.", "quantization.training.1."
 REST = {"quantization.rest": {"linear_bits": 4, "embedding_bits": 4, "block_size": 16}}
+TIERS = {"quantization.rest": {"embedding_bits": [{"bits": 8, "tokens": 30}, {"bits": 3}], "block_size": 16}}
 
 EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "name": Changes("other", "export"),
@@ -179,8 +180,14 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "quantization.training(task).precision": Changes("bfloat16", TOGETHER, {}, TOGETHER_KEY + "precision"),
     "quantization.training(task).train_rest": Changes(True, TOGETHER, {}, TOGETHER_KEY + "train_rest"),
     "quantization.rest.weights": Changes("float32", "export"),
-    "quantization.rest.linear_bits": Changes(8, "export", {"quantization.rest": {"linear_bits": 4, "block_size": 16}}),
+    "quantization.rest.linear_bits": Changes(8, "qat/rest", {"quantization.rest": {"linear_bits": 4, "block_size": 16}}),
     "quantization.rest.embedding_bits": Changes(8, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
+    "quantization.rest.embedding_bits.bits": Changes(
+        [{"bits": 8, "tokens": 30}, {"bits": 2}], "qat/rest", TIERS, "quantization.rest.embedding_bits", text=True
+    ),
+    "quantization.rest.embedding_bits.tokens": Changes(
+        [{"bits": 8, "tokens": 31}, {"bits": 3}], "qat/rest", TIERS, "quantization.rest.embedding_bits", text=True
+    ),
     "quantization.rest.block_size": Changes(32, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
     "allocate.target": Changes(2.3, "allocate", ALLOCATE),
     "allocate.budgets": Changes([0.6, 0.9], "allocate", ALLOCATE),

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from run_samples import quantization_of_language
 from task_samples import open_language_task
 from torch import Tensor
 
+from exporters.packed_rest import load_packed_rest
+from exporters.rest import packed_rest
 from pipeline.evaluation.perplexity import HIDDEN_STATES
 from pipeline.plumbing.errors import StageError
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.plan import make_plan
-from pipeline.tasks.causal_lm import REST_TABLES
+from pipeline.tasks.base import PACKED_REST
 
 
 def test_only_measuring_the_dense_model_keeps_its_hidden_states(tmp_path: Path) -> None:
@@ -60,27 +63,28 @@ def test_all_training_samples_calibrate_unless_fewer_are_wanted(tmp_path: Path) 
     assert task.calibration_samples() == list(range(task.train_samples))
 
 
-@pytest.mark.parametrize(
-    ("start", "rest", "kept"),
-    [
-        ("gptq", {"linear_bits": 4, "block_size": 16}, True),
-        ("gptq", {"embedding_bits": 4, "block_size": 16}, True),
-        ("gptq", {}, False),
-        ("nearest", {"linear_bits": 4, "block_size": 16}, False),
-    ],
-)
-def test_codes_of_the_rest_are_kept_where_gptq_finds_some(
-    tmp_path: Path, start: str, rest: dict[str, int], kept: bool
-) -> None:
-    task = open_language_task("llama", tmp_path, quantization=quantization_of_language(start=start, rest=rest))
+@pytest.mark.parametrize("start", ["gptq", "nearest"])
+@pytest.mark.parametrize("tied", ["gemma3", "llama"])
+def test_codes_of_the_rest_are_kept(tmp_path: Path, start: str, tied: str) -> None:
+    tiers = [{"bits": 8, "tokens": 40}, {"bits": 4, "tokens": 30}, {"bits": 2}]
+    rest = {"linear_bits": 3, "embedding_bits": tiers, "block_size": 16}
+    task = open_language_task(tied, tmp_path, quantization=quantization_of_language(start=start, rest=rest))
     task.store_rest(tmp_path, Progress())
-    assert (tmp_path / REST_TABLES).exists() == kept
-    task.open_rest(tmp_path)
+    stored = load_packed_rest(tmp_path / PACKED_REST)
+    assert packed_rest(task.open_rest(tmp_path)).weights().keys() == stored.weights().keys()
+    assert set(stored.tables) == {"model.embed_tokens"} | ({"lm_head"} if tied == "llama" else set())
+    # The most frequent tokens of the training text have most bits.
+    row_bits = stored.tables["model.embed_tokens"].row_bits
+    assert row_bits is not None
+    counts = torch.bincount(task.data.train.tokens, minlength=len(row_bits))
+    by_tier = [counts[torch.from_numpy(row_bits == bits)] for bits in (8, 4, 2)]
+    assert [len(tier) for tier in by_tier] == [40, 30, len(counts) - 70]
+    assert int(by_tier[0].min()) >= int(by_tier[1].max()) >= int(by_tier[1].min()) >= int(by_tier[2].max())
 
 
 def test_lost_codes_of_the_rest_are_not_replaced_by_rounding(tmp_path: Path) -> None:
     task = open_language_task("llama", tmp_path)
-    with pytest.raises(FileNotFoundError, match=REST_TABLES):
+    with pytest.raises(FileNotFoundError, match=PACKED_REST):
         task.open_rest(tmp_path)
 
 

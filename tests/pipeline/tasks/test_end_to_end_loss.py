@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rest_samples import with_packed_tables
 from run_samples import TINY, tiny_recipe
 from task_samples import open_language_task
 from torch import Tensor, nn
 
-from exporters.nbits import NBitsLinear
-from exporters.rest import quantize_embedding
+from exporters.modules import PackedOutput
 from pipeline.compression.factors import factorize_group, install
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import train
 from pipeline.recipe.plan import make_plan
-from pipeline.recipe.schema import EndToEnd
+from pipeline.recipe.schema import EndToEnd, Tier
 from pipeline.tasks import make_task
 from pipeline.tasks.base import Task
 from pipeline.tasks.causal_lm import CausalLMTask
@@ -118,8 +118,8 @@ def test_objective_task_is_the_loss_of_transformers(
 @pytest.mark.parametrize("kind", ["gemma3", "llama"])
 def test_objective_task_reads_quantized_output_layers(language_task: Callable[[str], CausalLMTask], kind: str) -> None:
     task = language_task(kind)
-    model: Any = quantize_embedding(task.model, 4, 16)
-    assert isinstance(model.get_output_embeddings(), NBitsLinear)
+    model: Any = with_packed_tables(task.model, [Tier(bits=4, tokens=50), Tier(bits=2)], 16)
+    assert isinstance(model.get_output_embeddings(), PackedOutput)
     with torch.no_grad():
         loss = task.end_to_end_loss(model, config(batch_size=task.train_samples), 0)(0)
         torch.testing.assert_close(loss, own_loss(model, windows(task)), rtol=2e-6, atol=0)

@@ -9,12 +9,14 @@
 //
 // driver kernels [ISA...]: prints which kernel computes which product (kernel_table.h).
 //
-// A case is 19 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
-// of, M, bytes of codes, bytes of pattern, number of scales, kind, elements of the bias: N or 0), then codes, pattern
-// and, if the kind is 0 (sound), scales float16, A [M, K], bias, and float32 [M, N] each the expected Y and the allowed
-// differences, without and with flushed subnormal numbers (tests/samples/kernel_bounds.py). Kind 1 is malformed; kind 2
-// may be anything: if it is accepted, it is multiplied with zeros, and nothing is expected but that this ends. Every
-// array gets an allocation of its own exact size, so that the address sanitizer sees a read past its end.
+// A case is 20 int64 numbers (K, N, transB, block_size, segment_axis, 4 segment sizes, midrise, accuracy_level, keep,
+// of, M, bytes of codes, bytes of pattern, number of scales, kind, elements of the bias: N or 0, elements of row_bits),
+// then codes, pattern, row_bits and, if the kind is 0 (sound), scales float16, A [M, K], bias, and float32 [M, N] each
+// the expected Y and the allowed differences, without and with flushed subnormal numbers
+// (tests/samples/kernel_bounds.py). Kind 1 is malformed; kind 2 may be anything: if it is accepted, it is multiplied
+// with zeros, and nothing is expected but that this ends. Of kind 3 M rows are looked up: scales, their numbers int64
+// [M], and the expected rows [M, K], exactly. Every array gets an allocation of its own exact size, so that the address
+// sanitizer sees a read past its end.
 
 #include <algorithm>
 #include <cmath>
@@ -22,6 +24,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -31,9 +34,11 @@
 #include <immintrin.h>
 #endif
 
+#include "gather.h"
 #include "kernel_table.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "weight/row_order.h"
 #include "weight/weight.h"
 
 namespace {
@@ -113,13 +118,14 @@ struct Case {
   fips::Attributes attributes;
   size_t m;
   int64_t kind;
-  std::vector<uint8_t> codes, pattern;
+  std::vector<uint8_t> codes, pattern, row_bits;
   std::vector<uint16_t> scales;
+  std::vector<int64_t> indices;
   std::vector<float> a, bias, expected, allowed, flushed;
 };
 
 Case read_case(File& file) {
-  const std::vector<int64_t> h = file.read<int64_t>(19);
+  const std::vector<int64_t> h = file.read<int64_t>(20);
   const size_t k = static_cast<size_t>(h[0]), n = static_cast<size_t>(h[1]), m = static_cast<size_t>(h[13]);
   Case result;
   result.attributes.k = h[0];
@@ -136,8 +142,14 @@ Case read_case(File& file) {
   result.kind = h[17];
   result.codes = file.read<uint8_t>(static_cast<size_t>(h[14]));
   result.pattern = file.read<uint8_t>(static_cast<size_t>(h[15]));
-  if (result.kind != 0) return result;
+  result.row_bits = file.read<uint8_t>(static_cast<size_t>(h[19]));
+  if (result.kind == 1 || result.kind == 2) return result;
   result.scales = file.read<uint16_t>(static_cast<size_t>(h[16]));
+  if (result.kind == 3) {
+    result.indices = file.read<int64_t>(m);
+    result.expected = file.read<float>(m * k);
+    return result;
+  }
   result.a = file.read<float>(m * k);
   result.bias = file.read<float>(static_cast<size_t>(h[18]));
   result.expected = file.read<float>(m * n);
@@ -156,11 +168,16 @@ struct CheckedWeight {
     weight.codes_size = c.codes.size();
     weight.pattern = c.pattern.data();
     weight.scales = c.scales.data();
+    if (c.row_bits.empty()) return;
+    order.emplace(layout, c.row_bits.data(), c.row_bits.size());
+    weight.row_bits = c.row_bits.data();
+    weight.row_order = &*order;
   }
 
   fips::Layout layout;
   fips::StreamIndex index;
-  fips::Weight weight;
+  std::optional<fips::RowOrder> order;
+  fips::Weight weight{};
 };
 
 // Rows [first, first + m) of a case's activations.
@@ -201,7 +218,7 @@ void compare(const Case& c, const fips::Kernels& kernels, const fips::Layout& la
     if (difference <= 1 || !result.failure.empty()) continue;
     char text[256];
     std::snprintf(text, sizeof text, "%s, rows %zu to %zu, %s: Y[%zu, %zu] is %.9g, expected %.9g within %.3g",
-                  kernels.kernel_name(layout, m), first, first + m - 1, how, first + i / n, i % n,
+                  kernel_names(kernels, layout, m).c_str(), first, first + m - 1, how, first + i / n, i % n,
                   static_cast<double>(y[i]), static_cast<double>(expected), static_cast<double>(bound));
     result.failure = text;
   }
@@ -234,6 +251,24 @@ void run(const Case& c, const fips::Kernels& kernels, Result& result) {
   const FlushedSubnormals flushed(true);
   compare(c, kernels, checked.layout, 0, multiply(c, checked.weight, 0, c.m, kernels, {run_on_one_thread, nullptr}),
           c.flushed, "subnormal numbers flushed", result);
+}
+
+// Looks all rows of a case up, on one thread and on two, and some that do not exist.
+void look_up(const Case& c, const fips::Kernels& kernels, Result& result) {
+  const CheckedWeight checked(c);
+  for (const auto run_on_threads : {run_on_one_thread, run_on_two_threads}) {
+    std::vector<float> y(c.expected.size(), 12345.0f);
+    fips::q_gather(checked.weight, c.indices.data(), c.m, y.data(), kernels, {run_on_threads, nullptr});
+    ++result.calls;
+    if (std::memcmp(y.data(), c.expected.data(), y.size() * sizeof(float)) != 0) result.failure = "other rows";
+  }
+  for (const int64_t index : {int64_t{-1}, static_cast<int64_t>(checked.layout.rows), INT64_MIN, INT64_MAX}) {
+    try {
+      fips::q_gather(checked.weight, &index, 1, nullptr, kernels, {run_on_one_thread, nullptr});
+      result.failure = "a row that does not exist is looked up";
+    } catch (const std::invalid_argument&) {
+    }
+  }
 }
 
 // Scales and activations of the sizes that an accepted layout asks for, if it is small; false if it was refused.
@@ -293,7 +328,7 @@ int run_all(int argc, char** argv) {
       } else {
         Result result;
         try {
-          run(c, kernels, result);
+          (c.kind == 3 ? look_up : run)(c, kernels, result);
         } catch (const fips::InvalidWeight& error) {
           result.failure = std::string("a sound weight is refused: ") + error.what();
         }

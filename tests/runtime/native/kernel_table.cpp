@@ -21,7 +21,7 @@ void print_row(const fips::Kernels& kernels, const fips::Attributes& a) {
                                   a.segments[0], a.segments[1], a.segments[2], a.segments[3]}) {
         std::printf(" %lld", static_cast<long long>(value));
       }
-      std::printf(" %zu %s\n", m, kernels.kernel_name(layout, m));
+      std::printf(" %zu %s\n", m, kernel_names(kernels, layout, m).c_str());
     }
   } catch (const fips::InvalidWeight&) {
     // A block size that this pattern does not have.
@@ -29,6 +29,14 @@ void print_row(const fips::Kernels& kernels, const fips::Attributes& a) {
 }
 
 }  // namespace
+
+std::string kernel_names(const fips::Kernels& kernels, const fips::Layout& layout, size_t m) {
+  const std::vector<fips::Layout> layouts = layout.row_layouts();
+  if (layouts.empty()) return kernels.kernel_name(layout, m);
+  std::string names;
+  for (const fips::Layout& segment : layouts) names += (names.empty() ? "" : " ") + std::string(kernels.kernel_name(segment, m));
+  return names;
+}
 
 void print_kernel_table(const fips::Kernels& kernels) {
   fips::Attributes a{};
