@@ -201,8 +201,13 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    merges = content["model"].get("merges")
+    path.write_text(compact_tokenizer(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+def compact_tokenizer(content: Mapping[str, Any]) -> str:
+    """Write the content of a ``tokenizer.json`` in compact form."""
+    model = dict(content["model"])
+    merges = model.get("merges")
     if merges and not any(" " in part for pair in merges for part in pair):
-        content["model"]["merges"] = [" ".join(pair) for pair in merges]
-    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+        model["merges"] = [" ".join(pair) for pair in merges]
+    return json.dumps({**content, "model": model}, ensure_ascii=False, separators=(",", ":"))

@@ -260,11 +260,11 @@ def _bench_tokens(artifact: Path, threads: int, beside: list[Path], trust_librar
     recipe = parse_recipe(read_manifest(artifact).recipe, str(artifact / MANIFEST))
     speed, loads = bench_recipe(artifact, recipe, threads, beside, trust_libraries=trust_libraries)
     table = Table("backend", "prefill tokens/s", "decode tokens/s", "decode ratio", box=None)
-    for column in ("load s", "load RSS MB", "token MB", "of a plain read"):
+    for column in ("load s", "load RSS MB", "run RSS MB", "token MB", "of a plain read"):
         table.add_column(column)
     for row in speed.rows:
         load = loads.get(row.backend)
-        assert row.token_bytes is not None
+        assert row.weight_bytes is not None
         assert row.read_fraction is not None
         table.add_row(
             row.backend,
@@ -273,7 +273,8 @@ def _bench_tokens(artifact: Path, threads: int, beside: list[Path], trust_librar
             "–" if row.decode_ratio_to_int4 is None else f"{row.decode_ratio_to_int4:.2f}",
             "–" if load is None else f"{load.seconds:.2f}",
             "–" if load is None else f"{load.load_rss_bytes / 1e6:.1f}",
-            f"{row.token_bytes / 1e6:.1f}",
+            "–" if load is None else f"{load.run_rss_bytes / 1e6:.1f}",
+            f"{row.weight_bytes / 1e6:.1f}",
             f"{row.read_fraction:.2f}",
         )
     assert speed.read_bytes_per_second is not None
@@ -281,8 +282,8 @@ def _bench_tokens(artifact: Path, threads: int, beside: list[Path], trust_librar
     console.print(f"prompt of {speed.prompt_tokens} tokens, {speed.generated_tokens} generated, {threads} threads")
     console.print(table)
     console.print(
-        f"load RSS: on top of {loads[NATIVE].base_rss_bytes / 1e6:.1f} MB of a process that has imported "
-        f"onnxruntime-genai; token MB: weights that a token needs, of which a plain read loop reads "
+        f"RSS after loading and after two tokens: on top of {loads[NATIVE].base_rss_bytes / 1e6:.1f} MB of a process "
+        f"that has imported onnxruntime-genai; token MB: weights that a token needs, of which a plain read loop reads "
         f"{speed.read_bytes_per_second / 1e9:.1f} GB/s"
     )
     for name, reason in speed.left_out.items():

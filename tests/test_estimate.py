@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -388,6 +389,40 @@ def test_plan_of_a_language_model(language: Recipe, capsys: pytest.CaptureFixtur
     assert f"about {peak:,} bytes, most of it to {when}: {4 * estimated.parameters:,} for the dense model" in out
     assert f"so {peak - estimated.mapped_bytes:,} can do" in out
     assert "warning" not in out
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "kept", "dropped"), [({"scripts": ["Latin"]}, 265, 0), ({"keep": 261}, 261, 4)]
+)
+def test_plan_with_a_cut_vocabulary(
+    language: Recipe, capsys: pytest.CaptureFixture[str], vocabulary: dict[str, Any], kept: int, dropped: int
+) -> None:
+    whole = estimate(language)
+    recipe = parse_recipe({**language.model_dump(mode="json"), "vocabulary": vocabulary}, "r.yaml")
+    estimated = estimate(recipe)
+    print_estimate(recipe, estimated)
+    out = " ".join(capsys.readouterr().out.split())
+    cut = estimated.vocabulary
+    assert cut is not None
+    assert cut.tokens == kept
+    # One of the twelve tokens of a line is "the", which does not fit together with "th".
+    assert cut.respelled == pytest.approx(1 / 12 if dropped else 0.0, abs=1e-3)
+    assert f"vocabulary {kept} tokens, tokenizer.json {cut.tokenizer_bytes:,} bytes; " in out
+    assert f"{100 * cut.respelled:.2f} % of the training text's tokens are spelled in others" in out
+    assert estimated.parameters == whole.parameters - 32 * dropped
+    assert estimated.dense_parameters == whole.parameters
+    assert f"% of {2 * whole.parameters:,} in float16" in out
+    assert estimated.memory["validate the artefact"] > whole.memory["validate the artefact"]
+
+
+def test_a_vocabulary_that_cannot_be_cut_is_refused_early(language: Recipe) -> None:
+    for vocabulary, said in (
+        ({"keep": 200}, "vocabulary.keep: 200: 260 tokens stay in any case: single bytes, special and added tokens"),
+        ({"scripts": ["Han"], "keep": 100}, "give at least 260"),
+    ):
+        recipe = parse_recipe({**language.model_dump(mode="json"), "vocabulary": vocabulary}, "r.yaml")
+        with pytest.raises(InputError, match=re.escape(said)):
+            estimate(recipe)
 
 
 def test_plan_warns_where_the_machine_is_too_small(

@@ -17,7 +17,7 @@ ROOMS = (
     "pipeline.stages",
     "pipeline.tasks",
     "pipeline.evaluation pipeline.quantization",
-    "pipeline.compression",
+    "pipeline.compression pipeline.vocabulary",
     "pipeline.models",
     "pipeline.data",
     "pipeline.recipe",

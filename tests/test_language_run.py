@@ -1,6 +1,7 @@
 """Whole runs of tiny language models: what the report says is what the artefact does, in every way to run it."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -23,7 +24,14 @@ from run_samples import (
     stages_run_for,
 )
 from torch import nn
-from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, SiglipVisionConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from exporters.packed_model import load_packed_model
 from fips_ort.manifest import read_manifest
@@ -132,7 +140,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_load_rss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of loading is measured in new processes, seconds each: once, in the first run, is enough."""
-    monkeypatch.setattr(text_speed, "measure_load", lambda _: GenaiLoad(10**8, 10**6, 0.5))
+    monkeypatch.setattr(text_speed, "measure_load", lambda _: GenaiLoad(10**8, 10**6, 2 * 10**6, 0.5))
     monkeypatch.setattr("pipeline.tasks.causal_lm.measure_memory", lambda _: {"load_rss_bytes": 1, "peak_rss_bytes": 1})
 
 
@@ -249,7 +257,9 @@ def test_artefact_evaluates_to_the_same_number(finished: LanguageRun) -> None:
     quality = finished.report["quality"]
     value, error = quality["onnx_native"], quality["standard_error"]["onnx_native"]
     line = evaluate_artifact(finished.artifact, Progress())
-    assert line.startswith(f"perplexity {value:.3f} ± {error:.3f} (310 tokens, context 32, ")
+    bits = quality["bits_per_byte"]["onnx_native"]
+    expected = f"perplexity {value:.3f} ± {error:.3f}, {bits:.4f} bits per byte (310 tokens, context 32, "
+    assert line.startswith(expected)
 
 
 def test_generate_prints_text(
@@ -294,8 +304,8 @@ def test_bench_measures_other_folders_in_the_same_run(
     assert not ended.value.code
     lines = capfd.readouterr().out.splitlines()
     for name in (NATIVE, *text_speed.INT4_BLOCKS, str(other)):
-        figures = [float(figure) for figure in next(line for line in lines if name in line).split()[-7:]]
-        assert figures[3:5] == [0.5, 1.0]
+        figures = [float(figure) for figure in next(line for line in lines if name in line).split()[-8:]]
+        assert figures[3:6] == [0.5, 1.0, 2.0]
         assert all(figure > 0 for figure in figures[:3])
     assert any("100.0 MB of a process that has imported" in line for line in lines)
 
@@ -332,6 +342,51 @@ def assert_sound(done: LanguageRun) -> None:
     assert parity["native_vs_torch"]["relative"] <= 1e-3
     line = evaluate_artifact(done.artifact, Progress())
     assert line.startswith(f"perplexity {quality['onnx_native']:.3f} ± ")
+
+
+@pytest.mark.usefixtures("no_load_rss")
+def test_cut_vocabulary(gemma: Path, text: Path, tmp_path: Path) -> None:
+    """Four tokens of the tokenizer are more than single bytes; two stay, and what the others spelled is learned."""
+    done = finish(
+        language_recipe(
+            gemma,
+            text,
+            vocabulary={"scripts": ["Latin"], "keep": 263},
+            fit=None,
+            compression={"groups": 2, "budget": 1.0, "pattern": "dense"},
+            quantization=quantization_of_language(training=[distillation("float32", steps=40)]),
+        ),
+        tmp_path,
+    )
+    quality, artifact = done.report["quality"], done.artifact
+    assert [check.passed for check in validate(artifact)] == [True] * 4
+    assert quality["onnx_native"] == pytest.approx(quality["qat"], rel=1e-3)
+    assert quality["qat"] < 0.95 * quality["rounded"]
+    # Per token of the whole vocabulary and per byte, every stage says the same of the same text.
+    for stage, bits in quality["bits_per_byte"].items():
+        assert bits * quality["bytes"] == pytest.approx(math.log2(quality[stage]) * quality["tokens"], rel=1e-6)
+    assert done.report["divergence"]["tokens"] < quality["tokens"]
+    cut = done.report["data"]["vocabulary"]
+    assert (cut["tokens"], cut["kept"]) == (265, 263)
+    assert 0 < cut["respelled"] < 0.2
+    assert any("tokens 263 are kept" in warning for warning in done.report["warnings"])
+    whole = AutoModelForCausalLM.from_pretrained(gemma)
+    assert done.report["model"]["parameters"] == sum(parameter.numel() for parameter in whole.parameters())
+    # All files speak of the same tokens.
+    tokenizer = AutoTokenizer.from_pretrained(artifact)
+    config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
+    described = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    assert len(tokenizer) == config["vocab_size"] == described["vocab_size"] == 263
+    assert described["eos_token_id"] == tokenizer.eos_token_id
+    # Its own evaluation knows its own tokens, in windows of its own.
+    said = evaluate_artifact(artifact, Progress())
+    bits = float(said.split(" bits per byte")[0].split(", ")[1])
+    assert bits == pytest.approx(quality["bits_per_byte"]["onnx_native"], rel=0.1)
+    assert said.endswith("compare bits per byte, not perplexities")
+    # A text in another script works, in more tokens.
+    prompt = tokenizer("the cat спит 世界")["input_ids"]
+    assert tokenizer.decode(prompt, skip_special_tokens=True) == "the cat спит 世界"
+    assert len(greedy_tokens(artifact, prompt, 5)) == 5
 
 
 def distillation(precision: str, steps: int = 10) -> dict[str, Any]:

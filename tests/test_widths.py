@@ -286,7 +286,7 @@ def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_speed, "GENERATED_TOKENS", 3)
     monkeypatch.setattr(text_speed, "ROUNDS", 1)
     monkeypatch.setattr("pipeline.tasks.causal_lm.PROMPT_TOKENS", 8)
-    monkeypatch.setattr(text_speed, "measure_load", lambda _: GenaiLoad(10**8, 10**6, 0.5))
+    monkeypatch.setattr(text_speed, "measure_load", lambda _: GenaiLoad(10**8, 10**6, 2 * 10**6, 0.5))
     monkeypatch.setattr("pipeline.tasks.causal_lm.measure_memory", lambda _: {"load_rss_bytes": 1, "peak_rss_bytes": 1})
 
 

@@ -1,5 +1,8 @@
 """Text for language models: documents split into train and test, then cut into windows of tokens.
 
+What a window has to predict is said in terms that models with other vocabularies can share (:class:`TextWindows`): how
+many tokens of the model's own *full* vocabulary, how many bytes.
+
 The split is of documents, before they become tokens, and no text is on both sides. Each side's documents follow one
 another, a blank line between two, and are cut into windows wherever these happen to end. Only as many documents are
 tokenized as the wanted windows need.
@@ -8,21 +11,21 @@ tokenized as the wanted windows need.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.hub import check_splits_differ, load_split, reading_split, split_name
 from pipeline.data.packages import package_file
 from pipeline.data.samples import Indices, shuffled_order
 from pipeline.data.text_files import read_json_file, read_text_file, records_in, text_in
+from pipeline.data.token_bytes import content_of, token_bytes
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import HubTextData, LocalTextData, PackagedTextData, TextDataSection
 
@@ -33,19 +36,89 @@ _PIECE = 1 << 17
 """Characters after which a long document is cut for the tokenizer, at the next line."""
 
 
+COVERED = 0.9
+"""Part of the training text that its frequent tokens make up; all other tokens are rare."""
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What is known of every id of a vocabulary. ``bytes``: of UTF-8 that it stands for, int64 [vocabulary];
+    ``frequent``: whether it is one of the most frequent tokens of the training text, those that make up
+    :data:`COVERED` of it, bool [vocabulary]."""
+
+    bytes: Tensor
+    frequent: Tensor
+
+    @staticmethod
+    def of(tokenizer: Any, training_text: Tensor) -> "TokenFacts":
+        """Facts of ``tokenizer``'s vocabulary; ``training_text``: its ids of the training text, int32 [n]."""
+        texts = token_bytes(content_of(tokenizer))
+        sizes = torch.zeros(1 + max(texts), dtype=torch.int64)
+        sizes[list(texts)] = torch.tensor([len(text) for text in texts.values()])
+        return TokenFacts(sizes, _frequent(torch.bincount(training_text, minlength=len(sizes))))
+
+
+def _frequent(counts: Tensor) -> Tensor:
+    """The tokens that come first by their ``counts``, int64 [vocabulary], until :data:`COVERED` is reached."""
+    order = torch.argsort(counts, descending=True, stable=True)
+    before = counts[order].cumsum(0) - counts[order]
+    frequent = torch.zeros(len(counts), dtype=torch.bool)
+    frequent[order[before < COVERED * counts.sum()]] = True
+    return frequent
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens that a window is to predict, its last n. ``full``: which of those that the same window has in the full
+    vocabulary is the same token at the same place, int64 [n], -1 where none is. ``frequent``: bool [n]."""
+
+    full: Tensor
+    frequent: Tensor
+
+
+class TextWindows(Protocol):
+    """Windows on one text, some overlapping, in the tokens of a model; the full vocabulary's or a part of it.
+
+    ``context``: tokens of a window in the full vocabulary, ``step``: between the starts of two. ``text``: SHA-256 of
+    the whole text in the full vocabulary's ids.
+    """
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    def __len__(self) -> int: ...
+    def strided(self, stride: int | None) -> "TextWindows": ...
+    def batch(self, indices: Indices) -> Tensor: ...
+    def sizes(self) -> Tensor: ...
+    def predicted(self) -> Tensor: ...
+    def counted(self) -> Tensor: ...
+    def counted_bytes(self) -> int: ...
+    def counted_frequent(self) -> int: ...
+    def targets(self, window: int) -> Targets: ...
+
+
 @dataclass(frozen=True)
 class TextSplit:
     """Windows of ``context`` token ids on one stream of text.
 
     ``tokens``: int32 [n], the text. ``bos``: the id every window begins with, in addition to the text; None where the
     tokenizer adds none. ``step``: tokens of text between the starts of two windows; less than a window and they
-    overlap.
+    overlap. ``facts``: of the vocabulary.
     """
 
     tokens: Tensor
     context: int
     bos: int | None
     step: int
+    facts: TokenFacts
+
+    @property
+    def text(self) -> str:
+        """SHA-256 of the text's ids."""
+        return hashlib.sha256(self.tokens.numpy().astype("<i4").tobytes()).hexdigest()
 
     @property
     def width(self) -> int:
@@ -65,6 +138,10 @@ class TextSplit:
             return windows
         return torch.cat([windows.new_full((len(chosen), 1), self.bos), windows], dim=1)
 
+    def sizes(self) -> Tensor:
+        """Count the tokens of each window, int64 [windows]."""
+        return torch.full((len(self),), self.context)
+
     def predicted(self) -> Tensor:
         """How many tokens at the end of each window are there to be predicted, int64 [windows].
 
@@ -74,6 +151,29 @@ class TextSplit:
         counts = torch.full((len(self),), min(self.step, self.context - 1))
         counts[:1] = self.context - 1
         return counts
+
+    def counted(self) -> Tensor:
+        """How many tokens of the full vocabulary these are, int64 [windows]."""
+        return self.predicted()
+
+    def counted_bytes(self) -> int:
+        """Count the bytes of UTF-8 that all windows together are to predict."""
+        return self._sum_of_predicted(self.facts.bytes)
+
+    def counted_frequent(self) -> int:
+        """Count the frequent tokens that all windows together are to predict."""
+        return self._sum_of_predicted(self.facts.frequent.long())
+
+    def _sum_of_predicted(self, values: Tensor) -> int:
+        """Sum up ``values`` of the vocabulary, int64, over the tokens that the windows are to predict."""
+        ends, counts = torch.arange(len(self)) * self.step + self.width, self.predicted()
+        whole = torch.cat([torch.zeros(1, dtype=torch.int64), values[self.tokens.long()].cumsum(0)])
+        return int((whole[ends] - whole[ends - counts]).sum())
+
+    def targets(self, window: int) -> Targets:
+        """What ``window`` is to predict: in this, the full vocabulary, every token is the same at its place."""
+        count, end = int(self.predicted()[window]), window * self.step + self.width
+        return Targets(torch.arange(count), self.facts.frequent[self.tokens[end - count : end].long()])
 
     def strided(self, stride: int | None) -> "TextSplit":
         """Return this text in windows that start every ``stride`` tokens, or side by side if it is None. Raises
@@ -91,12 +191,15 @@ class TextData:
     """The text of a recipe, as windows of tokens.
 
     ``hash``: SHA-256 of the token ids of both splits, the window length and the tokenizer's vocabulary.
-    ``train_documents``, ``test_documents``: how many documents were tokenized.
+    ``train_pieces``, ``test_pieces``: the text that was tokenized, piece by piece; windows may leave out its end.
+    ``train_documents``, ``test_documents``: of how many documents.
     """
 
     train: TextSplit
     test: TextSplit
     hash: str
+    train_pieces: list[str]
+    test_pieces: list[str]
     train_documents: int
     test_documents: int
 
@@ -129,23 +232,37 @@ def load_text_data(
     bos = leading_token(tokenizer)
     width = section.context - (bos is not None)
     # Test first: what the train documents must not repeat is known then.
-    test_tokens, test_digests = _tokenize(test, tokenizer, _wanted(test_samples, width), frozenset())
-    train_tokens, train_digests = _tokenize(train, tokenizer, _wanted(train_samples, width), test_digests)
-    assert not train_digests & test_digests
+    tested = _tokenize(test, tokenizer, _wanted(test_samples, width), frozenset())
+    trained = _tokenize(train, tokenizer, _wanted(train_samples, width), tested.digests)
+    assert not trained.digests & tested.digests
+    facts = TokenFacts.of(tokenizer, trained.tokens)
     splits = []
-    for name, tokens in (("train", train_tokens), ("test", test_tokens)):
+    for name, tokens in (("train", trained.tokens), ("test", tested.tokens)):
         whole = len(tokens) // width * width
         if whole == 0:
             raise InputError(
                 f"{where}: the {name} text has {len(tokens)} tokens, less than one window of data.context: "
                 f"{section.context}; give more text, or a smaller context"
             )
-        splits.append(TextSplit(tokens[:whole], section.context, bos, width))
-    digest = hashlib.sha256(json.dumps([section.context, bos]).encode())
-    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+        splits.append(TextSplit(tokens[:whole], section.context, bos, width, facts))
+    return TextData(
+        train=splits[0],
+        test=splits[1],
+        hash=hash_text(tokenizer, splits),
+        train_pieces=trained.pieces,
+        test_pieces=tested.pieces,
+        train_documents=len(trained.digests),
+        test_documents=len(tested.digests),
+    )
+
+
+def hash_text(tokenizer: Any, splits: Iterable[TextSplit]) -> str:
+    """SHA-256 of the token ids of ``splits``, their window lengths and the tokenizer's vocabulary."""
+    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     for split in splits:
-        digest.update(len(split.tokens).to_bytes(8, "little") + split.tokens.numpy().astype("<i4").tobytes())
-    return TextData(splits[0], splits[1], digest.hexdigest(), len(train_digests), len(test_digests))
+        digest.update(json.dumps([split.context, split.bos, len(split.tokens)]).encode())
+        digest.update(split.tokens.numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 # --- packaged and local ----------------------------------------------------------------------------------------
@@ -202,26 +319,40 @@ def _wanted(windows: int | None, width: int) -> int | None:
     return None if windows is None else windows * width
 
 
+@dataclass(frozen=True)
+class _Tokenized:
+    """Token ids of documents one after another, int32 [n], the pieces of text that were tokenized, and the SHA-256 of
+    each document's text."""
+
+    tokens: Tensor
+    pieces: list[str]
+    digests: frozenset[bytes]
+
+
+def tokenize(pieces: Sequence[str], tokenizer: Any) -> Tensor:
+    """Token ids of pieces of text one after another, int32 [n], without special tokens."""
+    if not pieces:  # which tokenizers do not take
+        return torch.empty(0, dtype=torch.int32)
+    ids = tokenizer(list(pieces), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.from_numpy(np.concatenate([np.asarray(piece, dtype=np.int32) for piece in ids]))
+
+
 def _tokenize(
     documents: Iterable[str], tokenizer: Any, wanted: int | None, excluded: frozenset[bytes]
-) -> tuple[Tensor, frozenset[bytes]]:
-    """Token ids of ``documents`` one after another, int32 [n], and the SHA-256 of each one's text.
+) -> _Tokenized:
+    """Token ids of ``documents``.
 
     At least ``wanted`` ids if there is as much text, all of it if None. Blank documents are left out, and so are
     repeated ones and those whose SHA-256 is ``excluded``.
     """
     used: set[bytes] = set()
-    parts: list[NDArray[np.int32]] = []
-    count = 0
+    parts: list[Tensor] = []
+    pieces: list[str] = []
     pending: list[str] = []
 
     def tokenize_pending() -> None:
-        nonlocal count
-        if not pending:  # which tokenizers do not take
-            return
-        for ids in tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]:
-            parts.append(np.asarray(ids, dtype=np.int32))
-            count += len(ids)
+        parts.append(tokenize(pending, tokenizer))
+        pieces.extend(pending)
         pending.clear()
 
     for document in documents:
@@ -236,14 +367,14 @@ def _tokenize(
             last = pending.pop()
             tokenize_pending()
             pending.append(last)
-            if wanted is not None and count >= wanted:
+            if wanted is not None and sum(map(len, parts)) >= wanted:
                 break
         used.add(digest)
         for piece in _pieces(text):
             pending.append(piece)
     tokenize_pending()
-    tokens = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.int32)
-    return tokens if wanted is None else tokens[:wanted], frozenset(used)
+    tokens = torch.cat(parts)
+    return _Tokenized(tokens if wanted is None else tokens[:wanted], pieces, frozenset(used))
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -17,9 +17,17 @@ from pipeline.estimate.checks import check_filling, check_lengths
 from pipeline.estimate.inputs import check_inputs
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
 from pipeline.estimate.sizes import least_size, rest_bytes
+from pipeline.estimate.vocabulary import VocabularyEstimate, estimate_vocabulary
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
-from pipeline.models.causal_lm import is_here, language_model_class, load_language_config, notes_on
+from pipeline.models.causal_lm import (
+    is_here,
+    language_model_class,
+    load_generation_config,
+    load_language_config,
+    load_tokenizer,
+    notes_on,
+)
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.plumbing.errors import InputError, one_line
@@ -27,6 +35,8 @@ from pipeline.quantization.rest_layers import check_tiers, fitted_rest
 from pipeline.recipe.choices import choices_of, largest_choice
 from pipeline.recipe.plan import FittedRows, GroupSize, Plan, fitted_rows, make_plan
 from pipeline.recipe.schema import LanguageModelSection, Recipe
+from pipeline.vocabulary.cut import CutVocabulary
+from pipeline.vocabulary.cut_model import renumber
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,7 @@ class Estimate:
     ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``fitted``: rows that the recipe's
     block sizes do not divide. ``activation_bytes_per_sample``: on disk, of what calibration records.
     ``group_training_bytes``: memory to train the factors of the largest group.
+    ``dense_parameters``: of the model as it is given, more than ``parameters`` if its ``vocabulary`` is cut.
     ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
     checkpoint, which need not stay in memory. ``work``: operations that take most of the time. ``notes``: what the user
     should know of how the model is taken, and of the inputs, a sentence each.
@@ -53,6 +64,8 @@ class Estimate:
     memory: dict[str, int]
     mapped_bytes: int
     work: Work
+    dense_parameters: int
+    vocabulary: VocabularyEstimate | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,7 +81,7 @@ class Estimate:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense model in memory, in float32."""
-        return FLOAT32_BYTES * self.parameters
+        return FLOAT32_BYTES * self.dense_parameters
 
     @property
     def peak_memory(self) -> tuple[str, int]:
@@ -89,7 +102,15 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
     if recipe.allocate is not None:
         choices = [choice.apply(recipe) for choice in choices_of(recipe)]
         recipe = largest_choice(recipe)
-    config, model, shapes_only = _shapes(recipe)
+    estimated = estimate_vocabulary(recipe)
+    cut, vocabulary = (None, None) if estimated is None else estimated
+    config, model, shapes_only = _shapes(recipe, cut)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dense_parameters, tables = parameters, 0
+    if cut is not None:
+        # Tables with the whole vocabulary, which a run holds beside those that it cuts out of them.
+        tables = _tables(model) // len(cut.kept) * cut.rows
+        dense_parameters += tables - _tables(model)
     sites = find_mlps(model)
     for choice in choices:
         make_plan(choice, sites)
@@ -97,7 +118,11 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
     check_filling(recipe, model, plan)
     check_tiers(recipe, model)
     if isinstance(recipe.model, LanguageModelSection) and (fetch or is_here(recipe.model)):
-        check_saved_config(recipe.model, config)
+        generation = load_generation_config(recipe.model)
+        if cut is not None and generation is not None:
+            renumber(generation, None, cut.new_ids)
+        tokenizer = load_tokenizer(recipe.model) if cut is None else cut.tokenizer
+        check_saved_config(recipe.model, config, tokenizer, generation)
         notes = (*notes_on(recipe.model), *notes)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
     rest = rest_bytes(recipe, model, plan)
@@ -105,27 +130,43 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         passed = dry_run(recipe, plan, model, config, shapes_only)
     return Estimate(
         plan=plan,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         mlp_parameters=sum(group.dense_parameters for group in plan.groups),
         sizes=sizes,
         rest_bytes=rest,
         fitted=(*fitted_rows(plan), *fitted_rest(recipe, model, sites)),
         activation_bytes_per_sample=passed.activation_bytes,
         group_training_bytes=training_bytes(recipe, plan),
-        memory=memory_by_stage(recipe, plan, model, rest, sum(size.stored for size in sizes.values())),
+        memory={
+            stage: size + FLOAT32_BYTES * tables
+            for stage, size in memory_by_stage(
+                recipe, plan, model, rest, sum(size.stored for size in sizes.values())
+            ).items()
+        },
         mapped_bytes=mapped_bytes(recipe, config, model),
         work=count_work(wanted, plan, passed),
+        dense_parameters=dense_parameters,
+        vocabulary=vocabulary,
         notes=notes,
     )
 
 
-def _shapes(recipe: Recipe) -> tuple[Any, Any, AbstractContextManager[Any]]:
-    """(configuration, model without values, context in which the model can be called) of a recipe."""
+def _tables(model: Any) -> int:
+    """Parameters of the token table and the output layer, counted once if they are one."""
+    tables = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(table.numel() for table in tables.values())
+
+
+def _shapes(recipe: Recipe, cut: CutVocabulary | None) -> tuple[Any, Any, AbstractContextManager[Any]]:
+    """(configuration, model without values, context in which the model can be called) of a recipe, with the vocabulary
+    ``cut`` if it is not None."""
     shapes_only: AbstractContextManager[Any]
     if isinstance(recipe.model, LanguageModelSection):
         config, kind = load_language_config(recipe.model), language_model_class()
         check_lengths(recipe, config)
         check_graph(recipe.model, config)
+        if cut is not None:
+            renumber(config, len(cut.kept), cut.new_ids)
         # Masks of language models depend on data where tensors are on the meta device, not where they are fake.
         shapes_only = FakeTensorMode()
     else:

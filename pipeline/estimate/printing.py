@@ -8,6 +8,7 @@ from rich.table import Table
 
 from pipeline.estimate import Estimate
 from pipeline.estimate.time import Duration, duration, seconds_of_step
+from pipeline.estimate.vocabulary import VocabularyEstimate
 from pipeline.plumbing.console import table_console
 from pipeline.recipe.schema import Recipe, TextSection
 
@@ -28,7 +29,9 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
         console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
     for rows in estimated.fitted:
         console.print(str(rows))
-    float16 = 2 * estimated.parameters
+    if estimated.vocabulary is not None:
+        console.print(_vocabulary(estimated.vocabulary))
+    float16 = 2 * estimated.dense_parameters
     console.print(
         f"weights of the artefact  {estimated.artifact_bytes:,} bytes, "
         f"{100 * estimated.artifact_bytes / float16:.1f} % of {float16:,} in float16 (graph, manifest and native "
@@ -54,6 +57,13 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
         console.print(f"note: {note}", markup=False)
     for shortage in shortages(estimated, samples):
         console.print(f"warning: {shortage}")
+
+
+def _vocabulary(cut: VocabularyEstimate) -> str:
+    share = "the training text was not read" if cut.respelled is None else (
+        f"{100 * cut.respelled:.2f} % of the training text's tokens are spelled in others"
+    )
+    return f"vocabulary               {cut.tokens:,} tokens, tokenizer.json {cut.tokenizer_bytes:,} bytes; {share}"
 
 
 def describe(lasts: Duration) -> str:

@@ -10,19 +10,27 @@ from pathlib import Path
 
 import psutil
 
+LENGTH = 1024
+"""Tokens for which the key-value cache has room. Less than a sliding window is refused."""
+_PROMPT = range(3, 11)
+"""Token ids that every vocabulary has."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenaiLoad:
     """``base_rss_bytes``: resident memory of a process that has imported onnxruntime-genai and loaded nothing;
-    ``load_rss_bytes``: by how much loading the model raises it; ``seconds``: how long that takes."""
+    ``load_rss_bytes``: by how much loading the model raises it; ``run_rss_bytes``: by how much it is raised once the
+    model has generated two tokens, with a key-value cache for :data:`LENGTH` tokens at most; ``seconds``: how long
+    loading takes."""
 
     base_rss_bytes: int
     load_rss_bytes: int
+    run_rss_bytes: int
     seconds: float
 
 
 def measure_load(folder: Path) -> GenaiLoad:
-    """Load the model in ``folder`` in a new process. Files are most likely in the system's cache, which the seconds
+    """Load and run the model in ``folder`` in a new process. Files are most likely in the system's cache, which the seconds
     depend on. Raises RuntimeError with the last line of a process that fails."""
     command = [sys.executable, "-m", "pipeline.evaluation.genai_load", str(folder)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -40,8 +48,16 @@ def _load(folder: str) -> GenaiLoad:
     model = onnxruntime_genai.Model(folder)
     seconds = time.perf_counter() - begin
     loaded = process.memory_info().rss
-    del model
-    return GenaiLoad(base, loaded - base, seconds)
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    limit = int(parameters.get_search_options()["max_length"])
+    parameters.set_search_options(max_length=min(LENGTH, limit), do_sample=False)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens([list(_PROMPT)])
+    for _ in range(2):
+        generator.generate_next_token()
+    used = process.memory_info().rss
+    del generator, model
+    return GenaiLoad(base, loaded - base, used - base, seconds)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Generic, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.plumbing.records import Record
 
@@ -37,13 +37,30 @@ class Samples(Record):
     test_samples: PositiveInt
 
 
+class VocabularyCut(Record):
+    """What a recipe left of a vocabulary: ``kept`` of its ``tokens``; ``respelled``: part of the training text's tokens
+    that are spelled in others."""
+
+    tokens: PositiveInt
+    kept: PositiveInt
+    respelled: Share
+
+    @model_validator(mode="after")
+    def _fewer_are_kept(self) -> Self:
+        if self.kept > self.tokens:
+            raise ValueError(f"kept is {self.kept}, the vocabulary has {self.tokens} tokens")
+        return self
+
+
 class TextSamples(Samples):
-    """The text of a run, in windows. ``context``: tokens of a window; the others: tokens in all."""
+    """The text of a run, in windows. ``context``: tokens of a window; the others: tokens in all. ``vocabulary``: how it
+    was cut, if it was; test windows then have their number of tokens in the whole one."""
 
     context: PositiveInt
     train_tokens: PositiveInt
     calibration_tokens: PositiveInt
     test_tokens: PositiveInt
+    vocabulary: VocabularyCut | None = None
 
 
 # --- quality ---------------------------------------------------------------------------------------------------
@@ -105,9 +122,22 @@ class PairedDifference(Record):
         return self.ratio * self.standard_error
 
 
+class PerplexityByFrequency(Record):
+    """Perplexity of the frequent tokens of the training text, which together make up nine tenths of it, and of the rare
+    ones: all others."""
+
+    frequent: PositiveFloat
+    rare: PositiveFloat
+
+
 class PerplexityByStage(QualityByStage[PositiveFloat]):
     """Perplexity: exp of the mean negative log-likelihood of ``tokens`` tokens in ``windows`` windows of ``context``
-    tokens, which start ``stride`` tokens apart. ``standard_error``: of the perplexity, over windows."""
+    tokens, which start ``stride`` tokens apart. ``standard_error``: of the perplexity, over windows.
+
+    Tokens are those of the dense model's vocabulary at every stage, also where the recipe cuts it and the text is
+    spelled in more. ``bytes``: of the same text in UTF-8. ``frequent_tokens``: how many of the tokens are among the
+    frequent ones of the training text; ``by_frequency`` is empty where the text has not both kinds.
+    """
 
     metric: Literal["perplexity"]
     unit: Literal["perplexity"]
@@ -115,17 +145,25 @@ class PerplexityByStage(QualityByStage[PositiveFloat]):
     context: PositiveInt
     stride: PositiveInt
     windows: PositiveInt
+    bytes: PositiveInt
+    bits_per_byte: dict[Stage, PositiveFloat]
+    frequent_tokens: NonNegativeInt
+    by_frequency: dict[Stage, PerplexityByFrequency]
     difference_to_dense: dict[Stage, PairedDifference]
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         most = self.windows * self.context
+        if self.frequent_tokens > self.tokens:
+            raise ValueError(f"frequent_tokens is {self.frequent_tokens}, of {self.tokens} tokens")
         if self.tokens > most:
             raise ValueError(
                 f"tokens is {self.tokens}, {self.windows} windows of {self.context} tokens have at most {most}"
             )
         if self.stride > self.context:
             raise ValueError(f"stride is {self.stride}, expected 1 to {self.context}, the context")
+        check_stages("bits_per_byte", self.bits_per_byte, self.by_stage)
+        check_stages("by_frequency", self.by_frequency, self.by_stage if self.by_frequency else ())
         check_stages("difference_to_dense", self.difference_to_dense, self.by_stage.keys() - {"dense"})
         for stage, difference in self.difference_to_dense.items():
             # Sums over windows in another order differ by rounding; anything more is another set of tokens.
@@ -135,6 +173,10 @@ class PerplexityByStage(QualityByStage[PositiveFloat]):
                     f"difference_to_dense.{stage}.nll is {difference.nll:.6g}, its ratio and the perplexities say "
                     f"{nats[0]:.6g} and {nats[1]:.6g}"
                 )
+        for stage, bits in self.bits_per_byte.items():
+            expected = math.log2(self.by_stage[stage]) * self.tokens / self.bytes
+            if abs(bits - expected) > 1e-4:
+                raise ValueError(f"bits_per_byte.{stage} is {bits:.6g}, the perplexity says {expected:.6g}")
         return self
 
 
@@ -151,9 +193,13 @@ class ImageDivergence(Record):
 
 
 class TextDivergence(Record):
-    """Divergence of a model from the dense one, over predicted tokens: mean and percentiles of KL(dense ‖ model) in
-    nats, and the share of tokens for which both find the same next token most likely."""
+    """Divergence of a model from the dense one, over predicted ``tokens``: mean and percentiles of KL(dense ‖ model) in
+    nats, and the share of tokens for which both find the same next token most likely.
 
+    Where the recipe cuts the vocabulary, the dense model's distribution is that over the tokens that are kept, and
+    ``tokens`` are those that both models predict at the same place."""
+
+    tokens: PositiveInt
     kl_mean: NonNegativeFloat
     kl_median: NonNegativeFloat
     kl_p90: NonNegativeFloat
@@ -234,10 +280,10 @@ class TokenSpeedRow(Record):
     """Speed of one backend. The ratios are to the same model exported at int4 by onnxruntime-genai's builder, None
     where that was left out.
 
-    ``load_seconds``: of loading it in a new process. ``token_bytes``: stored bytes of weights that one generated token
-    needs (:func:`pipeline.evaluation.token_bytes.bytes_per_token`). ``read_fraction``: how long a plain read of so many
-    bytes takes, as a fraction of the time that a generated token takes. All three are None where they are not known, as
-    in reports of earlier versions.
+    ``load_seconds``: of loading it in a new process. ``weight_bytes``: stored bytes of weights that one generated token
+    needs (:func:`pipeline.evaluation.weights_read.weight_bytes_per_token`). ``read_fraction``: how long a plain read of
+    so many bytes takes, as a fraction of the time that a generated token takes. All three are None where they are not
+    known, as in reports of earlier versions.
     """
 
     backend: str
@@ -246,7 +292,7 @@ class TokenSpeedRow(Record):
     prefill_ratio_to_int4: PositiveFloat | None
     decode_ratio_to_int4: PositiveFloat | None
     load_seconds: PositiveFloat | None = None
-    token_bytes: PositiveInt | None = None
+    weight_bytes: PositiveInt | None = None
     read_fraction: PositiveFloat | None = None
 
 
@@ -282,12 +328,14 @@ class ArtifactMemory(Record):
     """Resident memory of a process that has loaded the artefact, and the largest of one that runs it.
 
     ``load_rss_by_backend``: backend of a row of the speed → by how much loading it raises the resident memory of a
-    process that has imported onnxruntime-genai, which takes ``base_rss_bytes`` before.
+    process that has imported onnxruntime-genai, which takes ``base_rss_bytes`` before. ``run_rss_by_backend``: the same
+    once it has generated tokens, when all weights that are mapped from files have been read.
     """
 
     load_rss_bytes: int
     peak_rss_bytes: PositiveInt
     load_rss_by_backend: dict[str, int] | None = None
+    run_rss_by_backend: dict[str, int] | None = None
     base_rss_bytes: PositiveInt | None = None
 
 

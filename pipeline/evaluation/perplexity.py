@@ -1,4 +1,8 @@
-"""Quality of a language model on windows of text: perplexity, and divergence from the dense model.
+"""Quality of a language model on windows of text: perplexity, bits per byte, and divergence from the dense model.
+
+Perplexities count tokens of the full vocabulary, also those of a model whose own vocabulary is a part of it and spells
+the text in more tokens: the probability of a text is that of the tokens it is spelled in, so that the same text has one
+negative log-likelihood under each model, and one number of tokens divides them all.
 
 One evaluator for every form of a model, PyTorch or ONNX Runtime. Logits over a vocabulary of 262,144 take half a
 gigabyte for a window of 512 tokens, so no more than one batch of them is ever there, and what is computed from them
@@ -6,7 +10,6 @@ is computed for a chunk of tokens at a time. The dense model's logits are not ke
 are (a few kilobytes per token), from which its output layer makes them again when another model is compared.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.data.text import TextSplit
+from pipeline.data.text import TextSplit, TextWindows
 from pipeline.evaluation.measurements import PairedDifference, TextDivergence
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states
 from pipeline.plumbing.errors import InputError
@@ -39,10 +42,12 @@ class Logits(Protocol):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity is exp(``nll``), the mean negative log-likelihood in nats over ``tokens`` predicted tokens.
+    """Perplexity is exp(``nll``), the negative log-likelihood of a text in nats for each of its ``tokens``.
 
-    ``standard_error`` is that of ``nll``, over windows: tokens of a window are not independent. ``context``: tokens
-    of a window; ``stride``: tokens between the starts of two. ``text``: SHA-256 of the text's token ids.
+    Tokens are those of the full vocabulary, everywhere here. ``standard_error`` is that of ``nll``, over windows:
+    tokens of a window are not independent. ``bytes``: of UTF-8, of the predicted text. ``context``: tokens of a window;
+    ``stride``: tokens between the starts of two. ``text``: SHA-256 of the text's token ids. ``frequent_nll``,
+    ``frequent_tokens``: the sum, and the number, of those among the frequent tokens of the training text.
     ``window_nll`` float64 [windows] and ``window_tokens`` int64 [windows]: sum and number of what each window counts.
     """
 
@@ -50,6 +55,9 @@ class Perplexity:
     nll: float
     standard_error: float
     tokens: int
+    bytes: int
+    frequent_nll: float
+    frequent_tokens: int
     context: int
     stride: int
     text: str
@@ -62,13 +70,27 @@ class Perplexity:
         """Standard error of the perplexity, to first order."""
         return self.perplexity * self.standard_error
 
+    @property
+    def bits_per_byte(self) -> float:
+        """Negative log-likelihood of the text in bits for each of its bytes, whatever the tokens."""
+        return self.nll * self.tokens / (math.log(2) * self.bytes)
+
+    @property
+    def by_frequency(self) -> tuple[float, float] | None:
+        """Perplexity of the frequent tokens of the training text and of all others; None if there are not both."""
+        rare = self.tokens - self.frequent_tokens
+        if not rare or not self.frequent_tokens:
+            return None
+        rare_nll = self.nll * self.tokens - self.frequent_nll
+        return _exp(self.frequent_nll / self.frequent_tokens), _exp(rare_nll / rare)
+
 
 # --- evaluation ------------------------------------------------------------------------------------------------
 
 
 def evaluate_perplexity(
     logits_of: Callable[[Tensor], Logits],
-    windows: TextSplit,
+    windows: TextWindows,
     batch_size: int,
     stride: int | None = None,
     progress: OnProgress | None = None,
@@ -83,10 +105,11 @@ def evaluate_perplexity(
     """
     windows = windows.strided(stride)
     check_windows(windows)
-    counts = windows.predicted()
+    sizes, predicted, counted = windows.sizes(), windows.predicted(), windows.counted()
     sums = torch.zeros(len(windows), dtype=torch.float64)
-    comparison = _Comparison(reference, int(counts.sum())) if reference is not None else None
-    done = chunk_size = 0
+    frequent = torch.zeros((), dtype=torch.float64)
+    comparison = _Comparison(reference, counted) if reference is not None else None
+    chunk_size = 0
     for first in range(0, len(windows), batch_size):
         indices = range(first, min(first + batch_size, len(windows)))
         input_ids = windows.batch(indices)
@@ -94,7 +117,8 @@ def evaluate_perplexity(
             logits = logits_of(input_ids)
             chunk_size = chunk_size or max(1, _CHUNK_LOGITS // logits[0, slice(0, 1)].shape[-1])
             for row, window in enumerate(indices):
-                for positions in _chunks(windows.context, int(counts[window]), chunk_size):
+                expected, done = windows.targets(window), 0
+                for positions in _chunks(int(sizes[window]), int(predicted[window]), chunk_size):
                     chunk = logits[row, positions].float()
                     maximum, total = _exponential_sum(chunk)
                     normalizer = maximum.double() + total.double().log()
@@ -105,14 +129,17 @@ def evaluate_perplexity(
                         )
                     targets = input_ids[row, positions.start + 1 : positions.stop + 1]
                     chosen = chunk.gather(1, targets[:, None])[:, 0].double()
-                    sums[window] += (normalizer - chosen).sum()
+                    losses = normalizer - chosen
+                    here = slice(done, done + len(targets))
+                    sums[window] += losses.sum()
+                    frequent += losses[expected.frequent[here]].sum()
                     if comparison is not None:
-                        comparison.add(done, chunk, normalizer)
+                        comparison.add(window, expected.full[here], chunk, normalizer)
                     done += len(targets)
         if progress is not None:
-            so_far = sums[: indices.stop].sum() / counts[: indices.stop].sum()
+            so_far = sums[: indices.stop].sum() / counted[: indices.stop].sum()
             progress(indices.stop, len(windows), f"perplexity {_exp(float(so_far)):.3f}")
-    return _summarize(sums, counts, windows, comparison.result() if comparison is not None else None)
+    return _summarize(sums, float(frequent), windows, comparison.result() if comparison is not None else None)
 
 
 def paired_difference(model: Perplexity, baseline: Perplexity) -> PairedDifference:
@@ -131,7 +158,7 @@ def paired_difference(model: Perplexity, baseline: Perplexity) -> PairedDifferen
     return PairedDifference(nll=difference, standard_error=error, ratio=_exp(difference))
 
 
-def check_windows(windows: TextSplit) -> None:
+def check_windows(windows: TextWindows) -> None:
     """Raise InputError when there are too few windows for a standard error."""
     if len(windows) <= _correlated_windows(windows.context, windows.step):
         raise InputError(
@@ -153,17 +180,20 @@ def _exponential_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
     return maximum, (logits - maximum[:, None]).exp_().sum(dim=-1)
 
 
-def _summarize(sums: Tensor, counts: Tensor, windows: TextSplit, divergence: TextDivergence | None) -> Perplexity:
+def _summarize(sums: Tensor, frequent: float, windows: TextWindows, divergence: TextDivergence | None) -> Perplexity:
+    counts = windows.counted()
     nll, error = _ratio_of_sums(sums, counts, _correlated_windows(windows.context, windows.step))
-    text = hashlib.sha256(windows.tokens.numpy().astype("<i4").tobytes()).hexdigest()
     return Perplexity(
         perplexity=_exp(nll),
         nll=nll,
         standard_error=error,
         tokens=int(counts.sum()),
+        bytes=windows.counted_bytes(),
+        frequent_nll=frequent,
+        frequent_tokens=windows.counted_frequent(),
         context=windows.context,
         stride=windows.step,
-        text=text,
+        text=windows.text,
         window_nll=sums,
         window_tokens=counts,
         divergence=divergence,
@@ -281,7 +311,7 @@ class DenseReference:
     """The dense model's logits on the windows of :func:`evaluate_dense`, made again a chunk at a time.
 
     ``folder``: where that function left the hidden states. ``model``: the dense model, of which only the output layer
-    is used.
+    is used; one with the rows of a part of the vocabulary gives the distribution over this part.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
@@ -291,30 +321,38 @@ class DenseReference:
     def __len__(self) -> int:
         return int(self._states.shape[0])
 
-    def logits(self, start: int, stop: int) -> Tensor:
-        """Make the logits float32 [stop - start, vocabulary] of the predicted tokens from number ``start`` on, in the
-        order of evaluation."""
-        return self._output_layer(torch.tensor(self._states[start:stop]))
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Make the logits float32 [n, vocabulary] of predicted ``tokens``, by their number in the order of evaluation,
+        int64 [n]."""
+        return self._output_layer(torch.from_numpy(self._states[tokens.numpy()]))
 
 
 class _Comparison:
-    """KL(dense ‖ model) of every predicted token, and whether both have the same most likely one."""
+    """KL(dense ‖ model) of every predicted token, and whether both have the same most likely one. Where the model's
+    token is not the same as the dense one's at the same place in the text, there is nothing to compare."""
 
-    def __init__(self, reference: DenseReference, tokens: int) -> None:
-        if len(reference) != tokens:
-            raise ValueError(f"{tokens} tokens are compared with {len(reference)} of the dense model")
+    def __init__(self, reference: DenseReference, counted: Tensor) -> None:
+        """``counted``: how many tokens of the dense model each window counts, int64 [windows]."""
+        if len(reference) != int(counted.sum()):
+            raise ValueError(f"{int(counted.sum())} tokens are compared with {len(reference)} of the dense model")
         self._reference = reference
-        self._kl = torch.empty(tokens, dtype=torch.float64)
-        self._same = torch.empty(tokens, dtype=torch.bool)
+        self._before = counted.cumsum(0) - counted
+        self._kl: list[Tensor] = []
+        self._same: list[Tensor] = []
 
-    def add(self, start: int, logits: Tensor, normalizer: Tensor) -> None:
-        """Compare ``logits`` float32 [n, vocabulary] of the tokens from number ``start`` on with the dense model's.
+    def add(self, window: int, places: Tensor, logits: Tensor, normalizer: Tensor) -> None:
+        """Compare ``logits`` float32 [n, vocabulary] of tokens of ``window`` with the dense model's.
 
-        ``normalizer`` float64 [n]: the logarithm of the sum of their exponentials.
+        ``places``: which of the window's tokens of the dense model each is, int64 [n], -1 if none. ``normalizer``
+        float64 [n]: the logarithm of the sum of the logits' exponentials.
         """
-        stop = start + len(logits)
-        dense = self._reference.logits(start, stop)
-        self._same[start:stop] = dense.argmax(dim=-1) == logits.argmax(dim=-1)
+        comparable = places >= 0
+        if not comparable.any():
+            return
+        dense = self._reference.logits(self._before[window] + places[comparable])
+        if not comparable.all():
+            logits, normalizer = logits[comparable], normalizer[comparable]
+        self._same.append(dense.argmax(dim=-1) == logits.argmax(dim=-1))
         # Σ p (log p - log q) with log p = dense - log Σ exp(dense), and the same for q. Means of differences of
         # logits lose less in float32 than differences of logarithms of probabilities.
         difference = dense - logits
@@ -323,18 +361,20 @@ class _Comparison:
         total = weights.sum(dim=-1)
         dense_normalizer = maximum.double() + total.double().log()
         mean = difference.mul_(weights).sum(dim=-1).double() / total.double()
-        self._kl[start:stop] = (mean - (dense_normalizer - normalizer)).clamp(min=0.0)
+        self._kl.append((mean - (dense_normalizer - normalizer)).clamp(min=0.0))
 
     def result(self) -> TextDivergence:
-        median, p90, p99, p999 = (float(value) for value in np.quantile(self._kl.numpy(), [0.5, 0.9, 0.99, 0.999]))
+        kl, same = torch.cat(self._kl), torch.cat(self._same)
+        median, p90, p99, p999 = (float(value) for value in np.quantile(kl.numpy(), [0.5, 0.9, 0.99, 0.999]))
         return TextDivergence(
-            kl_mean=float(self._kl.mean()),
+            tokens=len(kl),
+            kl_mean=float(kl.mean()),
             kl_median=median,
             kl_p90=p90,
             kl_p99=p99,
             kl_p999=p999,
-            kl_max=float(self._kl.max()),
-            same_top1=float(self._same.double().mean()),
+            kl_max=float(kl.max()),
+            same_top1=float(same.double().mean()),
         )
 
 

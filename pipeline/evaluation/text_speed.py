@@ -20,7 +20,7 @@ from pipeline.evaluation.genai_folder import without_code
 from pipeline.evaluation.genai_load import GenaiLoad, measure_load
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
 from pipeline.evaluation.read_speed import read_bandwidth
-from pipeline.evaluation.token_bytes import bytes_per_token
+from pipeline.evaluation.weights_read import weight_bytes_per_token
 from pipeline.evaluation.turns import wait_until_idle
 from pipeline.models.causal_lm import load_language_model
 from pipeline.plumbing.errors import InputError, first_line
@@ -76,9 +76,9 @@ def bench_causal_lm(
             except Exception as error:
                 left_out[name] = first_line(error)
         folders |= loadable
-        token_bytes = {name: bytes_per_token(folder) for name, folder in folders.items()}
+        weight_bytes = {name: weight_bytes_per_token(folder) for name, folder in folders.items()}
         seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
-        bandwidth = read_bandwidth(threads, token_bytes[NATIVE])
+        bandwidth = read_bandwidth(threads, weight_bytes[NATIVE])
         loads = {}
         for name, folder in folders.items():
             try:
@@ -96,8 +96,8 @@ def bench_causal_lm(
             prefill_ratio_to_int4=None if int4_prefill is None else int4_prefill / prefill,
             decode_ratio_to_int4=None if int4_decode is None else int4_decode / decode,
             load_seconds=loads[name].seconds if name in loads else None,
-            token_bytes=token_bytes[name],
-            read_fraction=token_bytes[name] / bandwidth / decode,
+            weight_bytes=weight_bytes[name],
+            read_fraction=weight_bytes[name] / bandwidth / decode,
         )
         for name, (prefill, decode) in seconds.items()
     )
@@ -119,6 +119,7 @@ def _median_load(folder: Path) -> GenaiLoad:
     return GenaiLoad(
         base_rss_bytes=median_high(load.base_rss_bytes for load in loads),
         load_rss_bytes=median_high(load.load_rss_bytes for load in loads),
+        run_rss_bytes=median_high(load.run_rss_bytes for load in loads),
         seconds=median(load.seconds for load in loads),
     )
 
@@ -136,10 +137,16 @@ def bench_recipe(
     assert isinstance(recipe.model, LanguageModelSection)
     loaded = load_language_model(recipe.model)
     tokens = loaded.tokenizer(PROMPT)["input_ids"]
-    prompt = [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]
+    # Ids for all of them: where one has a smaller vocabulary, another text, in which as much is computed.
+    fewest = min(_vocabulary_size(folder) for folder in (artifact, *beside))
+    prompt = [token % fewest for token in [*tokens, *tokens[1:] * PROMPT_TOKENS][:PROMPT_TOKENS]]
     return bench_causal_lm(
         artifact, loaded.model, loaded.tokenizer, prompt, threads, beside, trust_libraries=trust_libraries
     )
+
+
+def _vocabulary_size(folder: Path) -> int:
+    return int(json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["vocab_size"])
 
 
 def export_int4(folder: Path, dense: nn.Module, tokenizer: Any, block_size: int = INT4_BLOCK) -> None:

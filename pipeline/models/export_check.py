@@ -22,8 +22,6 @@ from pipeline.data.text import tokens_beyond
 from pipeline.models.causal_lm import (
     attention_of,
     language_model_class,
-    load_generation_config,
-    load_tokenizer,
     longest_text,
     name_of,
 )
@@ -68,18 +66,20 @@ def check_graph(section: LanguageModelSection, config: Any) -> None:
     raise InputError(f"{where}: cannot be exported to ONNX: {reason}; {remedy}")
 
 
-def check_saved_config(section: LanguageModelSection, config: Any) -> None:
+def check_saved_config(
+    section: LanguageModelSection, config: Any, tokenizer: Any, generation_config: Any = None
+) -> None:
     """Raise InputError unless configuration and tokenizer can be written into an artefact and onnxruntime-genai reads
     them.
 
-    ``config``: the model's; no weight is read.
+    ``config``, ``tokenizer``: the model's; ``generation_config``: what it says of generation, if it has a file for
+    that. No weight is read.
     """
     where = name_of(section)
-    tokenizer = load_tokenizer(section)
     _check_vocabulary(where, tokenizer, config.vocab_size)
     with torch.device("meta"):
         model: Any = language_model_class().from_config(config)
-    model.generation_config = load_generation_config(section) or model.generation_config
+    model.generation_config = generation_config or model.generation_config
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_causal_lm_config(Path(folder), model, tokenizer, longest_text(config))

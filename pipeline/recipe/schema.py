@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import AfterValidator, Field, model_validator
 
 from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
@@ -231,6 +232,40 @@ class HubTextData(TextSection):
 ImageDataSection = DigitsData | ImageFolderData | HubImageData
 TextDataSection = PackagedTextData | LocalTextData | HubTextData
 DataSection = Annotated[ImageDataSection | TextDataSection, Field(discriminator="source")]
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------
+
+
+def _script_name(name: str) -> str:
+    """A script by Unicode's name for it. Raises ValueError for what is none."""
+    try:
+        if not name.replace("_", "").isalpha():
+            raise ValueError
+        regex.compile(rf"\p{{Script={name}}}")
+    except (ValueError, regex.error):
+        raise ValueError(
+            "not Unicode's name of a script, as Latin, Cyrillic, Greek, Arabic, Han, Hiragana and Devanagari are"
+        ) from None
+    return name
+
+
+class VocabularySection(Section):
+    """The tokens that a language model keeps; one of the keys, or both.
+
+    ``scripts``: those that hold letters of these scripts alone, and those that hold none. ``keep``: at most so many,
+    the most frequent ones in the training text. Single bytes, special and added tokens stay in any case, placeholders
+    (``<unused7>``) go. Texts of all kinds can still be read and written, some in more tokens.
+    """
+
+    scripts: Annotated[list[Annotated[str, AfterValidator(_script_name)]], Field(min_length=1)] | None = None
+    keep: Positive | None = None
+
+    @model_validator(mode="after")
+    def _something_is_cut(self) -> "VocabularySection":
+        if self.scripts is None and self.keep is None:
+            raise ValueError("give scripts or keep, or leave vocabulary out")
+        return self
 
 
 # --- compression -----------------------------------------------------------------------------------------------
@@ -572,6 +607,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSection
     data: DataSection
+    vocabulary: VocabularySection | None = None
     calibration: Calibration = Calibration()
     compression: Compression
     fit: Fit | None = None
@@ -595,6 +631,8 @@ class Recipe(Section):
                 f"{self.data.source} is {'text' if is_text else 'images'}; model.source: {self.model.source} is "
                 f"{'a language model' if self.is_language_model else 'an image classifier'}",
             )
+        if not is_text and self.vocabulary is not None:
+            raise AtKeyError("vocabulary", "is for language models; leave it out")
         rest = self.quantization.rest
         if not is_text and (rest.embedding_bits is not None or self.evaluation.stride is not None):
             key = "evaluation.stride" if rest.embedding_bits is None else "quantization.rest.embedding_bits"

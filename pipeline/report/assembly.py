@@ -54,7 +54,9 @@ def assemble_report(
     """
     recipe, work = task.recipe, folder.work
     config: Any = task.model.config
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    whole, parameters = (
+        sum(parameter.numel() for parameter in model.parameters()) for model in (task.dense.whole, task.model)
+    )
     compressed = sum(group.dense_parameters for group in plan.groups)
     weights = packed.weights().values()
     mlp_stored = sum(weight.nbytes for weight in weights)
@@ -62,7 +64,7 @@ def assemble_report(
     size = sum(by_part.values())
     unquantized = 2 * (parameters - compressed + kept_values(mlps))
     stage_bytes: dict[Stage, int] = {
-        "dense": 2 * parameters,
+        "dense": 2 * whole,
         "factorized": 2 * (parameters - compressed + sum(group.parameters for group in plan.groups)),
         "fitted": unquantized,
         "finetuned": unquantized,
@@ -74,13 +76,13 @@ def assemble_report(
     quality, divergence = task.describe_quality(evaluated)
     benchmark = read_record(Benchmark, work / "bench" / "bench.json")
     return Report(
-        schema_version=3,
+        schema_version=4,
         recipe=recipe,
         model=DenseModel(
             name=type(task.model).__name__,
             model_type=config.model_type,
             source=recipe.model.source,
-            parameters=parameters,
+            parameters=whole,
             mlp_parameters=sum(site.width * site.columns for site in task.sites),
         ),
         compression=Method(method=recipe.compression.method, start=recipe.quantization.start),
@@ -92,7 +94,7 @@ def assemble_report(
         ),
         dense_blocks=tuple(plan.dense_blocks),
         bytes=Bytes(
-            dense_float16=2 * parameters,
+            dense_float16=2 * whole,
             artifact=size,
             mlp_dense_float16=2 * compressed,
             mlp_stored=mlp_stored,

@@ -1,6 +1,6 @@
 """What a report says in words and tables: pure functions from a report to sections, the same for every format."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from pipeline.evaluation.measurements import (
     Agreement,
     ImageSpeed,
     LogitDifference,
+    PerplexityByStage,
     Stage,
     TextDivergence,
     TextSamples,
@@ -23,6 +24,7 @@ from pipeline.report.units import (
     format_error,
     format_percent,
     format_rate,
+    format_ratio,
     format_seconds,
 )
 
@@ -38,6 +40,9 @@ _STAGE_NAMES: dict[Stage, str] = {
     "onnx_native": "ONNX, native kernels",
     "onnx_portable": "ONNX, portable functions",
 }
+_LIKE_TRAINING_TEXT = 0.8
+"""Part of the test text that the training text's frequent tokens make up, at least, if both are alike: of the training
+text itself they make up 0.9."""
 _START_NAMES = {"nearest": "nearest", "gptq": "GPTQ"}
 _METHOD_NAMES = {
     "fips": "FiPS (shared bases and projections)",
@@ -163,6 +168,13 @@ def warning_lines(report: Report) -> list[str]:
     if not report.parity.same_predictions:
         lines.append("The artefact's native kernels and portable functions do not give the same predictions.")
     lines += [f"{name}: the logits differ by more than the tolerance." for name in _parity_failures(report.parity)]
+    quality = report.quality
+    if isinstance(quality, PerplexityByStage) and quality.frequent_tokens < _LIKE_TRAINING_TEXT * quality.tokens:
+        share = format_percent(quality.frequent_tokens / quality.tokens)
+        lines.append(
+            f"The test text is unlike the training text: tokens that make up 90 % of the one make up {share} of the "
+            "other. The model was compressed for other text than it was measured on."
+        )
     if report.bytes.artifact >= report.bytes.dense_float16:
         lines.append("The artefact is not smaller than the dense model stored as float16.")
     return lines
@@ -195,6 +207,9 @@ def _quality(report: Report) -> PageSection:
         nats = (format_error(value) for value in (divergence.kl_mean, *divergence.percentiles))
         tables.append(Table(header, (("nats per token", *nats),)))
         notes.append(f"The artefact and the dense model have the same most likely next token for {same} of the tokens.")
+        assert isinstance(report.quality, PerplexityByStage)
+        tables.append(_by_frequency(report, report.quality))
+        notes += _about_tokens(report, report.quality, divergence)
     else:
         notes.append(
             f"Against the dense model the artefact gives the same top label for {same} of the samples; KL divergence "
@@ -209,6 +224,39 @@ def _quality(report: Report) -> PageSection:
         "stages",
         f"{measure.name.capitalize()} with its standard error and bytes of the whole model, per stage",
     )
+
+
+def _by_frequency(report: Report, quality: PerplexityByStage) -> Table:
+    """Bits per byte, and perplexities of the training text's frequent tokens and of all others."""
+    rows = []
+    for stage in report.stages:
+        row = [stage_name(report, stage), f"{quality.bits_per_byte[stage]:.4f}"]
+        if quality.by_frequency:
+            own, dense = quality.by_frequency[stage], quality.by_frequency["dense"]
+            for value, of_dense in ((own.frequent, dense.frequent), (own.rare, dense.rare)):
+                row += [f"{value:.4g}", "–" if stage == "dense" else format_ratio(value / of_dense)]
+        rows.append(tuple(row))
+    columns = ("frequent tokens", "× dense", "rare tokens", "× dense") if quality.by_frequency else ()
+    return Table(("stage", "bits per byte", *columns), tuple(rows))
+
+
+def _about_tokens(report: Report, quality: PerplexityByStage, divergence: TextDivergence) -> list[str]:
+    """Say which tokens are frequent, and what tokens are where the vocabulary was cut."""
+    notes = []
+    if quality.by_frequency:
+        share = format_percent(quality.frequent_tokens / quality.tokens)
+        notes.append(
+            "Frequent tokens are the most frequent ones of the training text, which make up 90 % of it, and "
+            f"{share} of the test text; all others are rare. Text unlike the training text, in another script or code, "
+            "is mostly of rare ones."
+        )
+    if report.recipe.vocabulary is not None:
+        notes.append(
+            "Perplexities and their ratios count tokens of the whole vocabulary at every stage. KL divergence is from "
+            f"the dense model's distribution over the kept tokens, at {divergence.tokens:,} of {quality.tokens:,} "
+            "tokens: those that both models predict at the same place."
+        )
+    return notes
 
 
 def _where_it_went(measure: Measure, stages: list[Stage], sparse: bool) -> str:
@@ -433,7 +481,7 @@ def _speed(report: Report) -> PageSection:
         table = Table((*table.header, "memory after loading"), rows)
     tables, notes = [table], []
     if isinstance(speed, TokenSpeed) and speed.read_bytes_per_second is not None:
-        tables.append(_token_reads(speed))
+        tables.append(_token_reads(speed, memory.run_rss_by_backend or {}))
         notes.append(
             "Weights of a token: the stored bytes that it needs, each once, of a table that is only looked up in one "
             f"row. A plain read loop over the artefact's reads {format_bytes(speed.read_bytes_per_second)} a second on "
@@ -445,7 +493,10 @@ def _speed(report: Report) -> PageSection:
     ]
     if memory.base_rss_bytes is not None:
         resident_rows.append(("a process with onnxruntime-genai and no model", format_bytes(memory.base_rss_bytes)))
-        notes.append("Memory after loading in the table of speeds: on top of a process with onnxruntime-genai.")
+        notes.append(
+            "Memory after loading and while generating, by backend: on top of a process with onnxruntime-genai. Weights "
+            "that are mapped from files count once they have been read."
+        )
     tables.append(Table(("resident memory", "size"), tuple(resident_rows)))
     return PageSection(
         "Speed and memory",
@@ -487,18 +538,19 @@ def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
     return load, "the same model exported by onnxruntime-genai's builder at int4", table
 
 
-def _token_reads(speed: TokenSpeed) -> Table:
+def _token_reads(speed: TokenSpeed, run_rss: Mapping[str, int]) -> Table:
     """What loading takes, and how near a token comes to a plain read of its weights."""
     rows = [
         (
             row.backend,
             "–" if row.load_seconds is None else format_seconds(row.load_seconds),
-            "–" if row.token_bytes is None else format_bytes(row.token_bytes),
+            format_bytes(run_rss[row.backend]) if row.backend in run_rss else "–",
+            "–" if row.weight_bytes is None else format_bytes(row.weight_bytes),
             "–" if row.read_fraction is None else format_percent(row.read_fraction, 0),
         )
         for row in speed.rows
     ]
-    return Table(("backend", "loading", "weights of a token", "of a plain read"), tuple(rows))
+    return Table(("backend", "loading", "memory while generating", "weights of a token", "of a plain read"), tuple(rows))
 
 
 def _cost(report: Report) -> PageSection:

@@ -31,12 +31,19 @@ Form = Union[nn.Module, "onnxruntime.InferenceSession"]
 @dataclass(frozen=True)
 class Dense:
     """A dense model, float32, in evaluation mode. ``sites``: its MLPs. ``source_hash``: SHA-256 of configuration and
-    weights, wherever they came from. ``notes``: what a user should know of how it was taken."""
+    weights, wherever they came from. ``notes``: what a user should know of how it was taken. ``uncut``: the model
+    with its whole vocabulary, if the recipe cuts that of ``model``."""
 
     model: nn.Module
     sites: list[MLPSite]
     source_hash: str
     notes: tuple[str, ...] = ()
+    uncut: nn.Module | None = None
+
+    @property
+    def whole(self) -> nn.Module:
+        """The model as it was given, with which quality and size are compared."""
+        return self.model if self.uncut is None else self.uncut
 
 
 class Task(ABC):

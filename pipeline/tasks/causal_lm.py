@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,15 +21,17 @@ from exporters.rest import install_rest, round_to_float16
 from fips_ort.causal_lm import prefill_inputs
 from fips_ort.memory import measure_memory
 from pipeline.data.samples import check_samples_asked, check_train_samples
-from pipeline.data.text import check_vocabulary, load_text_data
+from pipeline.data.text import TextData, check_vocabulary, load_text_data
 from pipeline.evaluation.measurements import (
     NATIVE,
     ArtifactMemory,
     Benchmark,
+    PerplexityByFrequency,
     PerplexityByStage,
     Stage,
     TextDivergence,
     TextSamples,
+    VocabularyCut,
 )
 from pipeline.evaluation.perplexity import (
     DenseReference,
@@ -61,6 +63,10 @@ from pipeline.quantization.rest_start import RestCalibration, start_rest
 from pipeline.recipe.plan import MLPSite, make_plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelSection, Recipe, TextDataSection
 from pipeline.tasks.base import PACKED_REST, Dense, Form, Predict, Task, products_in
+from pipeline.vocabulary.cut import CutVocabulary
+from pipeline.vocabulary.cut_model import cut_model
+from pipeline.vocabulary.of_recipe import cut_for
+from pipeline.vocabulary.respelled import RespelledText, respell
 from qat.losses import Vocabulary, distillation_loss, next_token_loss
 
 GOLDEN_TOKENS = 8
@@ -81,12 +87,21 @@ class CausalLMTask(Task):
         assert isinstance(data, TextDataSection)
         self.section = section if artifact is None else CausalLanguageModel(source="causal_lm", path=str(artifact))
         self.tokenizer = load_tokenizer(self.section)
+        self._is_artifact = artifact is not None
         train = 1 if artifact is not None else None
-        self.data = load_text_data(data, self.tokenizer, recipe.seed, train, recipe.evaluation.samples)
+        self.data: TextData | RespelledText = load_text_data(
+            data, self.tokenizer, recipe.seed, train, recipe.evaluation.samples
+        )
+        self._full_text, self._full_tokenizer = self.data, self.tokenizer
+        self._vocabulary: CutVocabulary | None = None
+        if artifact is not None:
+            check_vocabulary(self.data, self.tokenizer, load_language_config(self.section).vocab_size)
+        if artifact is None and recipe.vocabulary is not None:
+            self._vocabulary = cut_for(recipe, self.tokenizer, self.data)
+            self.tokenizer = self._vocabulary.tokenizer
+            self.data = respell(self._full_text, self._vocabulary)
         if artifact is None:
             check_train_samples(recipe, len(self.data.train))
-        else:
-            check_vocabulary(self.data, self.tokenizer, load_language_config(self.section).vocab_size)
         check_samples_asked("evaluation", recipe.evaluation.samples, "test", len(self.data.test))
         super().__init__(recipe, self.data.hash, len(self.data.train))
 
@@ -97,8 +112,13 @@ class CausalLMTask(Task):
 
     def load_dense(self, folder: Path) -> Dense:
         loaded = load_language_model(self.section, self.tokenizer)
-        check_vocabulary(self.data, self.tokenizer, len(output_table(loaded.model)))
-        return Dense(loaded.model, find_mlps(loaded.model), loaded.source_hash, notes_on(self.section))
+        whole, notes, rows = loaded.model, notes_on(self.section), len(output_table(loaded.model))
+        check_vocabulary(self._full_text, self._full_tokenizer, rows)
+        if self._vocabulary is None:
+            return Dense(whole, find_mlps(whole), loaded.source_hash, notes)
+        assert isinstance(self.data, RespelledText)
+        model = cut_model(whole, self._vocabulary)
+        return Dense(model, find_mlps(model), loaded.source_hash, (*notes, self.data.note), whole)
 
     def check_stored(self) -> None:
         compressed = {path for site in self._compressed_sites for path in site.linear_paths}
@@ -127,9 +147,12 @@ class CausalLMTask(Task):
         table, softcap = output_table(model).to(dtype), final_softcap(model)
         order = torch.randperm(self.train_samples, generator=torch.Generator().manual_seed(seed))
 
-        def windows(step: int) -> Tensor:
+        def drawn(step: int) -> list[int]:
             first = step * config.batch_size
-            return self.training_batch([int(order[(first + i) % len(order)]) for i in range(config.batch_size)])
+            return [int(order[(first + i) % len(order)]) for i in range(config.batch_size)]
+
+        def windows(step: int) -> Tensor:
+            return self.training_batch(drawn(step))
 
         def states(of: nn.Module, input_ids: Tensor) -> Tensor:
             with products_in(config.precision):
@@ -142,19 +165,37 @@ class CausalLMTask(Task):
 
         if config.objective == "task":
             return task_loss
-        dense = self.model
-        dense_table = output_table(dense).to(dtype)
+        dense_table = output_table(self.model).to(dtype)
         vocabulary = Vocabulary.of(self._token_counts)
 
         def distillation(step: int) -> Tensor:
             input_ids = windows(step)
             with torch.no_grad():
-                target = states(dense, input_ids).flatten(0, 1)
+                target = states(self.model, input_ids).flatten(0, 1)
             ids, offsets = vocabulary.sample(step_generator(seed, step))
             student = states(model, input_ids).flatten(0, 1)
             return distillation_loss(student, target, table[ids], dense_table[ids], offsets, softcap)
 
-        return distillation
+        def distillation_across(step: int) -> Tensor:
+            """Distillation from the whole model, which reads the text in the full vocabulary. The rows of its output
+            layer that are left make its distribution over the kept tokens. Of respelled tokens it says nothing: there
+            the text itself teaches. As these occur as often as the text has them, both together have the minimum of
+            the distribution in which each dropped token counts for the first piece of its new spelling."""
+            assert isinstance(self.data, RespelledText)
+            chosen = drawn(step)
+            lesson = self.data.lesson(chosen)
+            with torch.no_grad():
+                target = states(self.dense.whole, lesson.input_ids).flatten(0, 1)[lesson.teacher_at]
+            ids, offsets = vocabulary.sample(step_generator(seed, step))
+            student = states(model, self.training_batch(chosen)).flatten(0, 1)
+            taught = student[lesson.student_at]
+            loss = len(taught) * distillation_loss(taught, target, table[ids], dense_table[ids], offsets, softcap)
+            if len(lesson.alone_at):
+                alone = student[lesson.alone_at]
+                loss = loss + len(alone) * next_token_loss(alone, lesson.alone_targets, table, softcap)
+            return loss / (len(taught) + len(lesson.alone_at))
+
+        return distillation if self._vocabulary is None else distillation_across
 
     # --- quality ---
 
@@ -168,12 +209,17 @@ class CausalLMTask(Task):
             quality = evaluate_perplexity(
                 logits_of, self.data.test, config.batch_size, config.stride, report, reference
             )
-        return _save(quality, folder, label)
+        said = _save(quality, folder, label)
+        if self._is_artifact and self.recipe.vocabulary is not None:
+            said += "; tokens are those of its own, cut vocabulary: compare bits per byte, not perplexities"
+        return said
 
     def measure_dense(self, folder: Path, progress: Progress) -> str:
         config = self.recipe.evaluation
         with progress.counter("evaluate dense", self._evaluated_windows) as report:
-            quality = evaluate_dense(self.model, self.data.test, config.batch_size, config.stride, folder, report)
+            quality = evaluate_dense(
+                self.dense.whole, self._full_text.test, config.batch_size, config.stride, folder, report
+            )
         return _save(quality, folder, "dense")
 
     @property
@@ -190,6 +236,10 @@ class CausalLMTask(Task):
             context=dense.context,
             stride=dense.stride,
             windows=len(dense.window_nll),
+            bytes=dense.bytes,
+            bits_per_byte={stage: result.bits_per_byte for stage, result in results.items()},
+            frequent_tokens=dense.frequent_tokens,
+            by_frequency=_by_frequency(results),
             standard_error={stage: result.perplexity_error for stage, result in results.items()},
             difference_to_dense={
                 stage: paired_difference(result, dense) for stage, result in results.items() if stage != "dense"
@@ -213,7 +263,15 @@ class CausalLMTask(Task):
             train_tokens=self.train_samples * context,
             calibration_tokens=calibration * context,
             test_tokens=len(self.data.test) * context,
+            vocabulary=self._describe_cut(),
         )
+
+    def _describe_cut(self) -> VocabularyCut | None:
+        if self._vocabulary is None:
+            return None
+        assert isinstance(self.data, RespelledText)
+        cut = self._vocabulary
+        return VocabularyCut(tokens=cut.rows, kept=len(cut.kept), respelled=self.data.respelled)
 
     # --- delivery ---
 
@@ -276,11 +334,13 @@ class CausalLMTask(Task):
     def bench(self, artifact: Path) -> Benchmark:
         threads = os.cpu_count() or 1
         longest = min(PROMPT_TOKENS, longest_text(self.model.config) - GENERATED_TOKENS)
+        # Where the vocabulary was cut, these ids are another text to the whole model, in which as much is computed.
         prompt = self.data.test.batch([0])[0, :longest].tolist()
-        speed, loads = bench_causal_lm(artifact, self.model, self.tokenizer, prompt, threads)
+        speed, loads = bench_causal_lm(artifact, self.dense.whole, self._full_tokenizer, prompt, threads)
         memory = ArtifactMemory(
             **measure_memory(artifact),
             load_rss_by_backend={name: load.load_rss_bytes for name, load in loads.items()},
+            run_rss_by_backend={name: load.run_rss_bytes for name, load in loads.items()},
             base_rss_bytes=loads[NATIVE].base_rss_bytes,
         )
         return Benchmark(speed=speed, memory=memory)
@@ -297,10 +357,20 @@ def _save(quality: Perplexity, folder: Path, label: str) -> str:
     return _describe(quality)
 
 
+def _by_frequency(results: Mapping[Stage, Perplexity]) -> dict[Stage, PerplexityByFrequency]:
+    """Perplexities of frequent and of rare tokens by stage; none where the text has not both."""
+    found = {stage: result.by_frequency for stage, result in results.items()}
+    return {
+        stage: PerplexityByFrequency(frequent=values[0], rare=values[1])
+        for stage, values in found.items()
+        if values is not None
+    }
+
+
 def _describe(quality: Perplexity) -> str:
     return (
-        f"perplexity {quality.perplexity:.3f} ± {quality.perplexity_error:.3f} ({quality.tokens} tokens, context "
-        f"{quality.context}, stride {quality.stride})"
+        f"perplexity {quality.perplexity:.3f} ± {quality.perplexity_error:.3f}, {quality.bits_per_byte:.4f} bits per "
+        f"byte ({quality.tokens} tokens, context {quality.context}, stride {quality.stride})"
     )
 
 

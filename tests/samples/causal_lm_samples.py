@@ -120,12 +120,12 @@ class LanguageSample:
 _TIERS = (Tier(bits=8, tokens=30), Tier(bits=4, tokens=100), Tier(bits=2))
 CASES = {
     # kind: (pattern, MLPs have a basis, bits of linears, bits of the token table)
-    "gemma2": ("1:4", True, 4, 4),
+    "gemma2": ("1:4", True, 8, 3),
     "gemma3": ("bitmap", True, 3, _TIERS),
     "llama": ("dense", True, None, None),
     "mistral": ("dense", False, 8, _TIERS),
     "qwen2": ("2:4", True, 2, None),
-    "qwen3": ("dense", False, None, 3),
+    "qwen3": ("dense", False, None, 8),
 }
 """Together all patterns, both methods, tied and untied tables of all kinds."""
 

@@ -15,11 +15,20 @@ from hypothesis import strategies as st
 from language_samples import BOS, byte_level_tokenizer
 
 import pipeline.data.text
-from pipeline.data.text import TextSplit, check_vocabulary, describe_tokens, load_text_data, tokens_beyond
+from pipeline.data.text import (
+    COVERED,
+    TextSplit,
+    TokenFacts,
+    check_vocabulary,
+    describe_tokens,
+    load_text_data,
+    tokens_beyond,
+)
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import HubTextData, LocalTextData, PackagedTextData
 
 CONTEXT = 16
+FACTS = TokenFacts(torch.ones(1000, dtype=torch.int64), torch.zeros(1000, dtype=torch.bool))
 
 
 def documents(count: int, start: int = 0) -> list[str]:
@@ -41,17 +50,57 @@ def text_of(split: TextSplit, tokenizer: Any) -> str:
     return str(tokenizer.decode(split.tokens.tolist()))
 
 
+# --- facts of a vocabulary -------------------------------------------------------------------------------------
+
+
+def test_tokens_stand_for_bytes_of_the_text() -> None:
+    tokenizer = byte_level_tokenizer()
+    text = "the größte 世界 in the <eos> 🙂"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    facts = TokenFacts.of(tokenizer, torch.tensor(ids, dtype=torch.int32))
+    assert int(facts.bytes[ids].sum()) == len(text.encode())
+    assert facts.bytes[tokenizer.convert_tokens_to_ids(["the", "Ġthe", "Ġ", "<eos>"])].tolist() == [3, 4, 1, 5]
+
+
+def test_the_tokens_that_make_up_most_of_the_training_text_are_frequent() -> None:
+    tokenizer = byte_level_tokenizer()
+    counts = {10: 60, 11: 25, 9: 10, 12: 4, 13: 1}
+    text = torch.cat([torch.full((count,), token, dtype=torch.int32) for token, count in counts.items()])
+    assert COVERED == 0.9
+    assert TokenFacts.of(tokenizer, text).frequent.nonzero().flatten().tolist() == [9, 10, 11]  # 95 of 100
+
+
+@pytest.mark.parametrize("bos", [2, None])
+@pytest.mark.parametrize("stride", [None, 3])
+def test_what_windows_predict_is_counted_in_tokens_and_bytes(bos: int | None, stride: int | None) -> None:
+    facts = TokenFacts(torch.arange(40) + 1, torch.arange(40) % 3 == 0)
+    whole = TextSplit(torch.arange(40, dtype=torch.int32), 9 if bos is None else 10, bos, 9, facts)
+    split = whole.strided(stride)
+    predicted = [
+        token
+        for window, count in enumerate(split.predicted().tolist())
+        for token in split.batch([window])[0, split.context - count :].tolist()
+    ]
+    assert split.counted_bytes() == sum(token + 1 for token in predicted)
+    assert split.counted_frequent() == sum(token % 3 == 0 for token in predicted)
+    assert split.counted().tolist() == split.predicted().tolist()
+    found = [split.targets(window) for window in range(len(split))]
+    assert torch.cat([targets.frequent for targets in found]).tolist() == [token % 3 == 0 for token in predicted]
+    assert [len(targets.full) for targets in found] == split.predicted().tolist()
+    assert found[0].full.tolist() == list(range(len(found[0].full)))
+
+
 # --- windows ---------------------------------------------------------------------------------------------------
 
 
 def test_windows_side_by_side() -> None:
-    split = TextSplit(torch.arange(100, 132, dtype=torch.int32), context=11, bos=2, step=10)
+    split = TextSplit(torch.arange(100, 132, dtype=torch.int32), context=11, bos=2, step=10, facts=FACTS)
     assert (len(split), split.width) == (3, 10)
     batch = split.batch([2, 0])
     assert batch.dtype == torch.int64
     assert batch.tolist() == [[2, *range(120, 130)], [2, *range(100, 110)]]
     assert split.predicted().tolist() == [10, 10, 10]
-    without = TextSplit(split.tokens, context=10, bos=None, step=10)
+    without = TextSplit(split.tokens, context=10, bos=None, step=10, facts=FACTS)
     assert without.batch([1]).tolist() == [[*range(110, 120)]]
     assert without.predicted().tolist() == [9, 9, 9]  # nothing goes before the first token
     for index in (3, -1):
@@ -65,7 +114,8 @@ def test_windows_side_by_side() -> None:
 def test_strides_count_each_token_once(tokens: int, context: int, bos: bool, data: st.DataObject) -> None:
     width = context - bos
     stride = data.draw(st.integers(1, width))
-    split = TextSplit(torch.arange(tokens, dtype=torch.int32), context, 999 if bos else None, width).strided(stride)
+    whole = TextSplit(torch.arange(tokens, dtype=torch.int32), context, 999 if bos else None, width, FACTS)
+    split = whole.strided(stride)
     counted: list[int] = []
     for window, count in enumerate(split.predicted().tolist()):
         ids = split.batch([window])[0]
@@ -83,7 +133,7 @@ def test_strides_count_each_token_once(tokens: int, context: int, bos: bool, dat
 
 @pytest.mark.parametrize("stride", [0, 11])
 def test_stride_that_leaves_out_text_is_refused(stride: int) -> None:
-    split = TextSplit(torch.arange(40), context=11, bos=2, step=10)
+    split = TextSplit(torch.arange(40), context=11, bos=2, step=10, facts=FACTS)
     with pytest.raises(InputError, match=rf"evaluation\.stride: got {stride}.*context: 11 hold 10 tokens"):
         split.strided(stride)
     assert split.strided(3).strided(None) == split

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import pipeline.evaluation.perplexity
-from pipeline.data.text import TextSplit
+from pipeline.data.text import TextSplit, TokenFacts
 from pipeline.evaluation.perplexity import (
     HIDDEN_STATES,
     DenseReference,
@@ -41,7 +41,12 @@ VOCABULARY = 30
 def text(windows: int, context: int = 9, bos: int | None = 2, seed: int = 0, vocabulary: int = VOCABULARY) -> TextSplit:
     width = context - (bos is not None)
     tokens = torch.randint(vocabulary, (windows * width,), generator=torch.Generator().manual_seed(seed))
-    return TextSplit(tokens.int(), context, bos, width)
+    return TextSplit(tokens.int(), context, bos, width, facts(vocabulary))
+
+
+def facts(vocabulary: int) -> TokenFacts:
+    """Token i stands for i % 3 + 1 bytes, and every other one is frequent."""
+    return TokenFacts(torch.arange(vocabulary) % 3 + 1, torch.arange(vocabulary) % 2 == 0)
 
 
 def bigrams(seed: int, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -62,7 +67,7 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
 
 def test_by_hand() -> None:
     """Four symbols, the next one predicted with 1/2, 1/4, 1/8 or 1/8."""
-    split = TextSplit(torch.tensor([0, 1, 2, 3, 0, 0]), context=4, bos=0, step=3)
+    split = TextSplit(torch.tensor([0, 1, 2, 3, 0, 0]), context=4, bos=0, step=3, facts=facts(4))
     logits = torch.log(torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8])) + 7.0  # not normalised
     quality = evaluate_perplexity(lambda input_ids: logits.expand(*input_ids.shape, 4), split, batch_size=1)
     bits = [1, 2, 3, 3, 1, 1]
@@ -195,7 +200,7 @@ def test_standard_error_covers_the_truth() -> None:
     hits = 0
     for seed in range(100):
         drawn = torch.multinomial(probabilities, 320, replacement=True, generator=torch.Generator().manual_seed(seed))
-        split = TextSplit(drawn.int(), context=9, bos=2, step=8)
+        split = TextSplit(drawn.int(), context=9, bos=2, step=8, facts=facts(VOCABULARY))
         quality = evaluate_perplexity(lambda ids: probabilities.log().expand(*ids.shape, VOCABULARY), split, 64)
         hits += abs(quality.nll - entropy) < 2 * quality.standard_error
     assert 88 <= hits <= 100

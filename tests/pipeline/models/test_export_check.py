@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline.models.causal_lm import load_language_config
+from pipeline.models.causal_lm import load_generation_config, load_language_config, load_tokenizer
 from pipeline.models.export_check import check_graph, check_saved_config, miniature
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import CausalLanguageModel
@@ -142,7 +142,8 @@ def check(folder: Path, tokenizer: Any = None, change: Callable[[dict[str, Any]]
 
 def recheck(folder: Path) -> None:
     section = CausalLanguageModel(source="causal_lm", path=str(folder))
-    check_saved_config(section, load_language_config(section))
+    config, generation = load_language_config(section), load_generation_config(section)
+    check_saved_config(section, config, load_tokenizer(section), generation)
 
 
 def test_tokenizer_is_asked(tmp_path: Path) -> None:
@@ -182,4 +183,4 @@ def test_folder_without_a_tokenizer_is_named(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     section = CausalLanguageModel(source="causal_lm", path=str(tmp_path))
     with pytest.raises(InputError, match=r"model\.path: .*: cannot load its tokenizer: there is none; put tok"):
-        check_saved_config(section, model.config)
+        check_saved_config(section, model.config, load_tokenizer(section))

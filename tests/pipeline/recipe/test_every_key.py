@@ -130,6 +130,8 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     **{f"data(hub_text).{key}": TestedBy(TEXT, "test_hub_errors") for key in ("config", "train")},
     "data(hub_text).documents": TestedBy(TEXT, "test_hub_documents_are_limited"),
     "data(hub_text).context": TestedBy(TEXT, "test_hub_text_is_streamed_in_its_own_order"),
+    "vocabulary.scripts": Changes(["Cyrillic"], "calibrate", {"vocabulary": {"scripts": ["Latin"]}}, text=True),
+    "vocabulary.keep": Changes(262, "calibrate", {"vocabulary": {"keep": 264}}, text=True),
     "calibration.samples": Changes(24, "calibrate"),
     "calibration.batch_size": Batches(7, "calibrate"),
     "compression.method": TestedBy("pipeline/sweep/test_sweep.py", "test_results_are_those_of_the_points_reports"),
@@ -180,7 +182,7 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "quantization.training(task).precision": Changes("bfloat16", TOGETHER, {}, TOGETHER_KEY + "precision"),
     "quantization.training(task).train_rest": Changes(True, TOGETHER, {}, TOGETHER_KEY + "train_rest"),
     "quantization.rest.weights": Changes("float32", "export"),
-    "quantization.rest.linear_bits": Changes(8, "qat/rest", {"quantization.rest": {"linear_bits": 4, "block_size": 16}}),
+    "quantization.rest.linear_bits": Changes(8, "qat/rest", REST, text=True),
     "quantization.rest.embedding_bits": Changes(8, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
     "quantization.rest.embedding_bits.bits": Changes(
         [{"bits": 8, "tokens": 30}, {"bits": 2}], "qat/rest", TIERS, "quantization.rest.embedding_bits", text=True

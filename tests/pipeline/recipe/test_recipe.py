@@ -430,8 +430,11 @@ def test_models_read_their_own_kind_of_data() -> None:
     ]
 
 
-@pytest.mark.parametrize(("path", "value"), [("quantization.rest.embedding_bits", 4), ("evaluation.stride", 8)])
-def test_keys_of_language_models(path: str, value: int) -> None:
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("quantization.rest.embedding_bits", 4), ("evaluation.stride", 8), ("vocabulary", {"scripts": ["Latin"]})],
+)
+def test_keys_of_language_models(path: str, value: Any) -> None:
     base = content()
     base["quantization"]["rest"] = {}
     base["evaluation"] = {}
@@ -631,3 +634,22 @@ def test_repeated_key_is_refused(tmp_path: Path) -> None:
 def test_plain_values_mean_what_they_look_like(override: str, path: tuple[str, str], value: object) -> None:
     recipe = load_recipe(RECIPES / "dinov2-small-digits.yaml", [override])
     assert recipe.model_dump()[path[0]][path[1]] == value
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({}, "vocabulary: give scripts or keep, or leave vocabulary out"),
+        ({"keep": 0}, "vocabulary.keep: "),
+        ({"scripts": []}, "vocabulary.scripts: "),
+        ({"scripts": ["Elvish"]}, "vocabulary.scripts.0: got 'Elvish'; not Unicode's name of a script, as Latin, "),
+        ({"scripts": ["Latin}|."]}, "vocabulary.scripts.0: got 'Latin}|.'; not Unicode's name of a script"),
+        ({"script": ["Latin"]}, "vocabulary.script: "),
+    ],
+)
+def test_vocabularies(vocabulary: dict[str, Any], message: str) -> None:
+    base = content()
+    base |= {"model": {"source": "causal_lm", "path": "there"}, "data": {"source": "text", "train": "a.txt"}}
+    found = setting("vocabulary", vocabulary, base)
+    assert [line for line in found if line.startswith(message)] == found
+    assert found

@@ -92,7 +92,7 @@ def sample_report(
         if stage in correct
     }
     content = {
-        "schema_version": 3,
+        "schema_version": 4,
         "recipe": shipped_recipe("vit-digits"),
         "model": {
             "name": "vit-digits",
@@ -229,7 +229,7 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
     levels = {"factorized": 0.3, "fitted": 0.011, "rounded": 0.095, "qat": 0.021}
     backends = ("artefact, native kernels", "onnxruntime-genai builder, int4")
     content = {
-        "schema_version": 3,
+        "schema_version": 4,
         "recipe": shipped_recipe("gemma3-270m-w3"),
         "model": {
             "name": "Gemma3ForCausalLM",
@@ -282,6 +282,12 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
             "context": 512,
             "stride": 512,
             "windows": windows,
+            "bytes": 4 * tokens,
+            "bits_per_byte": {stage: value / math.log(2) / 4 for stage, value in nll.items()},
+            "frequent_tokens": 90_000,
+            "by_frequency": {
+                stage: {"frequent": 0.6 * value, "rare": 40 * value} for stage, value in perplexity.items()
+            },
             "standard_error": {stage: 0.0145 * value for stage, value in perplexity.items()},
             "difference_to_dense": {
                 stage: {
@@ -296,6 +302,7 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
         },
         "stage_bytes": stage_bytes,
         "divergence": {
+            "tokens": tokens,
             "kl_mean": 0.213,
             "kl_median": 0.081,
             "kl_p90": 0.55,
@@ -329,7 +336,7 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
                     "prefill_ratio_to_int4": 0.913,
                     "decode_ratio_to_int4": 1.121,
                     "load_seconds": 0.82,
-                    "token_bytes": 133_000_000,
+                    "weight_bytes": 133_000_000,
                     "read_fraction": 0.468,
                 },
                 {
@@ -339,7 +346,7 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
                     "prefill_ratio_to_int4": 1.0,
                     "decode_ratio_to_int4": 1.0,
                     "load_seconds": None,
-                    "token_bytes": 152_000_000,
+                    "weight_bytes": 152_000_000,
                     "read_fraction": 0.477,
                 },
             ],
@@ -357,6 +364,7 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
                 "export": 2_200_000_000,
             },
             "load_rss_by_backend": {backends[0]: 236_000_000, backends[1]: 391_000_000},
+            "run_rss_by_backend": {backends[0]: 297_000_000},
             "base_rss_bytes": 61_400_000,
         },
         "warnings": [],
@@ -416,6 +424,11 @@ def any_report(request: pytest.FixtureRequest) -> Report:
 @pytest.fixture(scope="module")
 def any_html(any_report: Report) -> str:
     return render_html(any_report)
+
+
+def notes_of(report: Report, title: str) -> str:
+    (section,) = [section for section in sections(report) if section.title == title]
+    return " ".join(section.notes)
 
 
 def table_rows(report: Report, title: str, index: int = 0) -> dict[str, tuple[str, ...]]:
@@ -501,7 +514,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[str]:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema_version", 1, r"schema_version\n  Input should be 3 .*input_value=1"),
+        ("schema_version", 1, r"schema_version\n  Input should be 4 .*input_value=1"),
         ("bytes.by_part.graph", 0, r"bytes\n.*by_part adds up to \d+, artifact is \d+"),
         ("quality.finetuned", REMOVED, r"quality\.accuracy\n.*standard_error has the stages .*'finetuned'"),
         ("stage_bytes.finetuned", REMOVED, "stage_bytes has the stages .*, quality has .*'finetuned'"),
@@ -546,6 +559,11 @@ def test_method_fips_has_factors(report: Report) -> None:
         ("quality.difference_to_dense.qat.nll", 0.2, r"to_dense\.qat\.nll is 0\.2, its ratio .* say 0\.1832"),
         ("quality.difference_to_dense.qat.nll", 1e9, r"difference_to_dense\.qat\.nll is 1e\+09, its ratio"),
         ("quality.qat", 17.0, r"its ratio and the perplexities say 0\.1832 and 0\.165"),
+        ("quality.bits_per_byte.qat", 1.1, r"bits_per_byte\.qat is 1\.1, the perplexity says 1\.02835"),
+        ("quality.bits_per_byte.qat", REMOVED, "bits_per_byte has the stages"),
+        ("quality.by_frequency.qat", REMOVED, "by_frequency has the stages"),
+        ("quality.frequent_tokens", 102_201, "frequent_tokens is 102201, of 102200 tokens"),
+        ("data.vocabulary", {"tokens": 9, "kept": 10, "respelled": 0.1}, "kept is 10, the vocabulary has 9 tokens"),
         ("quality.tokens", 102_401, "tokens is 102401, 200 windows of 512 tokens have at most 102400"),
         ("quality.stride", 1024, r"stride is 1024, expected 1 to 512"),
         ("speed.unit", "images/s", r"speed\.images/s\.prompt_tokens\n  Extra inputs are not permitted"),
@@ -566,6 +584,8 @@ def test_dense_method_has_no_factors() -> None:
         "quality.fitted": LANGUAGE["quality"]["fitted"],
         "quality.standard_error.fitted": 0.1,
         "quality.difference_to_dense.fitted": LANGUAGE["quality"]["difference_to_dense"]["fitted"],
+        "quality.bits_per_byte.fitted": LANGUAGE["quality"]["bits_per_byte"]["fitted"],
+        "quality.by_frequency.fitted": LANGUAGE["quality"]["by_frequency"]["fitted"],
     }
     with pytest.raises(ValidationError, match=r"quality has the stages \['fitted'\], which method dense has not"):
         changed(report, changes)
@@ -684,7 +704,8 @@ def _change_nll(report: Report, stage: str, nll: float) -> Report:
     """Let ``stage`` differ from dense by ``nll`` nats."""
     difference = {"nll": nll, "standard_error": 0.001 if nll > 0 else 0.0001, "ratio": math.exp(nll)}
     value = report.quality.dense * math.exp(nll)
-    return changed(report, {f"quality.{stage}": value, f"quality.difference_to_dense.{stage}": difference})
+    changes = {f"quality.{stage}": value, f"quality.difference_to_dense.{stage}": difference}
+    return changed(report, {**changes, f"quality.bits_per_byte.{stage}": math.log2(value) / 4})
 
 
 def test_perplexity_per_stage() -> None:
@@ -705,6 +726,33 @@ def test_perplexity_per_stage() -> None:
     assert rows["ONNX, portable functions"][2] == "1.000"
     divergence = table_rows(sample_language_report(), "Perplexity and bytes per stage", 1)
     assert divergence == {"nats per token": ("0.21", "0.081", "0.55", "1.9", "4.4", "13")}
+
+
+def test_frequent_and_rare_tokens_apart() -> None:
+    report = sample_language_report()
+    rows = table_rows(report, "Perplexity and bytes per stage", 2)
+    assert rows["dense"] == ("0.9623", "8.647", "–", "576.4", "–")
+    assert rows["ONNX, native kernels"] == ("1.0284", "10.39", "1.201", "692.4", "1.201")
+    notes = notes_of(report, "Perplexity and bytes per stage")
+    assert "make up 90 % of it, and 88.1 % of the test text" in notes
+    assert "whole vocabulary" not in notes
+    without = changed(report, {"quality.by_frequency": {}, "quality.frequent_tokens": 102_200})
+    assert table_rows(without, "Perplexity and bytes per stage", 2)["dense"] == ("0.9623",)
+
+
+def test_a_cut_vocabulary_is_told() -> None:
+    report = sample_language_report()
+    cut = changed(report, {"recipe.vocabulary": {"scripts": ["Latin"]}, "divergence.tokens": 100_000})
+    notes = notes_of(cut, "Perplexity and bytes per stage")
+    assert "count tokens of the whole vocabulary at every stage" in notes
+    assert "over the kept tokens, at 100,000 of 102,200 tokens" in notes
+
+
+def test_text_unlike_the_training_text_is_a_warning() -> None:
+    report = sample_language_report()
+    assert warning_lines(report) == []
+    (line,) = warning_lines(changed(report, {"quality.frequent_tokens": 51_100}))
+    assert line.startswith("The test text is unlike the training text: tokens that make up 90 % of the one make up 50")
 
 
 def test_dense_method_in_words() -> None:
@@ -759,8 +807,8 @@ def test_speed_and_memory_beside_int4() -> None:
     assert (figure.label, figure.value) == ("Decoding, tokens/s", "43.1")
     assert figure.context == "1.12 × onnxruntime-genai int4; prefill: 412 tokens/s"
     assert table_rows(report, "Speed and memory", 1) == {
-        "artefact, native kernels": ("0.8 s", "133 MB", "47 %"),
-        "onnxruntime-genai builder, int4": ("–", "152 MB", "48 %"),
+        "artefact, native kernels": ("0.8 s", "297 MB", "133 MB", "47 %"),
+        "onnxruntime-genai builder, int4": ("–", "–", "152 MB", "48 %"),
     }
     assert table_rows(report, "Speed and memory", 2) == {
         "after loading the artefact": ("236 MB",),
@@ -773,9 +821,10 @@ def test_speed_and_memory_beside_int4() -> None:
 
 def test_speed_of_a_report_of_an_earlier_version() -> None:
     """It says neither what loading takes nor what a token reads."""
-    keys = ("load_seconds", "token_bytes", "read_fraction")
+    keys = ("load_seconds", "weight_bytes", "read_fraction")
     removed = {f"speed.rows.{row}.{key}": REMOVED for row in (0, 1) for key in keys}
     removed |= {"speed.read_bytes_per_second": REMOVED, "memory.base_rss_bytes": REMOVED}
+    removed["memory.run_rss_by_backend"] = REMOVED
     report = changed(sample_language_report(), removed)
     assert table_rows(report, "Speed and memory", 1) == {
         "after loading the artefact": ("236 MB",),

@@ -13,7 +13,7 @@ _ROTARY = ("GroupQueryAttention", "RotaryEmbedding")
 """Ops whose initializers, if they have any, are tables of cosines and sines with a row for every position."""
 
 
-def bytes_per_token(folder: Path) -> int:
+def weight_bytes_per_token(folder: Path) -> int:
     """Count the stored bytes of weights that one decode step needs of the model in ``folder``, which onnxruntime-genai
     loads.
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.evaluation.token_bytes import bytes_per_token
+from pipeline.evaluation.weights_read import weight_bytes_per_token
 
 
 def save(folder: Path, nodes: list[onnx.NodeProto], stored: dict[str, np.ndarray], *, external: bool = False) -> Path:
@@ -43,7 +43,7 @@ def test_counts_what_a_token_needs(tmp_path: Path, external: bool) -> None:
         "read by no node": np.zeros(1000, np.float32),
     }
     folder = save(tmp_path, nodes, stored, external=external)
-    assert bytes_per_token(folder) == 16 + (96 + 32) + 16
+    assert weight_bytes_per_token(folder) == 16 + (96 + 32) + 16
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -56,7 +56,7 @@ def test_a_tied_table_is_read_as_a_whole(tmp_path: Path, tied: bool) -> None:
     ]
     codes, scales = np.zeros(3200, np.uint8), np.zeros((100, 2), np.float16)
     stored = {"codes": codes, "scales": scales} | dict(zip(output, (codes, scales), strict=True))
-    assert bytes_per_token(save(tmp_path, nodes, stored)) == 3200 + 400 + (0 if tied else 32 + 4)
+    assert weight_bytes_per_token(save(tmp_path, nodes, stored)) == 3200 + 400 + (0 if tied else 32 + 4)
 
 
 def test_tensors_of_one_place_in_a_file_count_once(tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_tensors_of_one_place_in_a_file_count_once(tmp_path: Path) -> None:
     )
     model = onnx.load(folder / "text.onnx", load_external_data=False)
     first, second = model.graph.initializer[:2]
-    assert bytes_per_token(folder) == 3200 + 800 + 32  # two places
+    assert weight_bytes_per_token(folder) == 3200 + 800 + 32  # two places
     del second.external_data[:]
     second.external_data.extend(first.external_data)
     onnx.save(model, folder / "text.onnx")
-    assert bytes_per_token(folder) == 3200 + 800
+    assert weight_bytes_per_token(folder) == 3200 + 800
