@@ -30,8 +30,8 @@ class GenaiLoad:
 
 
 def measure_load(folder: Path) -> GenaiLoad:
-    """Load and run the model in ``folder`` in a new process. Files are most likely in the system's cache, which the seconds
-    depend on. Raises RuntimeError with the last line of a process that fails."""
+    """Load and run the model in ``folder`` in a new process. The seconds depend on whether the system has its files in
+    the cache, as it most likely has. Raises RuntimeError with the last line of a process that fails."""
     command = [sys.executable, "-m", "pipeline.evaluation.genai_load", str(folder)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:

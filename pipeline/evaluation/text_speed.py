@@ -20,8 +20,8 @@ from pipeline.evaluation.genai_folder import without_code
 from pipeline.evaluation.genai_load import GenaiLoad, measure_load
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
 from pipeline.evaluation.read_speed import read_bandwidth
-from pipeline.evaluation.weights_read import weight_bytes_per_token
 from pipeline.evaluation.turns import wait_until_idle
+from pipeline.evaluation.weights_read import weight_bytes_per_token
 from pipeline.models.causal_lm import load_language_model
 from pipeline.plumbing.errors import InputError, first_line
 from pipeline.recipe.schema import LanguageModelSection, Recipe

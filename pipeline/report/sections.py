@@ -494,8 +494,8 @@ def _speed(report: Report) -> PageSection:
     if memory.base_rss_bytes is not None:
         resident_rows.append(("a process with onnxruntime-genai and no model", format_bytes(memory.base_rss_bytes)))
         notes.append(
-            "Memory after loading and while generating, by backend: on top of a process with onnxruntime-genai. Weights "
-            "that are mapped from files count once they have been read."
+            "Memory after loading and while generating, by backend: on top of a process with onnxruntime-genai. "
+            "Weights that are mapped from files count once they have been read."
         )
     tables.append(Table(("resident memory", "size"), tuple(resident_rows)))
     return PageSection(
@@ -550,7 +550,8 @@ def _token_reads(speed: TokenSpeed, run_rss: Mapping[str, int]) -> Table:
         )
         for row in speed.rows
     ]
-    return Table(("backend", "loading", "memory while generating", "weights of a token", "of a plain read"), tuple(rows))
+    header = ("backend", "loading", "memory while generating", "weights of a token", "of a plain read")
+    return Table(header, tuple(rows))
 
 
 def _cost(report: Report) -> PageSection:
