@@ -94,7 +94,7 @@ class DecodeStep:
 
 
 def profile_step(model: Path, threads: int, past: int, seconds: float) -> StepProfile:
-    """Run the decode step of the graph in the file ``model`` with and without the profiler in turns, for about ``seconds``."""
+    """Run the decode step of a graph with and without the profiler in turns, for about ``seconds``."""
     with tempfile.TemporaryDirectory() as temporary:
         steps = {
             "profiled": DecodeStep(model, threads, past, Path(temporary) / "step"),
@@ -113,9 +113,7 @@ def profile_step(model: Path, threads: int, past: int, seconds: float) -> StepPr
 def op_times(events: Sequence[dict]) -> tuple[OpTime, ...]:
     """Add up ONNX Runtime's profile ``events`` of several runs by kind of node, longest first."""
     runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == "model_run")
-    kernels = sorted(
-        (event["ts"], event["dur"], kind_of(event)) for event in events if event["name"].endswith(_KERNEL)
-    )
+    kernels = sorted((event["ts"], event["dur"], kind_of(event)) for event in events if event["name"].endswith(_KERNEL))
     in_runs: list[dict[str, list[float]]] = [{} for _ in runs]
     place = 0
     for start, duration, kind in kernels:

@@ -26,7 +26,9 @@ def test_times_are_medians_over_runs_of_sums_in_a_run() -> None:
         events.append(kernel("lm_head", "QMatMul", start + 3, 7))
         events.append(kernel("/model/layers.0/norm", "Add", start + 4, 1))
     assert op_times(events) == (
-        OpTime("QMatMul up_proj", 2, 0.06), OpTime("QMatMul lm_head", 1, 0.007), OpTime("Add", 1, 0.001)
+        OpTime("QMatMul up_proj", 2, 0.06),
+        OpTime("QMatMul lm_head", 1, 0.007),
+        OpTime("Add", 1, 0.001),
     )
 
 
