@@ -18,13 +18,15 @@ from benchmarks.operands import INT8_ACTIVATIONS
 from benchmarks.plot import mlp_figure
 from benchmarks.shapes import SHAPES
 from benchmarks.table import format_memory, format_table
-from benchmarks.timing import BANDWIDTH_METHOD, read_bandwidth
 from benchmarks.without_avx512 import is_hidden, run_without_avx512
+from pipeline.evaluation.read_speed import READ_METHOD, read_bandwidth
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import write_aside, write_json
 
 _CACHE_SHARE = 1.25
 """Size of a model with cold weights, in sizes of the last-level cache."""
+_READ_BYTES = 1 << 30
+"""Memory that is read to measure how fast that is: far more than a cache holds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
     if not (any(cases) or with_memory):
         raise InputError(f"--only {options.only!r}: no case has this in its name")
 
-    bandwidth = {threads: read_bandwidth(threads) for threads in options.threads}
+    bandwidth = {threads: read_bandwidth(threads, _READ_BYTES) for threads in options.threads}
     for threads, speed in bandwidth.items():
         print(f"memory is read at {speed / 1e9:.1f} GB/s with {threads} thread{'s' * (threads > 1)}", flush=True)
     settings = Settings(options.rows, options.seconds, cold_bytes, bandwidth)
@@ -103,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
         "cold_bytes": cold_bytes,
         "accuracy_level": options.accuracy_level,
         "read_bandwidth": {
-            "method": BANDWIDTH_METHOD,
+            "method": f"{READ_METHOD}, {_READ_BYTES >> 30} GiB",
             "bytes_per_second": {str(threads): speed for threads, speed in bandwidth.items()},
         },
         "run_overhead_ms": 1e3 * overhead,

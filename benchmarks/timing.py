@@ -1,19 +1,11 @@
-"""Sessions that can be timed, and how fast this machine reads memory."""
+"""Sessions that can be timed."""
 
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 import fips_ort
-
-BANDWIDTH_METHOD = (
-    "numpy.bitwise_or.reduce over uint64, 1 GiB in as many equal parts as threads, one thread a part, best of 5"
-)
-_BANDWIDTH_BYTES = 1 << 30
 
 
 def open_session(model: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -47,26 +39,3 @@ class BoundRun:
     def finite(self) -> bool:
         """Whether all outputs of the last run are finite."""
         return all(np.isfinite(output.numpy()).all() for output in self._outputs.values())
-
-
-def read_bandwidth(threads: int) -> float:
-    """Measure the bytes per second of a plain read loop over memory (see :data:`BANDWIDTH_METHOD`)."""
-    parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 8, np.uint64), threads)
-    return _BANDWIDTH_BYTES / min(_read_seconds(parts) for _ in range(5))
-
-
-def _read_seconds(parts: list[NDArray[np.uint64]]) -> float:
-    started = threading.Barrier(len(parts) + 1)
-
-    def read(part: NDArray[np.uint64]) -> None:
-        started.wait()
-        np.bitwise_or.reduce(part)  # without the interpreter's lock
-
-    workers = [threading.Thread(target=read, args=(part,)) for part in parts]
-    for worker in workers:
-        worker.start()
-    started.wait()
-    begin = time.perf_counter()
-    for worker in workers:
-        worker.join()
-    return time.perf_counter() - begin

@@ -33,6 +33,7 @@ from exporters.modules import (
     linear_node,
 )
 from exporters.nbits import BITS, NBitsEmbedding, NBitsLinear
+from fips_ort.causal_lm import OWN_POSITIONS
 from fips_ort.layout import Layout, padded_to_blocks
 from fips_ort.ops import DOMAIN, Q_GATHER, gather_attributes, node_attributes, op_type
 from fips_ort.packed import stack_rows
@@ -86,6 +87,7 @@ class _StoredModel:
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.tables: dict[int, str] = {}
         self.rotary = model.model.rotary_emb
+        self.attention_attrs["use_rope_in_attn"] = False  # see make_attention_qk_rope
         # Gemma's norms multiply with 1 + weight: the sum is made in the graph, so that the weight stays as it is.
         self.norm_offset, self.layernorm_attrs["add_offset"] = self.layernorm_attrs["add_offset"], 0
         for kind in ("key", "value"):
@@ -272,6 +274,8 @@ class _StoredModel:
         streams = {part: torch.from_numpy(getattr(stacked, part)) for part in ("codes", "scales")}
         inputs = [filled, *self._store(path, streams)]
         attributes = node_attributes(stacked.layout, True, q.accuracy_level)
+        # The builder leaves the names of the layer before, and splits only what norms follow.
+        self.attention_attrs["k_path"] = self.attention_attrs["v_path"] = ""
         self._product(stacked.layout, inputs, path, f"{path}/output_0", attributes)
         return path
 
@@ -391,18 +395,55 @@ class _StoredModel:
 
     # --- rotary embeddings -------------------------------------------------------------------------------------
 
+    def make_attention_qk_rope(self: Any, layer_id: int, **kwargs: Any) -> tuple[str, str]:
+        """Rotate queries and keys before GroupQueryAttention, which would do so with tables for all positions of the
+        longest text: 17 MB of memory for Gemma 3 and 8,192 tokens. Returns the names of no tables."""
+        paths = self.attention_attrs
+        if not paths["k_path"]:  # one product, whose parts GroupQueryAttention would have taken apart
+            self._split_qkv(layer_id)
+        for part in ("q", "k"):
+            name = f"/model/layers.{layer_id}/attn/{part}_rotary/RotaryEmbedding"
+            self.make_rotary_embedding_op(name, root_input=paths[f"{part}_path"], position_ids="rotary/rows")
+            paths[f"{part}_path"] = f"{name}/output_0"
+        return "", ""
+
+    def _split_qkv(self: Any, layer_id: int) -> None:
+        name = f"/model/layers.{layer_id}/attn/qkv_proj/Split"
+        widths = [self.q_size, self.kv_size, self.kv_size]
+        outputs = [f"{name}/output_{index}" for index in range(len(widths))]
+        shapes = [self.make_hidden_state_shape(last_dim=width) for width in widths]
+        inputs = [self.attention_attrs["q_path"], f"/model/constants/INT64/{widths}"]
+        self.make_split(name, inputs, outputs, [self.io_dtype] * len(widths), shapes)
+        for part, output in zip("qkv", outputs, strict=True):
+            self.attention_attrs[f"{part}_path"] = output
+
     def make_rotary_embedding_caches_from_scratch(self: Any) -> tuple[Tensor, Tensor]:
         """Return placeholders, which the builder hands to :meth:`make_initializer`, which drops them."""
         empty = torch.zeros(2, self.head_size)
         return empty, empty
 
     def _make_rotary_tables(self: Any) -> None:
-        """Add nodes that compute tables of cosines and sines [tokens, head size / 2] from the model's own frequencies.
+        """Add nodes that compute tables of cosines and sines [batch * tokens, head size / 2] from the model's own
+        frequencies, with a row for every new token, and ``rotary/rows`` int64 [batch, tokens], which says where it is.
 
-        Stored tables would take 17 MB for Gemma 3 and 8,192 tokens. ONNX Runtime computes them once, when it loads
-        the model. Raises ValueError for frequencies that depend on the length of the text.
+        Positions count the tokens of a text, without padding. Beyond the longest text there is none to look up, which
+        is ONNX Runtime's error. Raises ValueError for frequencies that depend on the length of the text.
         """
+        ids, shape, one = ir.DataType.INT64, ["batch_size", "sequence_length"], "/model/constants/INT64/[1]"
+        first, step = "/model/constants/INT64/0", "/model/constants/INT64/1"
+        self._node("Squeeze", ["padding/new_tokens"], "rotary/new_tokens", [], ids)
+        self._node("Range", [first, "rotary/new_tokens", step], "rotary/steps", ["sequence_length"], ids)
+        self._node("Unsqueeze", ["padding/own_past", one], "rotary/own_past", ["batch_size", 1], ids)
+        self._node("Add", ["rotary/own_past", "rotary/steps"], "rotary/places", shape, ids)
+        self._node("Shape", ["rotary/places"], "rotary/shape", [2], ids)
+        self._node("Size", ["rotary/places"], "rotary/size", [], ids)
+        self._node("Range", [first, "rotary/size", step], "rotary/all_rows", [None], ids)
+        self._node("Reshape", ["rotary/all_rows", "rotary/shape"], "rotary/rows", shape, ids)
         length = self.rope_attrs["cache_length"]
+        limits = [f"/model/constants/FLOAT/{number}" for number in (0.0, float(length), 1.0)]
+        self._node("Range", limits, "rotary/positions", [length])
+        self._node("Gather", ["rotary/positions", "rotary/places"], OWN_POSITIONS, shape)
+        self._node("Reshape", [OWN_POSITIONS, "/model/constants/INT64/[-1, 1]"], "rotary/column", [None, 1])
         for suffix, layer_type in (("", ""), ("_global", "full_attention_"), ("_local", "sliding_attention_")):
             names = {kind: f"{kind.lower()}_cache{suffix}" for kind in ("Cos", "Sin")}
             if names["Cos"] not in self.values:
@@ -412,20 +453,17 @@ class _StoredModel:
             kind = rope_type[layer_type.removesuffix("_")] if isinstance(rope_type, dict) else rope_type
             if kind not in STATIC_ROPE:
                 raise ValueError(f"cannot export rotary embeddings of type {kind!r}, only {', '.join(STATIC_ROPE)}")
-            limits = [f"/model/constants/FLOAT/{number}" for number in (0.0, float(length), 1.0)]
-            self._node("Range", limits, "rotary/positions", [length])
-            self._node("Unsqueeze", ["rotary/positions", "/model/constants/INT64/[1]"], "rotary/column", [length, 1])
             stored = f"model.rotary_emb.{layer_type}inv_freq"
             self._initialize(stored, frequencies.float())
-            shape = [length, len(frequencies)]
-            self._node("Mul", ["rotary/column", stored], f"rotary/angles{suffix}", shape)
+            table = [None, len(frequencies)]
+            self._node("Mul", ["rotary/column", stored], f"rotary/angles{suffix}", table)
             scaling = float(getattr(self.rotary, f"{layer_type}attention_scaling"))
             for op, name in names.items():
                 if scaling == 1.0:
-                    self._node(op, [f"rotary/angles{suffix}"], name, shape)
+                    self._node(op, [f"rotary/angles{suffix}"], name, table)
                 else:
-                    self._node(op, [f"rotary/angles{suffix}"], f"{name}/unscaled", shape)
-                    self._node("Mul", [f"{name}/unscaled", f"/model/constants/FLOAT/{scaling}"], name, shape)
+                    self._node(op, [f"rotary/angles{suffix}"], f"{name}/unscaled", table)
+                    self._node("Mul", [f"{name}/unscaled", f"/model/constants/FLOAT/{scaling}"], name, table)
 
 
 def _leave_out_absent_inputs(graph: ir.Graph) -> None:

@@ -204,7 +204,8 @@ def bench(
     trust_libraries: TrustLibraries = False,
 ) -> None:
     """Time an artefact, interleaved, medians: an image classifier's native kernels beside its portable functions, a
-    language model beside the dense one at int4 as onnxruntime-genai's builder exports it, and other folders."""
+    language model beside the dense one at int4 as onnxruntime-genai's builder exports it, and other folders; with
+    memory, time of loading, and how near a token comes to a plain read of its weights."""
     from fips_ort.manifest import MANIFEST, read_manifest
     from pipeline.recipe.reading import parse_recipe
 
@@ -252,23 +253,39 @@ def _bench_images(artifact: Path, batch: int, threads: int, seconds: float) -> N
 
 def _bench_tokens(artifact: Path, threads: int, beside: list[Path], trust_libraries: bool) -> None:
     from fips_ort.manifest import MANIFEST, read_manifest
+    from pipeline.evaluation.measurements import NATIVE
     from pipeline.evaluation.text_speed import bench_recipe
     from pipeline.recipe.reading import parse_recipe
 
     recipe = parse_recipe(read_manifest(artifact).recipe, str(artifact / MANIFEST))
-    speed, memory = bench_recipe(artifact, recipe, threads, beside, trust_libraries=trust_libraries)
-    table = Table("backend", "prefill tokens/s", "decode tokens/s", "decode ratio", "load RSS MB", box=None)
+    speed, loads = bench_recipe(artifact, recipe, threads, beside, trust_libraries=trust_libraries)
+    table = Table("backend", "prefill tokens/s", "decode tokens/s", "decode ratio", box=None)
+    for column in ("load s", "load RSS MB", "run RSS MB", "token MB", "of a plain read"):
+        table.add_column(column)
     for row in speed.rows:
+        load = loads.get(row.backend)
+        assert row.weight_bytes is not None
+        assert row.read_fraction is not None
         table.add_row(
             row.backend,
             f"{row.prefill_tokens_per_second:.1f}",
             f"{row.decode_tokens_per_second:.1f}",
             "–" if row.decode_ratio_to_int4 is None else f"{row.decode_ratio_to_int4:.2f}",
-            f"{memory[row.backend] / 1e6:.1f}" if row.backend in memory else "–",
+            "–" if load is None else f"{load.seconds:.2f}",
+            "–" if load is None else f"{load.load_rss_bytes / 1e6:.1f}",
+            "–" if load is None else f"{load.run_rss_bytes / 1e6:.1f}",
+            f"{row.weight_bytes / 1e6:.1f}",
+            f"{row.read_fraction:.2f}",
         )
+    assert speed.read_bytes_per_second is not None
     console = table_console()
     console.print(f"prompt of {speed.prompt_tokens} tokens, {speed.generated_tokens} generated, {threads} threads")
     console.print(table)
+    console.print(
+        f"RSS after loading and after two tokens: on top of {loads[NATIVE].base_rss_bytes / 1e6:.1f} MB of a process "
+        f"that has imported onnxruntime-genai; token MB: weights that a token needs, of which a plain read loop reads "
+        f"{speed.read_bytes_per_second / 1e9:.1f} GB/s"
+    )
     for name, reason in speed.left_out.items():
         console.print(f"left out: {name} ({reason})", markup=False)
 

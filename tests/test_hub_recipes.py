@@ -35,6 +35,7 @@ from fips_ort.validate import validate
 from pipeline.data.images import ImageData, load_data
 from pipeline.estimate import estimate
 from pipeline.evaluation import text_speed
+from pipeline.evaluation.genai_load import GenaiLoad
 from pipeline.models.adapters import find_mlps, supported_model_types
 from pipeline.models.image_classifier import LoadedModel, load_model, load_preprocessing
 from pipeline.plumbing.errors import InputError
@@ -201,7 +202,7 @@ def test_language_recipe_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeyp
     """The settings are the recipe's, but for few steps, other groups and local text."""
     monkeypatch.setattr(text_speed, "GENERATED_TOKENS", 3)
     monkeypatch.setattr(text_speed, "ROUNDS", 1)
-    monkeypatch.setattr(text_speed, "load_rss", lambda _: 1)
+    monkeypatch.setattr(text_speed, "measure_load", lambda _: GenaiLoad(1, 1, 1, 1.0))
     kind = TINY_KINDS[name]
     layers = {"layer_types": ["sliding_attention", "full_attention"]} if kind == "gemma3" else {}
     # Blocks of 64 and 128 have to divide widths.

@@ -41,6 +41,7 @@ from pipeline import cli
 from pipeline.compression.factors import install, named_factors
 from pipeline.evaluate_artifact import evaluate_artifact
 from pipeline.evaluation import text_speed
+from pipeline.evaluation.genai_load import GenaiLoad
 from pipeline.evaluation.measurements import NATIVE
 from pipeline.generate import greedy_tokens
 from pipeline.plumbing.files import read_json
@@ -81,6 +82,7 @@ def short_bench() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_speed, "GENERATED_TOKENS", 3)
         patch.setattr(text_speed, "ROUNDS", 1)
+        patch.setattr(text_speed, "LOADS", 1)
         patch.setattr("pipeline.tasks.causal_lm.PROMPT_TOKENS", 8)
         yield
 
@@ -138,7 +140,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_load_rss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of loading is measured in new processes, seconds each: once, in the first run, is enough."""
-    monkeypatch.setattr(text_speed, "load_rss", lambda _: 10**6)
+    monkeypatch.setattr(text_speed, "measure_load", lambda _: GenaiLoad(10**8, 10**6, 2 * 10**6, 0.5))
     monkeypatch.setattr("pipeline.tasks.causal_lm.measure_memory", lambda _: {"load_rss_bytes": 1, "peak_rss_bytes": 1})
 
 
@@ -301,9 +303,11 @@ def test_bench_measures_other_folders_in_the_same_run(
         cli.main()
     assert not ended.value.code
     lines = capfd.readouterr().out.splitlines()
-    for name in (NATIVE, text_speed.INT4, str(other)):
-        figures = next(line for line in lines if name in line).split()[-4:]
-        assert all(float(figure) > 0 for figure in figures)
+    for name in (NATIVE, *text_speed.INT4_BLOCKS, str(other)):
+        figures = [float(figure) for figure in next(line for line in lines if name in line).split()[-8:]]
+        assert figures[3:6] == [0.5, 1.0, 2.0]
+        assert all(figure > 0 for figure in figures[:3])
+    assert any("100.0 MB of a process that has imported" in line for line in lines)
 
 
 def test_killed_and_resumed_gives_the_same(finished: LanguageRun, tmp_path: Path) -> None:

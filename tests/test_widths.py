@@ -29,6 +29,7 @@ from pipeline.compression.sparsify import mask_schedule
 from pipeline.estimate import estimate
 from pipeline.estimate.printing import print_estimate
 from pipeline.evaluation import text_speed
+from pipeline.evaluation.genai_load import GenaiLoad
 from pipeline.models.adapters import find_mlps
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.progress import Progress
@@ -285,7 +286,7 @@ def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_speed, "GENERATED_TOKENS", 3)
     monkeypatch.setattr(text_speed, "ROUNDS", 1)
     monkeypatch.setattr("pipeline.tasks.causal_lm.PROMPT_TOKENS", 8)
-    monkeypatch.setattr(text_speed, "load_rss", lambda _: 10**6)
+    monkeypatch.setattr(text_speed, "measure_load", lambda _: GenaiLoad(10**8, 10**6, 2 * 10**6, 0.5))
     monkeypatch.setattr("pipeline.tasks.causal_lm.measure_memory", lambda _: {"load_rss_bytes": 1, "peak_rss_bytes": 1})
 
 
@@ -322,7 +323,7 @@ def test_run_of_whole_matrices_of_text(text: Path, tmp_path: Path, monkeypatch: 
         "qwen2", 72, 200, text, tmp_path, quantization=quantization, compression=compression, fit=None
     )
     assert_sound(report, tmp_path / "run")
-    assert report.speed.left_out == {text_speed.INT4: "ValueError: no such thing"}
+    assert report.speed.left_out == dict.fromkeys(text_speed.INT4_BLOCKS, "ValueError: no such thing")
     assert report.speed.ratio_to_dense is None
     page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert f"Left out of the measurements: {text_speed.INT4} (ValueError: no such thing)." in page

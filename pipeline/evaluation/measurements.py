@@ -278,18 +278,29 @@ class ImageSpeed(Record):
 
 class TokenSpeedRow(Record):
     """Speed of one backend. The ratios are to the same model exported at int4 by onnxruntime-genai's builder, None
-    where that was left out."""
+    where that was left out.
+
+    ``load_seconds``: of loading it in a new process. ``weight_bytes``: stored bytes of weights that one generated token
+    needs (:func:`pipeline.evaluation.weights_read.weight_bytes_per_token`). ``read_fraction``: how long a plain read of
+    so many bytes takes, as a fraction of the time that a generated token takes. All three are None where they are not
+    known, as in reports of earlier versions.
+    """
 
     backend: str
     prefill_tokens_per_second: PositiveFloat
     decode_tokens_per_second: PositiveFloat
     prefill_ratio_to_int4: PositiveFloat | None
     decode_ratio_to_int4: PositiveFloat | None
+    load_seconds: PositiveFloat | None = None
+    weight_bytes: PositiveInt | None = None
+    read_fraction: PositiveFloat | None = None
 
 
 class TokenSpeed(Record):
     """Speed on a prompt of ``prompt_tokens``, then ``generated_tokens`` one by one. ``rows``: the artefact with native
-    kernels first. ``left_out``: why a baseline, or its memory, is not among them, by its name."""
+    kernels first. ``left_out``: why a baseline, or what loading it takes, is not among them, by its name.
+    ``read_bytes_per_second``: of a plain read loop over as many bytes as a token of the artefact needs, on as many
+    threads."""
 
     unit: Literal["tokens/s"]
     prompt_tokens: PositiveInt
@@ -297,6 +308,7 @@ class TokenSpeed(Record):
     threads: PositiveInt
     rows: Annotated[tuple[TokenSpeedRow, ...], Field(min_length=1)]
     left_out: dict[str, str] = Field(default_factory=dict)
+    read_bytes_per_second: PositiveFloat | None = None
 
     @property
     def rate(self) -> float:
@@ -315,12 +327,16 @@ Speed = Annotated[ImageSpeed | TokenSpeed, Field(discriminator="unit")]
 class ArtifactMemory(Record):
     """Resident memory of a process that has loaded the artefact, and the largest of one that runs it.
 
-    ``load_rss_by_backend``: backend of a row of the speed → by how much loading it raises the resident memory.
+    ``load_rss_by_backend``: backend of a row of the speed → by how much loading it raises the resident memory of a
+    process that has imported onnxruntime-genai, which takes ``base_rss_bytes`` before. ``run_rss_by_backend``: the same
+    once it has generated tokens, when all weights that are mapped from files have been read.
     """
 
     load_rss_bytes: int
     peak_rss_bytes: PositiveInt
     load_rss_by_backend: dict[str, int] | None = None
+    run_rss_by_backend: dict[str, int] | None = None
+    base_rss_bytes: PositiveInt | None = None
 
 
 class Benchmark(Record):

@@ -1,43 +1,44 @@
-"""Speed and memory of language models in onnxruntime-genai: interleaved runs, medians.
-
-``python -m pipeline.evaluation.text_speed FOLDER`` prints by how much loading a folder raises a new process's memory.
-"""
+"""Speed and memory of language models in onnxruntime-genai: interleaved runs, medians."""
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from statistics import median, median_high
 from typing import Any
 
 import onnx_ir as ir
-import psutil
 from torch import nn
 
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import GENAI_CONFIG, save_causal_lm_config
 from exporters.nbits import with_nbits
 from pipeline.evaluation.genai_folder import without_code
+from pipeline.evaluation.genai_load import GenaiLoad, measure_load
 from pipeline.evaluation.measurements import NATIVE, TokenSpeed, TokenSpeedRow
+from pipeline.evaluation.read_speed import read_bandwidth
 from pipeline.evaluation.turns import wait_until_idle
+from pipeline.evaluation.weights_read import weight_bytes_per_token
 from pipeline.models.causal_lm import load_language_model
 from pipeline.plumbing.errors import InputError, first_line
 from pipeline.recipe.schema import LanguageModelSection, Recipe
 
 INT4 = "int4, onnxruntime-genai's builder"
 INT4_BLOCK = 32
-"""Block size of the int4 model, at most: the builder's default."""
+"""Block size of this int4 model, at most: the builder's default. Ratios are to it."""
+INT4_BLOCKS = {INT4: INT4_BLOCK, "int4, blocks of 128": 128}
+"""Names of the int4 models that an artefact is measured beside, and their block sizes."""
 MEASURED_LENGTH = 1024
 """Tokens for which models make room: more than are measured, as less than a sliding window is refused."""
 PROMPT_TOKENS = 128
 GENERATED_TOKENS = 32
 ROUNDS = 5
 """Turns that each model has."""
+LOADS = 3
+"""Processes in which each model is loaded."""
 PROMPT = "The river rises in the hills and flows through three countries before it reaches the sea. "
 
 
@@ -50,37 +51,42 @@ def bench_causal_lm(
     beside: Sequence[Path] = (),
     *,
     trust_libraries: bool = False,
-) -> tuple[TokenSpeed, dict[str, int]]:
-    """Time an artefact beside ``dense`` at int4. Returns the speed, and by backend the bytes by which loading it raises
-    the resident memory.
+) -> tuple[TokenSpeed, dict[str, GenaiLoad]]:
+    """Time an artefact beside ``dense`` at int4 (:data:`INT4_BLOCKS`). Returns the speed, and by backend what loading
+    it takes: the median of the seconds, and of the bytes.
 
     ``prompt``: token ids, at least one. ``beside``: folders for onnxruntime-genai to measure in the same run, under
     their paths as names. ``trust_libraries``: load the native libraries of all these folders (:func:`without_code`).
-    Whatever is wrong with the int4 model, the artefact is measured: the speed says why that is left out.
+    Whatever is wrong with an int4 model, the artefact is measured: the speed says why that is left out.
     """
     left_out: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+    with ExitStack() as stack:
         given = {NATIVE: artifact} | {str(folder): folder for folder in beside}
         loadable = {
             name: stack.enter_context(without_code(folder, trust_libraries=trust_libraries))
             for name, folder in given.items()
         }
-        folders = {NATIVE: loadable.pop(NATIVE), INT4: Path(temporary), **loadable}
-        try:
-            export_int4(folders[INT4], dense, tokenizer)
-            time_generation({INT4: folders[INT4]}, prompt, 2, threads, 0)
-        except Exception as error:
-            left_out[INT4] = first_line(error)
-            del folders[INT4]
+        folders = {NATIVE: loadable.pop(NATIVE)}
+        for name, block_size in INT4_BLOCKS.items():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            try:
+                export_int4(folder, dense, tokenizer, block_size)
+                time_generation({name: folder}, prompt, 2, threads, 0)
+                folders[name] = folder
+            except Exception as error:
+                left_out[name] = first_line(error)
+        folders |= loadable
+        weight_bytes = {name: weight_bytes_per_token(folder) for name, folder in folders.items()}
         seconds = time_generation(folders, prompt, GENERATED_TOKENS, threads, ROUNDS)
-        memory = {}
+        bandwidth = read_bandwidth(threads, weight_bytes[NATIVE])
+        loads = {}
         for name, folder in folders.items():
             try:
-                memory[name] = load_rss(folder)
+                loads[name] = _median_load(folder)
             except RuntimeError as error:
-                if name != INT4:
+                if name not in INT4_BLOCKS:
                     raise
-                left_out[f"memory of {INT4}"] = first_line(error)
+                left_out[f"memory of {name}"] = first_line(error)
     int4_prefill, int4_decode = seconds.get(INT4, (None, None))
     rows = tuple(
         TokenSpeedRow(
@@ -89,6 +95,9 @@ def bench_causal_lm(
             decode_tokens_per_second=1 / decode,
             prefill_ratio_to_int4=None if int4_prefill is None else int4_prefill / prefill,
             decode_ratio_to_int4=None if int4_decode is None else int4_decode / decode,
+            load_seconds=loads[name].seconds if name in loads else None,
+            weight_bytes=weight_bytes[name],
+            read_fraction=weight_bytes[name] / bandwidth / decode,
         )
         for name, (prefill, decode) in seconds.items()
     )
@@ -99,13 +108,25 @@ def bench_causal_lm(
         threads=threads,
         rows=rows,
         left_out=left_out,
+        read_bytes_per_second=bandwidth,
     )
-    return speed, memory
+    return speed, loads
+
+
+def _median_load(folder: Path) -> GenaiLoad:
+    """The medians of :data:`LOADS` loads, each in a process of its own."""
+    loads = [measure_load(folder) for _ in range(LOADS)]
+    return GenaiLoad(
+        base_rss_bytes=median_high(load.base_rss_bytes for load in loads),
+        load_rss_bytes=median_high(load.load_rss_bytes for load in loads),
+        run_rss_bytes=median_high(load.run_rss_bytes for load in loads),
+        seconds=median(load.seconds for load in loads),
+    )
 
 
 def bench_recipe(
     artifact: Path, recipe: Recipe, threads: int, beside: Sequence[Path] = (), *, trust_libraries: bool = False
-) -> tuple[TokenSpeed, dict[str, int]]:
+) -> tuple[TokenSpeed, dict[str, GenaiLoad]]:
     """Time an artefact beside the dense model that its recipe names, on a text of our own (:func:`bench_causal_lm`).
 
     Raises InputError if a folder of ``beside`` has no genai_config.json.
@@ -128,10 +149,10 @@ def _vocabulary_size(folder: Path) -> int:
     return int(json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["vocab_size"])
 
 
-def export_int4(folder: Path, dense: nn.Module, tokenizer: Any) -> None:
+def export_int4(folder: Path, dense: nn.Module, tokenizer: Any, block_size: int = INT4_BLOCK) -> None:
     """Export the dense model into ``folder`` as the builder does at int4: MatMulNBits (accuracy_level 4) and
-    GatherBlockQuantized with blocks of 32, rounded to nearest."""
-    model = with_nbits(dense, INT4_BLOCK, accuracy_level=4)
+    GatherBlockQuantized with blocks of ``block_size`` at most, rounded to nearest."""
+    model = with_nbits(dense, block_size, accuracy_level=4)
     graph = export_causal_lm(model, MEASURED_LENGTH)
     ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
     save_causal_lm_config(folder, model, tokenizer, MEASURED_LENGTH)
@@ -177,28 +198,3 @@ def time_generation(
         for name, pairs in times.items()
         if rounds
     }
-
-
-def load_rss(folder: Path) -> int:
-    """Measure the bytes by which loading the model in ``folder`` raises the resident memory of a new process. Raises
-    RuntimeError if that process fails."""
-    command = [sys.executable, "-m", "pipeline.evaluation.text_speed", str(folder)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode:
-        raise RuntimeError(f"measuring memory of {folder} failed: {child.stderr.strip().splitlines()[-1:]}")
-    return int(child.stdout)
-
-
-def _measure_load(folder: str) -> int:
-    import onnxruntime_genai
-
-    process = psutil.Process()
-    before = process.memory_info().rss
-    model = onnxruntime_genai.Model(folder)
-    after = process.memory_info().rss
-    del model
-    return after - before
-
-
-if __name__ == "__main__":
-    print(_measure_load(sys.argv[1]))

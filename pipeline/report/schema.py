@@ -204,6 +204,7 @@ class Report(Record):
             text, images = ([name for name, is_text in kinds.items() if is_text is kind] for kind in (True, False))
             raise ValueError(f"of text: {', '.join(text)}; of images: {', '.join(images)}; expected one kind")
         backends = [row.backend for row in self.speed.rows]
-        if unknown := set(self.memory.load_rss_by_backend or ()) - set(backends):
-            raise ValueError(f"memory.load_rss_by_backend has {sorted(unknown)}, the rows of speed have {backends}")
+        for name in ("load_rss_by_backend", "run_rss_by_backend"):
+            if unknown := set(getattr(self.memory, name) or ()) - set(backends):
+                raise ValueError(f"memory.{name} has {sorted(unknown)}, the rows of speed have {backends}")
         return self

@@ -1,6 +1,6 @@
 """What a report says in words and tables: pure functions from a report to sections, the same for every format."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -479,19 +479,30 @@ def _speed(report: Report) -> PageSection:
         cells = (format_bytes(resident[name]) if (name := row[0]) in resident else "–" for row in table.rows)
         rows = tuple((*row, cell) for row, cell in zip(table.rows, cells, strict=True))
         table = Table((*table.header, "memory after loading"), rows)
+    tables, notes = [table], []
+    if isinstance(speed, TokenSpeed) and speed.read_bytes_per_second is not None:
+        tables.append(_token_reads(speed, memory.run_rss_by_backend or {}))
+        notes.append(
+            "Weights of a token: the stored bytes that it needs, each once, of a table that is only looked up in one "
+            f"row. A plain read loop over the artefact's reads {format_bytes(speed.read_bytes_per_second)} a second on "
+            "as many threads; the last column is its time for these bytes as a share of the token's time."
+        )
+    resident_rows = [
+        ("after loading the artefact", format_bytes(memory.load_rss_bytes)),
+        ("peak while running the artefact", format_bytes(memory.peak_rss_bytes)),
+    ]
+    if memory.base_rss_bytes is not None:
+        resident_rows.append(("a process with onnxruntime-genai and no model", format_bytes(memory.base_rss_bytes)))
+        notes.append(
+            "Memory after loading and while generating, by backend: on top of a process with onnxruntime-genai. "
+            "Weights that are mapped from files count once they have been read."
+        )
+    tables.append(Table(("resident memory", "size"), tuple(resident_rows)))
     return PageSection(
         "Speed and memory",
         (f"{load}, {threads}, on {report.hardware.cpu}. A ratio below 1 is slower than {comparison}.",),
-        (
-            table,
-            Table(
-                ("resident memory", "size"),
-                (
-                    ("after loading the artefact", format_bytes(memory.load_rss_bytes)),
-                    ("peak while running the artefact", format_bytes(memory.peak_rss_bytes)),
-                ),
-            ),
-        ),
+        tuple(tables),
+        tuple(notes),
     )
 
 
@@ -525,6 +536,22 @@ def _token_speed(speed: TokenSpeed) -> tuple[str, str, Table]:
     load = f"A prompt of {speed.prompt_tokens:,} tokens, then {speed.generated_tokens:,} generated"
     table = Table(("backend", "prefill, tokens/s", "of int4", "decode, tokens/s", "of int4"), tuple(rows))
     return load, "the same model exported by onnxruntime-genai's builder at int4", table
+
+
+def _token_reads(speed: TokenSpeed, run_rss: Mapping[str, int]) -> Table:
+    """What loading takes, and how near a token comes to a plain read of its weights."""
+    rows = [
+        (
+            row.backend,
+            "–" if row.load_seconds is None else format_seconds(row.load_seconds),
+            format_bytes(run_rss[row.backend]) if row.backend in run_rss else "–",
+            "–" if row.weight_bytes is None else format_bytes(row.weight_bytes),
+            "–" if row.read_fraction is None else format_percent(row.read_fraction, 0),
+        )
+        for row in speed.rows
+    ]
+    header = ("backend", "loading", "memory while generating", "weights of a token", "of a plain read")
+    return Table(header, tuple(rows))
 
 
 def _cost(report: Report) -> PageSection:

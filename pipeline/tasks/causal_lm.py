@@ -23,6 +23,7 @@ from fips_ort.memory import measure_memory
 from pipeline.data.samples import check_samples_asked, check_train_samples
 from pipeline.data.text import TextData, check_vocabulary, load_text_data
 from pipeline.evaluation.measurements import (
+    NATIVE,
     ArtifactMemory,
     Benchmark,
     PerplexityByFrequency,
@@ -335,8 +336,13 @@ class CausalLMTask(Task):
         longest = min(PROMPT_TOKENS, longest_text(self.model.config) - GENERATED_TOKENS)
         # Where the vocabulary was cut, these ids are another text to the whole model, in which as much is computed.
         prompt = self.data.test.batch([0])[0, :longest].tolist()
-        speed, by_backend = bench_causal_lm(artifact, self.dense.whole, self._full_tokenizer, prompt, threads)
-        memory = ArtifactMemory(**measure_memory(artifact), load_rss_by_backend=by_backend)
+        speed, loads = bench_causal_lm(artifact, self.dense.whole, self._full_tokenizer, prompt, threads)
+        memory = ArtifactMemory(
+            **measure_memory(artifact),
+            load_rss_by_backend={name: load.load_rss_bytes for name, load in loads.items()},
+            run_rss_by_backend={name: load.run_rss_bytes for name, load in loads.items()},
+            base_rss_bytes=loads[NATIVE].base_rss_bytes,
+        )
         return Benchmark(speed=speed, memory=memory)
 
 

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _PAST, _PRESENT = "past_key_values.", "present."
+OWN_POSITIONS = "rotary/own_positions"
+"""The node of an exported graph that looks up the positions of new tokens, of which there are as many as the longest
+text has tokens."""
+_TOO_LONG = (OWN_POSITIONS, "cos_cache")
+"""What ONNX Runtime's error names if a text is longer; the latter in graphs exported by earlier versions."""
 PREFILL_TOKENS = 128
 """Tokens of a prompt that are run together. Logits of a whole prompt would take gigabytes: 4 bytes per token and entry
 of the vocabulary."""
@@ -97,7 +102,7 @@ def greedy_tokens(
         try:
             results = dict(zip(outputs, session.run(outputs, feeds), strict=True))
         except Exception as error:  # onnxruntime's errors have no public class
-            if "cos_cache" not in str(error):
+            if not any(name in str(error) for name in _TOO_LONG):
                 raise
             raise ValueError(f"a text of {seen} tokens is longer than the model was exported for") from error
         for name, cache in results.items():

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import onnxruntime_genai
@@ -198,6 +199,23 @@ def test_queries_keys_and_values_are_one_product(kind: str) -> None:
     for value, expected in zip(product.inputs[1:3], (stacked.codes, stacked.scales), strict=True):
         assert value is not None
         np.testing.assert_array_equal(tensor_of(value).numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotary_tables_have_rows_for_new_tokens_only(kind: str) -> None:
+    """Tables of all positions would be folded into constants of megabytes."""
+    exported = language_sample(kind)
+    attention = [node for node in exported.graph.graph if node.op_type == "GroupQueryAttention"]
+    assert len(attention) == exported.module.config.num_hidden_layers
+    for node in attention:
+        assert node.attributes["do_rotary"].as_int() == 0
+        assert not any(node.inputs[7:9])
+    proto = ir.to_proto(exported.graph)
+    tables = [node.output[0] for node in proto.graph.node if node.op_type in ("Cos", "Sin")]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tables)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    values = session.run(tables, prefill_inputs(session, tokens(5).numpy()))
+    assert {value.shape for value in values} == {(5, exported.module.config.head_dim // 2)}
 
 
 def test_what_is_stored_otherwise_is_no_part_of_one_product() -> None:

@@ -335,6 +335,9 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
                     "decode_tokens_per_second": 43.1,
                     "prefill_ratio_to_int4": 0.913,
                     "decode_ratio_to_int4": 1.121,
+                    "load_seconds": 0.82,
+                    "weight_bytes": 133_000_000,
+                    "read_fraction": 0.468,
                 },
                 {
                     "backend": backends[1],
@@ -342,8 +345,12 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
                     "decode_tokens_per_second": 38.45,
                     "prefill_ratio_to_int4": 1.0,
                     "decode_ratio_to_int4": 1.0,
+                    "load_seconds": None,
+                    "weight_bytes": 152_000_000,
+                    "read_fraction": 0.477,
                 },
             ],
+            "read_bytes_per_second": 12.25e9,
         },
         "memory": {
             "load_rss_bytes": 236_000_000,
@@ -357,6 +364,8 @@ def sample_language_report(method: Literal["fips", "dense"] = "fips", *, portabl
                 "export": 2_200_000_000,
             },
             "load_rss_by_backend": {backends[0]: 236_000_000, backends[1]: 391_000_000},
+            "run_rss_by_backend": {backends[0]: 297_000_000},
+            "base_rss_bytes": 61_400_000,
         },
         "warnings": [],
         "seconds": {"model": 21.2, "calibrate": 52.1, "factorize": 35.0, "qat": 1921.4, "export": 19.6},
@@ -797,8 +806,32 @@ def test_speed_and_memory_beside_int4() -> None:
     figure = key_figures(report)[3]
     assert (figure.label, figure.value) == ("Decoding, tokens/s", "43.1")
     assert figure.context == "1.12 × onnxruntime-genai int4; prefill: 412 tokens/s"
+    assert table_rows(report, "Speed and memory", 1) == {
+        "artefact, native kernels": ("0.8 s", "297 MB", "133 MB", "47 %"),
+        "onnxruntime-genai builder, int4": ("–", "–", "152 MB", "48 %"),
+    }
+    assert table_rows(report, "Speed and memory", 2) == {
+        "after loading the artefact": ("236 MB",),
+        "peak while running the artefact": ("412 MB",),
+        "a process with onnxruntime-genai and no model": ("61.4 MB",),
+    }
     alone = changed(report, {"memory.load_rss_by_backend": REMOVED})
     assert table_rows(alone, "Speed and memory") == {name: row[:4] for name, row in rows.items()}
+
+
+def test_speed_of_a_report_of_an_earlier_version() -> None:
+    """It says neither what loading takes nor what a token reads."""
+    keys = ("load_seconds", "weight_bytes", "read_fraction")
+    removed = {f"speed.rows.{row}.{key}": REMOVED for row in (0, 1) for key in keys}
+    removed |= {"speed.read_bytes_per_second": REMOVED, "memory.base_rss_bytes": REMOVED}
+    removed["memory.run_rss_by_backend"] = REMOVED
+    report = changed(sample_language_report(), removed)
+    assert table_rows(report, "Speed and memory", 1) == {
+        "after loading the artefact": ("236 MB",),
+        "peak while running the artefact": ("412 MB",),
+    }
+    (section,) = [section for section in sections(report) if section.title == "Speed and memory"]
+    assert section.notes == ()
 
 
 # --- formats ---------------------------------------------------------------------------------------------------
@@ -968,9 +1001,7 @@ def test_reconstruction_leaves_a_gap_at_dense_blocks() -> None:
         stage: {block: by_block[old] for block, old in zip("0134", "0123", strict=True)}
         for stage, by_block in report.reconstruction_error.items()
     }
-    (axes,) = reconstruction_figure(
-        changed(report, {"groups.1.blocks": [3, 4], "reconstruction_error": errors})
-    ).axes
+    (axes,) = reconstruction_figure(changed(report, {"groups.1.blocks": [3, 4], "reconstruction_error": errors})).axes
     assert len(axes.lines) == 4
     for line in axes.lines:
         assert list(line.get_xdata()) == [0, 1, 2, 3, 4]
