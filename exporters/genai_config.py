@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from exporters.artifact import MODEL
 from exporters.genai_builder import new_builder, silent
+from exporters.merges import derivation_merges
 from fips_ort.causal_lm import PREFILL_TOKENS
 from fips_ort.native import library_path
 
@@ -196,7 +197,7 @@ def _check_end_of_text(described: Mapping[str, Any]) -> None:
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Save ``tokenizer`` with its vocabulary file in compact form, which takes a third of the indented one."""
+    """Save ``tokenizer`` with its vocabulary file in compact form, which takes a quarter of the indented one."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -205,9 +206,11 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def compact_tokenizer(content: Mapping[str, Any]) -> str:
-    """Write the content of a ``tokenizer.json`` in compact form."""
+    """Write the content of a ``tokenizer.json`` in compact form, without the merges that encoding never uses: of Gemma
+    3's they are more than half, and its file shrinks by a third."""
     model = dict(content["model"])
-    merges = model.get("merges")
-    if merges and not any(" " in part for pair in merges for part in pair):
-        model["merges"] = [" ".join(pair) for pair in merges]
+    if model.get("merges"):
+        merges = derivation_merges(model)
+        is_plain = not any(" " in part for pair in merges for part in pair)
+        model["merges"] = [" ".join(pair) for pair in merges] if is_plain else merges
     return json.dumps({**content, "model": model}, ensure_ascii=False, separators=(",", ":"))

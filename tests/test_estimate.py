@@ -406,9 +406,11 @@ def test_plan_with_a_cut_vocabulary(
     assert cut is not None
     assert cut.tokens == kept
     # One of the twelve tokens of a line is "the", which does not fit together with "th".
-    assert cut.respelled == pytest.approx(1 / 12 if dropped else 0.0, abs=1e-3)
+    assert cut.respelled is not None
+    assert cut.respelled[0] == pytest.approx(1 / 12 if dropped else 0.0, abs=1e-3)
     assert f"vocabulary {kept} tokens, tokenizer.json {cut.tokenizer_bytes:,} bytes; " in out
-    assert f"{100 * cut.respelled:.2f} % of the training text's tokens are spelled in others" in out
+    train, test = (f"{100 * part:.2f} %" for part in cut.respelled)
+    assert f"{train} of the training text's tokens and {test} of the test text's are spelled in others" in out
     assert estimated.parameters == whole.parameters - 32 * dropped
     assert estimated.dense_parameters == whole.parameters
     assert f"% of {2 * whole.parameters:,} in float16" in out

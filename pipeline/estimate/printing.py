@@ -60,9 +60,10 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
 
 
 def _vocabulary(cut: VocabularyEstimate) -> str:
-    share = "the training text was not read" if cut.respelled is None else (
-        f"{100 * cut.respelled:.2f} % of the training text's tokens are spelled in others"
-    )
+    share = "the text is on the hub and was not read"
+    if cut.respelled is not None:
+        train, test = (f"{100 * part:.2f} %" for part in cut.respelled)
+        share = f"{train} of the training text's tokens and {test} of the test text's are spelled in others"
     return f"vocabulary               {cut.tokens:,} tokens, tokenizer.json {cut.tokenizer_bytes:,} bytes; {share}"
 
 

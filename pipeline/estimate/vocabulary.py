@@ -13,11 +13,12 @@ from pipeline.vocabulary.of_recipe import cut_for, respelled_text, tokenizer_byt
 @dataclass(frozen=True)
 class VocabularyEstimate:
     """A cut vocabulary. ``tokens``: how many stay. ``tokenizer_bytes``: of the artefact's ``tokenizer.json``.
-    ``respelled``: part of the training text's tokens that are spelled otherwise; None for text that is on the hub."""
+    ``respelled``: parts of the training text's tokens and of the test text's that are spelled otherwise; None for text
+    that is on the hub."""
 
     tokens: int
     tokenizer_bytes: int
-    respelled: float | None
+    respelled: tuple[float, float] | None
 
 
 def estimate_vocabulary(recipe: Recipe) -> tuple[CutVocabulary, VocabularyEstimate] | None:
@@ -36,5 +37,8 @@ def estimate_vocabulary(recipe: Recipe) -> tuple[CutVocabulary, VocabularyEstima
     if not isinstance(section, HubTextData) or Path(section.path).exists():
         data = load_text_data(section, tokenizer, recipe.seed, None, recipe.evaluation.samples)
     cut = cut_for(recipe, tokenizer, data)
-    respelled = None if data is None else respelled_text(recipe, data, cut).respelled
+    respelled = None
+    if data is not None:
+        text = respelled_text(recipe, data, cut)
+        respelled = text.respelled, text.respelled_in_test
     return cut, VocabularyEstimate(len(cut.kept), tokenizer_bytes(cut.tokenizer), respelled)

@@ -38,12 +38,13 @@ class Samples(Record):
 
 
 class VocabularyCut(Record):
-    """What a recipe left of a vocabulary: ``kept`` of its ``tokens``; ``respelled``: part of the training text's tokens
-    that are spelled in others."""
+    """What a recipe left of a vocabulary: ``kept`` of its ``tokens``; ``respelled`` and ``respelled_in_test``: parts of
+    the training text's tokens, and of the test text's, that are spelled in others."""
 
     tokens: PositiveInt
     kept: PositiveInt
     respelled: Share
+    respelled_in_test: Share
 
     @model_validator(mode="after")
     def _fewer_are_kept(self) -> Self:

@@ -270,8 +270,10 @@ class CausalLMTask(Task):
         if self._vocabulary is None:
             return None
         assert isinstance(self.data, RespelledText)
-        cut = self._vocabulary
-        return VocabularyCut(tokens=cut.rows, kept=len(cut.kept), respelled=self.data.respelled)
+        text = self.data
+        return VocabularyCut(
+            tokens=text.rows, kept=text.kept, respelled=text.respelled, respelled_in_test=text.respelled_in_test
+        )
 
     # --- delivery ---
 

@@ -1,16 +1,16 @@
 """A tokenizer with fewer tokens: what becomes of its ``tokenizer.json``.
 
 Ids are given anew, in their old order. Merges stay whose two parts and whose result stay, but only one for each token,
-its derivation: encoding uses no others (:mod:`pipeline.vocabulary.merges`), and most of a file are others.
+its derivation: encoding uses no others (:mod:`exporters.merges`), and most of a file are others.
 """
 
 import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from exporters.merges import derivation_merges
 from pipeline.data.token_bytes import byte_tokens, is_byte_level
 from pipeline.plumbing.errors import InputError
-from pipeline.vocabulary.merges import Derivations, merge_pairs
 
 _POST_PROCESSORS_WITHOUT_IDS = ("ByteLevel",)
 
@@ -46,12 +46,7 @@ def cut_tokenizer(content: Mapping[str, Any], kept: Collection[int]) -> dict[str
     cut = {key: copy.deepcopy(value) for key, value in content.items() if key != "model"}
     model = content["model"]
     vocabulary = {token: numbers[index] for token, index in model["vocab"].items() if index in numbers}
-    derivations = Derivations.of(model).parts
-    merges = [
-        list(pair)
-        for pair in merge_pairs(model)
-        if derivations.get(pair[0] + pair[1]) == pair and {*pair, pair[0] + pair[1]} <= vocabulary.keys()
-    ]
+    merges = [list(pair) for pair in derivation_merges(model) if {*pair, "".join(pair)} <= vocabulary.keys()]
     cut["model"] = {key: copy.deepcopy(value) for key, value in model.items() if key not in ("vocab", "merges")}
     cut["model"] |= {"vocab": vocabulary, "merges": merges}
     cut["added_tokens"] = [

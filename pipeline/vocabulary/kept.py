@@ -11,9 +11,9 @@ from typing import Any
 
 import regex
 
+from exporters.merges import Derivations
 from pipeline.data.token_bytes import byte_tokens, token_bytes
 from pipeline.plumbing.errors import InputError
-from pipeline.vocabulary.merges import Derivations
 
 _PLACEHOLDER = re.compile(r"[<\[|]*(unused|reserved|reserved_token|reserved_special_token)[_-]?\d+[|>\]]*")
 """Names of tokens that models have in reserve, as Gemma's ``<unused7>`` and Llama 3's ``<|reserved_special_token_7|>``.

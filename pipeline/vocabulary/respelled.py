@@ -221,7 +221,7 @@ class RespelledText:
 
     ``train``: windows of ``context`` tokens of the cut vocabulary. ``test``: the windows of the full vocabulary.
     ``kept``: how many tokens are left of ``rows``. ``respelled``: the part of the training text's tokens, of the full
-    vocabulary, that are spelled otherwise.
+    vocabulary, that are spelled otherwise; ``respelled_in_test``: of the test text's.
     ``hash``: SHA-256 of both vocabularies' ids.
     """
 
@@ -229,6 +229,7 @@ class RespelledText:
     test: RespelledWindows
     hash: str
     respelled: float
+    respelled_in_test: float
     kept: int
     rows: int
     _full: Stream
@@ -241,8 +242,8 @@ class RespelledText:
         """What a user should know of the vocabulary that is left."""
         return (
             f"Of the vocabulary's {self.rows:,} tokens {self.kept:,} are kept, and {100 * self.respelled:.2f} % of the "
-            "training text's tokens are spelled in others. Text unlike it, in another script or code, takes more "
-            "tokens, in an order that the model hardly knows."
+            f"training text's tokens and {100 * self.respelled_in_test:.2f} % of the test text's are spelled in "
+            "others. Text unlike these, in another script or code, takes more tokens, in an order that the model hardly knows."
         )
 
     def lesson(self, indices: Indices) -> Lesson:
@@ -304,6 +305,7 @@ def respell(data: TextData, vocabulary: CutVocabulary) -> RespelledText:
         test=test,
         hash=digest([data.hash, hash_text(tokenizer, [train])]),
         respelled=1.0 - int((same != _ABSENT).sum()) / covered,
+        respelled_in_test=1.0 - int((test.same != _ABSENT).sum()) / len(test.whole.ids),
         kept=len(vocabulary.kept),
         rows=vocabulary.rows,
         _full=full,

@@ -79,6 +79,11 @@ def test_by_hand() -> None:
     assert quality.standard_error == pytest.approx(math.log(2) / 6)
     assert quality.perplexity_error == pytest.approx(quality.perplexity * math.log(2) / 6)
     assert (quality.tokens, quality.context, quality.stride, quality.divergence) == (6, 4, 3, None)
+    # Tokens 0 and 3 stand for one byte, 1 for two, 2 for three; 0 and 2 are frequent.
+    assert quality.bytes == 1 + 2 + 3 + 1 + 1 + 1
+    assert quality.bits_per_byte == pytest.approx(sum(bits) / 9)
+    assert quality.frequent_tokens == 4
+    assert quality.by_frequency == pytest.approx((2 ** ((1 + 3 + 1 + 1) / 4), 2 ** ((2 + 3) / 2)))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from language_samples import SPECIAL
 from tokenizers import Tokenizer
@@ -126,12 +126,14 @@ def cut_pair(request: pytest.FixtureRequest) -> tuple[Any, Any, list[int]]:
     return tokenizer, found.tokenizer, found.kept.tolist()
 
 
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_no_text_is_lost(cut_pair: tuple[Any, Any, list[int]], text: str) -> None:
     _, small, _ = cut_pair
     assert small.decode(ids(small, text)) == text
 
 
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_text_is_cut_as_before_where_all_its_tokens_stay(cut_pair: tuple[Any, Any, list[int]], text: str) -> None:
     full, small, kept = cut_pair

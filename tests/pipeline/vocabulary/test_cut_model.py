@@ -132,7 +132,7 @@ def test_the_dense_model_keeps_its_whole_vocabulary(task_of: Callable[[str, str]
     task = task_of("gemma3", "Latin")
     whole: Any = task.dense.whole
     assert whole.config.vocab_size == len(TOKENIZERS["gemma3"]()) > task.model.config.vocab_size == len(task.tokenizer)
-    assert "% of the training text's tokens are spelled in others" in task.dense.notes[-1]
+    assert "% of the test text's are spelled in others" in task.dense.notes[-1]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

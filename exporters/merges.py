@@ -44,6 +44,15 @@ class Derivations:
         return found
 
 
+def derivation_merges(model: Mapping[str, Any]) -> list[Pair]:
+    """The merges of ``model`` that are derivations, in order; of a model that marks where words go on or end, or joins
+    at random, all of them."""
+    if any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+        return merge_pairs(model)
+    derivations = Derivations.of(model).parts
+    return [pair for pair in merge_pairs(model) if derivations.get(pair[0] + pair[1]) == pair]
+
+
 def merge_pairs(model: Mapping[str, Any]) -> list[Pair]:
     """The merges of ``model`` in order, in either of the forms that files have: pairs, or texts with a space."""
     return [(left, right) for left, right in (m.split(" ") if isinstance(m, str) else m for m in model["merges"])]
