@@ -14,9 +14,9 @@
 // then codes, pattern, row_bits and, if the kind is 0 (sound), scales float16, A [M, K], bias, and float32 [M, N] each
 // the expected Y and the allowed differences, without and with flushed subnormal numbers
 // (tests/samples/kernel_bounds.py). Kind 1 is malformed; kind 2 may be anything: if it is accepted, it is multiplied
-// with zeros, and nothing is expected but that this ends. Of kind 3 M rows are looked up: scales, their numbers int64
-// [M], and the expected rows [M, K], exactly. Every array gets an allocation of its own exact size, so that the address
-// sanitizer sees a read past its end.
+// with zeros and all of its rows are looked up, and nothing is expected but that this ends. Of kind 3 M rows are looked
+// up: scales, their numbers int64 [M], and the expected rows [M, K], exactly. Every array gets an allocation of its own
+// exact size, so that the address sanitizer sees a read past its end.
 
 #include <algorithm>
 #include <cmath>
@@ -287,6 +287,13 @@ bool survives(Case c, const fips::Kernels& kernels) {
   const CheckedWeight checked(c);
   if (multiply(c, checked.weight, 0, c.m, kernels, {run_on_two_threads, nullptr}) != c.expected) {
     throw std::runtime_error("a product with zeros is not zero");
+  }
+  const fips::Layout& layout = checked.layout;
+  if (layout.trans_b && !layout.columns_cut && !layout.sparse()) {
+    std::vector<int64_t> indices(layout.rows);
+    for (size_t row = 0; row < layout.rows; ++row) indices[row] = static_cast<int64_t>(row);
+    std::vector<float> rows(layout.rows * layout.columns);
+    fips::q_gather(checked.weight, indices.data(), indices.size(), rows.data(), kernels, {run_on_two_threads, nullptr});
   }
   return true;
 }
