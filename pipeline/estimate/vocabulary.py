@@ -7,8 +7,7 @@ from pipeline.data.text import load_text_data
 from pipeline.models.causal_lm import load_tokenizer
 from pipeline.recipe.schema import HubTextData, LanguageModelSection, Recipe, TextDataSection
 from pipeline.vocabulary.cut import CutVocabulary
-from pipeline.vocabulary.of_recipe import cut_for, tokenizer_bytes
-from pipeline.vocabulary.respelled import respell
+from pipeline.vocabulary.of_recipe import cut_for, respelled_text, tokenizer_bytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ def estimate_vocabulary(recipe: Recipe) -> tuple[CutVocabulary, VocabularyEstima
     """The vocabulary that a recipe leaves, and what is to be known of it; None if it leaves all of it.
 
     All of the training text is cut into tokens, twice. Raises InputError for a tokenizer that cannot be cut, a ``keep``
-    that is less than what has to stay, and scripts that the text is not written in.
+    that is less than what has to stay, scripts that the text is not written in, and text that becomes too long.
     """
     if recipe.vocabulary is None:
         return None
@@ -37,5 +36,5 @@ def estimate_vocabulary(recipe: Recipe) -> tuple[CutVocabulary, VocabularyEstima
     if not isinstance(section, HubTextData) or Path(section.path).exists():
         data = load_text_data(section, tokenizer, recipe.seed, None, recipe.evaluation.samples)
     cut = cut_for(recipe, tokenizer, data)
-    respelled = None if data is None else respell(data, cut).respelled
+    respelled = None if data is None else respelled_text(recipe, data, cut).respelled
     return cut, VocabularyEstimate(len(cut.kept), tokenizer_bytes(cut.tokenizer), respelled)

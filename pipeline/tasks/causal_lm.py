@@ -65,8 +65,8 @@ from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelS
 from pipeline.tasks.base import PACKED_REST, Dense, Form, Predict, Task, products_in
 from pipeline.vocabulary.cut import CutVocabulary
 from pipeline.vocabulary.cut_model import cut_model
-from pipeline.vocabulary.of_recipe import cut_for
-from pipeline.vocabulary.respelled import RespelledText, respell
+from pipeline.vocabulary.of_recipe import cut_for, respelled_text
+from pipeline.vocabulary.respelled import RespelledText
 from qat.losses import Vocabulary, distillation_loss, next_token_loss
 
 GOLDEN_TOKENS = 8
@@ -99,7 +99,7 @@ class CausalLMTask(Task):
         if artifact is None and recipe.vocabulary is not None:
             self._vocabulary = cut_for(recipe, self.tokenizer, self.data)
             self.tokenizer = self._vocabulary.tokenizer
-            self.data = respell(self._full_text, self._vocabulary)
+            self.data = respelled_text(recipe, self._full_text, self._vocabulary)
         if artifact is None:
             check_train_samples(recipe, len(self.data.train))
         check_samples_asked("evaluation", recipe.evaluation.samples, "test", len(self.data.test))

@@ -7,10 +7,12 @@ import torch
 from exporters.genai_config import compact_tokenizer
 from pipeline.data.text import TextData
 from pipeline.data.token_bytes import content_of
-from pipeline.models.causal_lm import load_generation_config, load_language_config
-from pipeline.recipe.schema import LanguageModelSection, Recipe
+from pipeline.models.causal_lm import load_generation_config, load_language_config, longest_text
+from pipeline.plumbing.errors import InputError
+from pipeline.recipe.schema import LanguageModelSection, Recipe, TextDataSection
 from pipeline.vocabulary.cut import CutVocabulary, cut_vocabulary
 from pipeline.vocabulary.cut_model import named_ids
+from pipeline.vocabulary.respelled import RespelledText, respell
 
 
 def cut_for(recipe: Recipe, tokenizer: Any, data: TextData | None) -> CutVocabulary:
@@ -28,6 +30,25 @@ def cut_for(recipe: Recipe, tokenizer: Any, data: TextData | None) -> CutVocabul
     counts = torch.bincount(text, minlength=rows).tolist()
     named = named_ids(config, load_generation_config(section))
     return cut_vocabulary(recipe.vocabulary, tokenizer, rows, named, counts)
+
+
+def respelled_text(recipe: Recipe, data: TextData, vocabulary: CutVocabulary) -> RespelledText:
+    """A recipe's text, ``data``, in its cut vocabulary.
+
+    Raises InputError where that has none of the text's tokens left, or where the text of a window becomes longer than
+    the model takes.
+    """
+    section = recipe.model
+    assert isinstance(section, LanguageModelSection)
+    assert isinstance(recipe.data, TextDataSection)
+    text, longest = respell(data, vocabulary), longest_text(load_language_config(section))
+    tokens = int(text.test.strided(recipe.evaluation.stride).sizes().max())
+    if tokens > longest:
+        raise InputError(
+            f"data.context: {recipe.data.context}: the text of a test window takes up to {tokens} tokens of the cut "
+            f"vocabulary, and the model takes {longest}; lower data.context, or keep more of the vocabulary"
+        )
+    return text
 
 
 def tokenizer_bytes(tokenizer: Any) -> int:

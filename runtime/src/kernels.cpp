@@ -17,6 +17,7 @@
 #include "integer/n_of_4_few_rows.h"
 #include "integer/n_of_4_many_rows.h"
 #include "integer/quantize.h"
+#include "task/merge_rows.h"
 #include "task/outputs.h"
 
 namespace fips {
@@ -104,6 +105,7 @@ constexpr Kernels all_kernels() {
   all.quantize_block = quantize_block;
   all.largest_magnitude = largest_magnitude;
   all.decode_row = decode_row;
+  all.merge_rows = merge_rows;
   all.add_parts = add_parts;
   return all;
 }

@@ -27,6 +27,9 @@ struct Kernels {
   int32_t (*largest_magnitude)(const float* values, size_t count);
   // A row of a dense weight, cut into segments of rows, as the floats that it stands for. out: [columns].
   void (*decode_row)(const Weight& weight, size_t row, float* out);
+  // y [count]: outputs in the order of row_bits, from values in that of storage (task/merge_rows.h).
+  void (*merge_rows)(const Layout& layout, const uint8_t* row_bits, size_t count, const float* values,
+                     const size_t (&begins)[4], float* y);
   // y [size] = the sum of parts [count, size].
   void (*add_parts)(const float* parts, size_t count, size_t size, float* y);
 };

@@ -27,9 +27,10 @@ constexpr float kUp = 0x1p64f, kDown = 0x1p-64f;
 constexpr size_t kSumParts = 8;
 // What a tile has of stored rows at least and at most, and into how many tiles they are cut between that.
 constexpr size_t kLeastRows = 16, kMostRows = 64, kRowTiles = 16;
-// What a tile has of rows in an order of their own, a multiple of RowOrder::kStep: rows of every width should fill what
-// kernels compute at once.
-constexpr size_t kOrderedRows = 512;
+// What a tile has of rows in an order of their own, at least and at most: the rows of a rare width should be many enough
+// to be read at the speed of memory, and to fill what kernels compute at once. And what it has of outputs at most, but
+// for the least rows: they wait in the second cache for being merged.
+constexpr size_t kLeastOrdered = 256, kMostOrdered = 2048, kOrderedOutputs = 1 << 16;
 // The same of columns.
 constexpr size_t kLeastColumns = 64, kMostColumns = 256, kColumnTiles = 8;
 
@@ -79,12 +80,10 @@ void run_ordered_tile(const Job& job, size_t tile, void* scratch) {
   const size_t n = job.weight->layout->rows, stride = whole.tile_outputs;
   const size_t first = tile * stride, last = std::min(first + stride, n);
   float* const values = reinterpret_cast<float*>(static_cast<char*>(scratch) + job.kernel_bytes);  // [m][stride]
-  uint16_t* const places = reinterpret_cast<uint16_t*>(values + whole.m * stride);                 // [stride]
-  std::array<uint16_t, 9> next{};  // by bits
-  size_t place = 0;
-  for (size_t i = 0; i < job.count; ++i) {
+  size_t begins[4] = {};
+  for (size_t i = 0, place = 0; i < job.count; ++i) {
     const size_t begin = order.before(first, i), end = order.before(last, i);
-    next[static_cast<size_t>(job.weight->layout->segments[i].bits)] = static_cast<uint16_t>(place);
+    begins[i] = place;
     if (begin == end) continue;
     Task task = job.tasks[i];
     task.y = values + place;
@@ -94,12 +93,10 @@ void run_ordered_tile(const Job& job, size_t tile, void* scratch) {
     job.kernels->tile(task, {begin, end, 0}, scratch);
     place += end - begin;
   }
-  const uint8_t* const row_bits = job.weight->row_bits + first;
-  for (size_t j = 0; j < last - first; ++j) places[j] = next[row_bits[j]]++;
   for (size_t i = 0; i < whole.m; ++i) {
-    const float* const row = values + i * stride;
     float* const y = whole.y + i * n + first;
-    for (size_t j = 0; j < last - first; ++j) y[j] = row[places[j]];
+    job.kernels->merge_rows(*job.weight->layout, job.weight->row_bits + first, last - first, values + i * stride, begins,
+                            y);
     if (!whole.bias) continue;
     for (size_t j = 0; j < last - first; ++j) y[j] += whole.bias[first + j];
   }
@@ -137,7 +134,7 @@ void run_tiles(const Weight& weight, const Task* tasks, size_t count, const Kern
   job.scratch_bytes = job.kernel_bytes;
   size_t tiles = job.tile_begins[count];
   if (weight.row_order) {
-    job.scratch_bytes += tasks[0].tile_outputs * (tasks[0].m * sizeof(float) + sizeof(uint16_t));
+    job.scratch_bytes += tasks[0].m * tasks[0].tile_outputs * sizeof(float);
     tiles = tiles_of(tasks[0], weight.layout->rows);
   }
   if (tiles == 1 || is_small(*weight.layout, tasks[0].m)) {
@@ -169,14 +166,17 @@ size_t sum_parts_of(const Task& task) {
 }
 
 // Outputs per tile: more where a tile is little work, but enough tiles must remain for the threads. Rows of the stored
-// matrix are outputs with trans_b; else whole blocks of columns are.
-size_t tile_outputs_of(const Task& task, const Kernels& kernels) {
+// matrix, `rows` in all segments, are outputs with trans_b; else whole blocks of columns are.
+size_t tile_outputs_of(const Task& task, size_t rows, const Kernels& kernels) {
   const Layout& layout = *task.weight->layout;
   const size_t m = task.m;
-  if (task.weight->row_order) return kOrderedRows;
+  if (task.weight->row_order) {
+    const size_t wanted = std::min({kMostOrdered, kOrderedOutputs / m, rows / kRowTiles});
+    return std::max(kLeastOrdered, wanted / RowOrder::kStep * RowOrder::kStep);
+  }
   if (layout.trans_b) {
     if (m > kFewRows && !task.integers) return std::max(kLeastRows, 2 * kernels.vector_floats);
-    return std::min(kMostRows, std::max(kLeastRows, layout.rows / (kRowTiles * kLeastRows) * kLeastRows));
+    return std::min(kMostRows, std::max(kLeastRows, rows / (kRowTiles * kLeastRows) * kLeastRows));
   }
   if (task.sum_parts > 1) return layout.columns;
   const size_t wanted = std::min(kMostColumns, std::max(kLeastColumns, layout.columns / kColumnTiles));
@@ -270,7 +270,7 @@ void multiply(const Weight& weight, const float* a, size_t m, const float* bias,
     task.y_stride = layout.trans_b ? layout.rows : layout.columns;
     task.integers = layout.accuracy_level == 4 && kernels.supports_integers(*task.weight->layout, m);
     task.sum_parts = sum_parts_of(task);
-    task.tile_outputs = tile_outputs_of(task, kernels);
+    task.tile_outputs = tile_outputs_of(task, layout.rows, kernels);
   }
   std::optional<RoundedRows> rounded;
   if (layout.accuracy_level == 4 && layout.trans_b) {

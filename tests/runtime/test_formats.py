@@ -5,10 +5,11 @@ from hypothesis import strategies as st
 from op_samples import layouts, random_levels, random_mask, random_weight
 
 from fips_ort.bits import PLANES, pack_bits, pack_chunks, packed_size, unpack_bits, unpack_chunks
-from fips_ort.layout import BITMAP, DENSE, PATTERNS, Layout, Pattern
-from fips_ort.ops import ATTRIBUTES, node_attributes, op_type
+from fips_ort.layout import BIT_WIDTHS, BITMAP, DENSE, PATTERNS, Layout, Pattern
+from fips_ort.ops import ATTRIBUTES, gather_attributes, node_attributes, op_type
 from fips_ort.packed import PackedWeight, dequantize, pack, stack_rows, unpack
-from fips_ort.reference import q_matmul
+from fips_ort.reference import q_gather, q_matmul
+from fips_ort.row_order import stored_order, stored_rows
 
 
 @st.composite
@@ -310,3 +311,76 @@ def test_attributes_of_nodes() -> None:
     assert (node_attributes(plain, False, 0)["K"], node_attributes(plain, False, 0)["N"]) == (3, 64)
     with pytest.raises(ValueError, match="accuracy_level must be 0 or 4, got 2"):
         node_attributes(plain, True, 2)
+
+
+@given(st.lists(st.sampled_from(BIT_WIDTHS), min_size=1, max_size=60))
+def test_order_of_rows_and_its_inverse(widths: list[int]) -> None:
+    row_bits = np.array(widths, np.uint8)
+    layout = Layout(len(widths), 8, 8, tuple(widths.count(bits) for bits in BIT_WIDTHS))
+    order, stored = stored_order(row_bits), stored_rows(row_bits, layout)
+    np.testing.assert_array_equal(row_bits[order], np.repeat(np.array(BIT_WIDTHS), layout.segments))
+    np.testing.assert_array_equal(order[stored], np.arange(len(widths)))
+    # Of one width in the order of their numbers.
+    for bits in BIT_WIDTHS:
+        assert np.all(np.diff(stored[row_bits == bits]) == 1)
+
+
+def test_rows_without_an_order_of_their_own_stay_where_they_are() -> None:
+    np.testing.assert_array_equal(stored_rows(None, Layout(4, 8, 8, (1, 1, 1, 1))), [0, 1, 2, 3])
+    np.testing.assert_array_equal(stored_rows(np.array([3, 8, 2, 3], np.uint8), Layout(4, 8, 8, (1, 0, 2, 1))),
+                                  [1, 0, 3, 2])
+
+
+@pytest.mark.parametrize(("row_bits", "message"), [
+    (np.array([8, 4, 3, 5], np.uint8), r"row_bits\[3\] is 5, not one of \(8, 4, 3, 2\)"),
+    (np.array([8, 4, 3, 2], np.int64), r"row_bits are int64 \(4,\), expected a vector of uint8"),
+    (np.array([[8, 4, 3, 2]], np.uint8), r"row_bits are uint8 \(1, 4\), expected a vector of uint8"),
+    (np.array([8, 4, 3, 3], np.uint8), r"row_bits have \(1, 1, 2, 0\) rows of \(8, 4, 3, 2\) bits, the segments"),
+    (np.array([8, 4, 3], np.uint8), r"row_bits have \(1, 1, 1, 0\) rows"),
+])
+def test_orders_that_do_not_fit_are_refused(row_bits: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stored_rows(row_bits, Layout(4, 8, 8, (1, 1, 1, 1)))
+
+
+def test_only_dense_weights_cut_into_rows_have_an_order_or_are_looked_up() -> None:
+    row_bits = np.full(4, 4, np.uint8)
+    columns, bitmap = (Layout.uniform(4, 8, 4, 8, segment_axis=1), Layout.uniform(4, 8, 4, 8, pattern=BITMAP))
+    for layout in (columns, bitmap):
+        with pytest.raises(ValueError, match="row_bits are for dense weights cut into segments of rows"):
+            stored_rows(row_bits, layout)
+        with pytest.raises(ValueError, match="QGather reads dense weights cut into rows"):
+            gather_attributes(layout)
+    weight = random_weight(np.random.default_rng(0), Layout.uniform(4, 8, 4, 8))
+    with pytest.raises(ValueError, match="row_bits need trans_b"):
+        q_matmul(np.ones((1, 4), np.float32), weight, trans_b=False, row_bits=row_bits)
+    assert tuple(gather_attributes(weight.layout)) == ATTRIBUTES["QGather"]
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+def test_a_table_packed_in_the_order_of_its_widths_means_the_table(accuracy_level: int) -> None:
+    """Rows in an order of their own → packed by widths → looked up and multiplied in their order again."""
+    rng = np.random.default_rng(0)
+    row_bits = rng.choice(np.array(BIT_WIDTHS, np.uint8), 50)
+    halves = (1 << (row_bits.astype(np.int64) - 1))[:, None]
+    levels = rng.integers(-halves, halves, (50, 32)).astype(np.int8)
+    scales = rng.uniform(0.1, 1, (50, 2)).astype(np.float16)
+    table = levels * np.repeat(scales.astype(np.float32), 16, axis=1)
+    order = stored_order(row_bits)
+    layout = Layout(50, 32, 16, tuple(int(np.sum(row_bits == bits)) for bits in BIT_WIDTHS))
+    weight = pack(levels[order], scales[order], None, layout)
+    indices = rng.integers(0, 50, (3, 4))
+    np.testing.assert_array_equal(q_gather(indices, weight, row_bits), table[indices])
+    np.testing.assert_array_equal(q_gather(indices, weight), table[order][indices])
+    a, bias = rng.standard_normal((2, 32)).astype(np.float32), rng.standard_normal(50).astype(np.float32)
+    ordered = q_matmul(a, weight, bias=bias, row_bits=row_bits, accuracy_level=accuracy_level)
+    stored = q_matmul(a, weight, bias=bias[order], accuracy_level=accuracy_level)
+    np.testing.assert_array_equal(ordered[:, order], stored)
+    np.testing.assert_allclose(ordered, a @ table.T + bias, rtol=0, atol=0.05 * np.abs(a @ table.T).max())
+
+
+@pytest.mark.parametrize("index", [-1, 50, 1 << 40, -(1 << 62)])
+def test_rows_that_do_not_exist_are_not_looked_up(index: int) -> None:
+    weight = random_weight(np.random.default_rng(0), Layout.uniform(50, 8, 4, 8))
+    with pytest.raises(IndexError, match=f"index {index} is outside of the 50 rows"):
+        q_gather(np.array([0, index]), weight)

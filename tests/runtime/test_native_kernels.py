@@ -14,14 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isa import available_isas
 from onnx import numpy_helper
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
-from op_samples import layouts, op_model, random_weight, relative_error, session_options
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, RuntimeException
+from op_samples import (
+    gather_model,
+    layouts,
+    op_model,
+    random_row_bits,
+    random_weight,
+    relative_error,
+    session_options,
+)
 
 import fips_ort
-from fips_ort.layout import PATTERNS, Layout, Pattern
+from fips_ort.layout import BIT_WIDTHS, PATTERNS, Layout, Pattern
 from fips_ort.ops import ATTRIBUTES
 from fips_ort.packed import PackedWeight, unpack
-from fips_ort.reference import q_matmul
+from fips_ort.reference import q_gather, q_matmul
+from fips_ort.row_order import stored_rows
 
 MODES = [(False, 0), (False, 4), (True, 0), (True, 4)]
 
@@ -191,6 +200,87 @@ def test_bytes_are_taken_apart_after_interleaving(isa: str, bits: int, block_siz
         expected = q_matmul(a, weight, trans_b=False, accuracy_level=4)
         assert np.all(np.abs(two - expected) <= tolerance(a, weight, False, 4, expected)), blocks
         np.testing.assert_array_equal(one, two[:1])
+
+
+ORDERED = [(40, 70, 900, 60), (100, 0, 2300, 0), (0, 0, 700, 0), (0, 1, 0, 63), (1, 0, 0, 0)]
+"""Rows of each width."""
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize(("columns", "block_size"), [(128, 64), (256, 128), (72, 24)])
+@pytest.mark.parametrize("segments", ORDERED)
+def test_outputs_have_the_order_of_row_bits(isa: str, segments: tuple[int, ...], columns: int, block_size: int,
+                                            accuracy_level: int) -> None:
+    """As the reference, and each output to the last bit what it is in the order of storage."""
+    rng = np.random.default_rng(columns)
+    layout = Layout(sum(segments), columns, block_size, segments, midrise=accuracy_level == 4)
+    weight, row_bits = random_weight(rng, layout), random_row_bits(rng, layout)
+    stored = native_session(op_model(weight, True, accuracy_level, functions=zero_functions()))
+    for bias in (None, rng.standard_normal(layout.rows).astype(np.float32)):
+        model = op_model(weight, True, accuracy_level, bias, row_bits=row_bits, functions=zero_functions())
+        session = native_session(model)
+        for m in (1, 2, 5, 40):
+            a = rng.standard_normal((m, columns)).astype(np.float32)
+            expected = q_matmul(a, weight, bias=bias, row_bits=row_bits, accuracy_level=accuracy_level)
+            (actual,) = session.run(None, {"A": a})
+            assert np.all(np.abs(actual - expected) <= tolerance(a, weight, True, accuracy_level, expected)), m
+            (unordered,) = stored.run(None, {"A": a})
+            unordered = unordered[:, stored_rows(row_bits, layout)]
+            np.testing.assert_array_equal(actual, unordered if bias is None else unordered + bias)
+
+
+def test_rows_of_huge_and_tiny_activations_have_the_order_of_row_bits(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    layout = Layout(700, 128, 64, (40, 0, 660, 0))
+    weight, row_bits = random_weight(rng, layout), random_row_bits(rng, layout)
+    bias = rng.standard_normal(700).astype(np.float32)
+    a = rng.standard_normal((3, 128)).astype(np.float32) * np.array([[1e30], [1], [1e-35]], np.float32)
+    session = native_session(op_model(weight, True, 4, bias, row_bits=row_bits, functions=zero_functions()))
+    (actual,) = session.run(None, {"A": a})
+    expected = q_matmul(a, weight, bias=bias, row_bits=row_bits, accuracy_level=4)
+    assert np.all(np.abs(actual - expected) <= 5e-6 * np.abs(expected).max(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize(("columns", "block_size"), [(128, 64), (2048, 512), (72, 24)])
+@pytest.mark.parametrize("segments", ORDERED)
+def test_rows_are_looked_up_exactly(isa: str, segments: tuple[int, ...], columns: int, block_size: int,
+                                    constant: bool) -> None:
+    rng = np.random.default_rng(columns)
+    layout = Layout(sum(segments), columns, block_size, segments, midrise=constant)
+    weight = random_weight(rng, layout)
+    for row_bits in (None, random_row_bits(rng, layout)):
+        session = native_session(gather_model(weight, row_bits, shape=("batch", "length"), constant=constant))
+        feeds = {} if constant else {"codes": weight.codes, "scales": weight.scales}
+        if row_bits is not None and not constant:
+            feeds["row_bits"] = row_bits
+        for shape in ((1, 1), (0, 3), (2, 600)):
+            indices = rng.integers(0, layout.rows, shape)
+            (actual,) = session.run(None, {"indices": indices, **feeds})
+            np.testing.assert_array_equal(actual, q_gather(indices, weight, row_bits))
+        for outside in (-1, layout.rows, 1 << 40, -(1 << 63)):
+            message = f"ai.fips.QGather: indices has {outside}, which is not one of the {layout.rows} rows"
+            with pytest.raises(InvalidArgument, match=message):
+                session.run(None, {"indices": np.array([[0, outside]]), **feeds})
+
+
+def test_a_table_serves_both_of_its_readers(tmp_path: Path) -> None:
+    """One set of initializers for QGather and QMatMul: in memory once, with what both find out about it."""
+    rng = np.random.default_rng(0)
+    layout = Layout(1 << 17, 640, 64, (1 << 13, 0, (1 << 17) - (1 << 13), 0))
+    weight = PackedWeight(layout, rng.integers(0, 256, layout.code_bytes(), dtype=np.uint8), np.zeros(0, np.uint8),
+                          np.ones(layout.scales_shape, np.float16))
+    row_bits = random_row_bits(rng, layout)
+    gather, product = gather_model(weight, row_bits), op_model(weight, True, 4, row_bits=row_bits)
+    product.graph.node.append(gather.graph.node[0])
+    product.graph.input.append(gather.graph.input[0])
+    product.graph.output.append(gather.graph.output[0])
+    onnx.save(product, tmp_path / "model.onnx", save_as_external_data=True, location="weights")
+    onnx.save(op_model(weight_of("dense"), True), tmp_path / "small.onnx")
+    result = subprocess.run([sys.executable, "-c", TABLE_SCRIPT, tmp_path / "model.onnx", tmp_path / "small.onnx"],
+                            capture_output=True, text=True, check=True)
+    files = sum(path.stat().st_size for path in (tmp_path / "model.onnx", tmp_path / "weights"))
+    assert int(result.stdout) < 1.1 * files
 
 
 @pytest.mark.parametrize("pattern", ["dense", "bitmap"])
@@ -397,6 +487,85 @@ def test_malformed_attributes_are_refused(name: str, value: int, message: str) -
         native_session(model)
 
 
+@pytest.mark.parametrize(("row_bits", "message"), [
+    (np.full(12, 4, np.uint8), "row_bits has 0 rows of 8 bits, the segment 3"),
+    (np.repeat(np.array([8, 4, 3, 5], np.uint8), 3), "row_bits has 5 at 9, but no segment has so many bits"),
+    (np.repeat(np.array([8, 4, 3], np.uint8), 3), "row_bits has 9 elements, expected 12"),
+    (np.repeat(np.array([[8, 4, 3, 2]], np.uint8), 3, axis=0), "row_bits must be a vector"),
+])
+@pytest.mark.parametrize("constant", [False, True])
+def test_orders_that_do_not_fit_are_refused(row_bits: np.ndarray, message: str, constant: bool) -> None:
+    weight = weight_of("dense")
+    for op, model in (("QMatMul", op_model(weight, True, row_bits=row_bits, constant=constant)),
+                      ("QGather", gather_model(weight, row_bits, constant=constant))):
+        first = {"A": np.ones((1, 128), np.float32)} if op == "QMatMul" else {"indices": np.zeros(1, np.int64)}
+        feeds = {} if constant else {"codes": weight.codes, "scales": weight.scales, "row_bits": row_bits}
+        with pytest.raises((RuntimeException, InvalidArgument), match=f"ai.fips.{op}: {message}"):
+            native_session(model).run(None, first | feeds)
+
+
+def test_an_order_of_columns_is_refused() -> None:
+    weight = random_weight(np.random.default_rng(0), Layout.uniform(12, 64, 4, 64))
+    row_bits = np.full(64, 4, np.uint8)
+    with pytest.raises(RuntimeException, match="ai.fips.QMatMul: row_bits needs transB 1 and segment_axis 0"):
+        native_session(op_model(weight, False, row_bits=row_bits))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(ATTRIBUTES["QGather"]),
+        st.sampled_from((-1, 0, 1, 2, 3, 8, 63, 64, 128, 2**31, 2**40)),
+        max_size=1,
+    ),
+    st.dictionaries(st.sampled_from(("codes", "scales", "row_bits")), st.integers(0, 600), max_size=1),
+    st.lists(st.sampled_from(BIT_WIDTHS), min_size=12, max_size=12) | st.none(),
+    st.lists(st.integers(-2, 13) | st.integers(-(2**63), 2**63 - 1), max_size=3),
+    st.booleans(),
+)
+def test_whatever_is_looked_up_is_a_row_or_refused_with_a_message(
+    attributes: dict[str, int], lengths: dict[str, int], widths: list[int] | None, indices: list[int], constant: bool
+) -> None:
+    weight = weight_of("dense")
+    sound = np.repeat(np.array(BIT_WIDTHS, np.uint8), 3)
+    row_bits = sound if widths is None else np.array(widths, np.uint8)
+    values = {"codes": weight.codes, "scales": weight.scales, "row_bits": row_bits}
+    values |= {name: np.resize(values[name], length) for name, length in lengths.items()}
+    model = gather_model(weight, row_bits, functions=[], constant=constant)
+    for attribute in model.graph.node[0].attribute:
+        attribute.i = attributes.get(attribute.name, attribute.i)
+    for name, value in values.items():
+        if constant:
+            replace(model, name, value)
+        else:
+            (declared,) = (proto for proto in model.graph.input if proto.name == name)
+            declared.type.tensor_type.ClearField("shape")
+    try:
+        feeds = {"indices": np.array(indices, np.int64), **({} if constant else values)}
+        (y,) = native_session(model).run(None, feeds)
+    except (RuntimeException, InvalidArgument, Fail) as error:
+        message = str(error)
+    else:
+        assert y.shape[0] == len(indices)
+        if not attributes and not lengths:
+            np.testing.assert_array_equal(y, q_gather(np.array(indices, np.int64), weight, row_bits))
+        return
+    assert "ai.fips.QGather: " in message
+    counts = tuple(int(np.sum(row_bits == bits)) for bits in BIT_WIDTHS)
+    outside = any(not 0 <= index < 12 for index in indices)
+    assert attributes or lengths or outside or counts != weight.layout.segments
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("indices", np.int32), ("codes", np.int8), ("scales", np.float32),
+                                             ("row_bits", np.int64)])
+def test_other_types_are_refused(name: str, dtype: type) -> None:
+    model = gather_model(weight_of("dense"), np.repeat(np.array(BIT_WIDTHS, np.uint8), 3), constant=False, functions=[])
+    (declared,) = (proto for proto in model.graph.input if proto.name == name)
+    declared.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    with pytest.raises(InvalidGraph, match=f"Type .* of input parameter \\({name}\\)"):
+        native_session(model)
+
+
 def test_missing_attributes_are_refused() -> None:
     model = op_model(weight_of("dense"), True, functions=zero_functions())
     attributes = model.graph.node[0].attribute
@@ -464,6 +633,10 @@ session = onnxruntime.InferenceSession(sys.argv[1], options)
 session.run(None, {"A": np.ones((4, 8192), np.float32)})
 print(psutil.Process().memory_info().rss - before)
 """
+
+
+TABLE_SCRIPT = MEMORY_SCRIPT.replace('{"A": np.ones((4, 8192), np.float32)}',
+                                     '{"A": np.ones((1, 640), np.float32), "indices": np.arange(3)}')
 
 
 @pytest.mark.parametrize("external", [False, True])

@@ -30,15 +30,18 @@ def open_multilingual_task(kind: str, folder: Path, tokenizer: Any, **changes: A
     return task
 
 
-def write_multilingual(kind: str, folder: Path, tokenizer: Any, words: Sequence[str] = FOREIGN_WORDS) -> None:
-    """Model, tokenizer, training and test text of :func:`open_multilingual_task`."""
+def write_multilingual(
+    kind: str, folder: Path, tokenizer: Any, words: Sequence[str] = FOREIGN_WORDS, **changes: Any
+) -> None:
+    """Model, tokenizer, training and test text of :func:`open_multilingual_task`; ``changes`` are to the model's
+    configuration."""
     draw = random.Random(0)
     sentences = [" ".join(draw.choices(words, k=8)) for _ in range(120)]
     (folder / "train.txt").write_text("\n".join(sentences[:80]), encoding="utf-8")
     lines = (json.dumps({"text": sentence}) for sentence in sentences[80:])
     (folder / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model = tiny_language_model(
-        kind, initializer_range=0.2, num_hidden_layers=2, layer_types=None, vocab_size=len(tokenizer)
+        kind, initializer_range=0.2, num_hidden_layers=2, layer_types=None, vocab_size=len(tokenizer), **changes
     )
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

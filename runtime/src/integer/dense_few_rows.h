@@ -30,6 +30,22 @@ struct SegmentRows {
   size_t block_begin, block_end;
 };
 
+// Those of a weight whose rows are not cut. Returns how many they are.
+inline size_t segment_rows(const Weight& w, SegmentRows (&segments)[4]) {
+  const Layout& layout = *w.layout;
+  size_t count = 0;
+  for_each_part(layout, 0, 1, 0, layout.columns, [&](const Part& part) {
+    const Segment& segment = layout.segments[part.segment];
+    SegmentRows& rows = segments[count++];
+    rows.bits = segment.bits;
+    rows.row_bytes = segment.row_bytes();
+    rows.codes = w.codes + w.index->starts[part.segment].codes;
+    rows.block_begin = part.begin / layout.block_size;
+    rows.block_end = part.end / layout.block_size;
+  });
+  return count;
+}
+
 // What is asked for beside each block: as many bytes of the next rows, in the order of memory; or, of long rows, the
 // same block of the next ones, if they fit in the first cache beside these.
 class Ahead {
@@ -141,24 +157,13 @@ void dense_outputs(const Task& task, size_t i, size_t first, size_t count, const
 }
 
 void dense_few_rows_tile(const Task& task, const Range& range, void* scratch) {
-  const Weight& w = *task.weight;
-  const Layout& layout = *w.layout;
   float* offsets = static_cast<float*>(scratch);
   float* products = offsets + task.m * task.block_stride;
   SegmentRows segments[4];
-  size_t count = 0, longest = 0;
+  const size_t count = segment_rows(*task.weight, segments);
+  size_t longest = 0;
+  for (size_t s = 0; s < count; ++s) longest = larger(longest, segments[s].row_bytes);
   write_offsets(task, offsets);
-  for_each_part(layout, 0, 1, 0, layout.columns, [&](const Part& part) {
-    const Segment& segment = layout.segments[part.segment];
-    const uint8_t* codes = w.codes + w.index->starts[part.segment].codes;
-    SegmentRows& rows = segments[count++];
-    rows.bits = segment.bits;
-    rows.row_bytes = segment.row_bytes();
-    rows.codes = codes;
-    rows.block_begin = part.begin / layout.block_size;
-    rows.block_end = part.end / layout.block_size;
-    longest = larger(longest, rows.row_bytes);
-  });
   const auto compute = [&](auto kernel, size_t i, size_t j, size_t outputs) {
     kernel(task, i, j, outputs, segments, count, offsets, products);
   };

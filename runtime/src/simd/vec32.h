@@ -160,8 +160,16 @@ struct Vec32 : VecBase<32> {
   }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  // For integer/chunk_halves.h and its users: words of 64 bits, 16 bytes from each of p and p + stride, and the sums of
-  // four vectors' lanes.
+  // For integer/chunk_halves.h and integer/dense_one_row.h: a value for each half, words of 64 bits, 16 bytes from each
+  // of p and p + stride, and the sums of four vectors' lanes.
+  static Bytes SetHalves(U8, uint8_t lower, uint8_t upper) {
+    return wrap(_mm256_set_m128i(_mm_set1_epi8(static_cast<char>(upper)), _mm_set1_epi8(static_cast<char>(lower))));
+  }
+  static Floats SetHalves(F32, float lower, float upper) { return _mm256_set_m128(_mm_set1_ps(upper), _mm_set1_ps(lower)); }
+  // Bits of a where the mask has a 1, of b elsewhere: Highway's IfVecThenElse.
+  static Bytes IfVecThenElse(Bytes mask, Bytes a, Bytes b) {
+    return wrap(_mm256_ternarylogic_epi64(raw(mask), raw(a), raw(b), 0xca));
+  }
   static Bytes Set64(U8, uint64_t word) { return wrap(_mm256_set1_epi64x(static_cast<long long>(word))); }
   template <int a, int b, int c, int d>
   static Bytes ShiftRight64(Bytes v) {

@@ -165,6 +165,15 @@ struct Vec64 : VecBase<64> {
   static Bytes ExpandOr(Bytes v, uint64_t mask, Bytes others) {
     return wrap(_mm512_mask_expand_epi8(raw(others), mask, raw(v)));
   }
+  // Which of kLanes bytes are this value, a bit each; and the next floats of memory where the mask has a bit, else those
+  // of `others`.
+  static uint32_t EqualLanes(const uint8_t* p, uint8_t value) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(value)));
+  }
+  static Floats LoadExpandOr(const float* p, uint32_t mask, Floats others) {
+    return _mm512_mask_expandloadu_ps(others, static_cast<__mmask16>(mask), p);
+  }
 
  private:
   static __m512i raw(Bytes v) { return reinterpret_cast<__m512i>(v); }

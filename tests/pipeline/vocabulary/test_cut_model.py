@@ -1,6 +1,7 @@
 """A model with a part of its vocabulary, and what is measured and taught of it beside the whole one."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from causal_lm_samples import tiny_language_model
 from language_samples import SPECIAL
-from task_samples import open_multilingual_task
+from run_samples import language_recipe
+from task_samples import open_multilingual_task, write_multilingual
 from torch import Tensor
 from vocabulary_samples import byte_fallback_scripts, byte_level_scripts
 
@@ -19,6 +21,7 @@ from pipeline.evaluation.perplexity import load_perplexity, paired_difference
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.progress import Progress
 from pipeline.recipe.schema import EndToEnd
+from pipeline.tasks import make_task
 from pipeline.tasks.causal_lm import CausalLMTask
 from pipeline.vocabulary.cut import CutVocabulary
 from pipeline.vocabulary.cut_model import cut_model, named_ids
@@ -185,3 +188,18 @@ def test_special_tokens_have_the_ids_of_the_cut_tokenizer(task_of: Callable[[str
     assert [config.pad_token_id, config.eos_token_id, config.bos_token_id] == [
         task.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL[:3]
     ]
+
+
+def test_windows_that_become_too_long_are_refused(tmp_path: Path) -> None:
+    """Words of which nothing is left but bytes; models of 40 tokens at most."""
+    write_multilingual("llama", tmp_path, byte_level_scripts(), ("世界", "мира", "the"), max_position_embeddings=40)
+    with pytest.raises(InputError, match=r"data\.context: 32: .* takes up to \d+ tokens .* model takes 40; lower"):
+        make_task(language_recipe(tmp_path / "model", tmp_path, vocabulary={"scripts": ["Latin"]}))
+
+
+def test_a_vocabulary_without_the_text_is_refused(tmp_path: Path) -> None:
+    write_multilingual("llama", tmp_path, byte_level_scripts())
+    (tmp_path / "train.txt").write_text("日本世界" * 60, encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "世界日本" * 60}), encoding="utf-8")
+    with pytest.raises(InputError, match="vocabulary: no token of the test text is left; give the scripts"):
+        make_task(language_recipe(tmp_path / "model", tmp_path, vocabulary={"scripts": ["Greek"]}))
