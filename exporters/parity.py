@@ -195,6 +195,7 @@ def _session(folder: Path, *, native: bool, taps: Sequence[str] = ()) -> Any:
         output.name = f"{tap}/output"
         model.graph.outputs.append(output)
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # more logits than the graph declares are a warning
     # The graph is in memory; its weights stay in the artefact's files.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if native:

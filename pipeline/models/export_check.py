@@ -42,7 +42,7 @@ _NEITHER_SIZE_NOR_KIND = frozenset(
 )  # fmt: skip
 """Keys of a configuration that a miniature sets itself, or that change nothing that is computed."""
 _REMEDIES = {
-    "head_dim": "take a model whose heads have a size that 16 divides",
+    "head_dim": "take a model whose heads have a size that 8 divides",
     "num_key_value_heads": "num_attention_heads must be a multiple of it",
     "hidden_act": "take a model with silu, gelu, gelu_pytorch_tanh, relu or relu2",
     "hidden_activation": "take a model with silu, gelu, gelu_pytorch_tanh, relu or relu2",

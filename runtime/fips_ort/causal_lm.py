@@ -2,8 +2,9 @@
 
 Such a graph reads ``input_ids`` int64 [batch, tokens], ``attention_mask`` int64 [batch, past and new tokens] and the
 cache ``past_key_values.N.key`` and ``.value`` float32 [batch, heads, past tokens, head size], and returns ``logits``
-float32 [batch, tokens, vocabulary] and the grown cache as ``present.N.key`` and ``.value``. Zeros in the mask, where
-padding stands, may stand anywhere.
+float32 [batch, kept tokens, vocabulary] and the grown cache as ``present.N.key`` and ``.value``. Zeros in the mask,
+where padding stands, may stand anywhere. Kept are the last ``logits_to_keep`` tokens, an input int64 [1] that may be
+left out and is 1 then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _PAST, _PRESENT = "past_key_values.", "present."
+LOGITS_TO_KEEP = "logits_to_keep"
 OWN_POSITIONS = "rotary/own_positions"
 """The node of an exported graph that looks up the positions of new tokens, of which there are as many as the longest
 text has tokens."""
@@ -29,8 +31,9 @@ of the vocabulary."""
 
 
 def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """Add to ``inputs`` what else the graph of ``session`` reads, for texts without a past: an attention mask of ones
-    and an empty cache. Inputs of graphs that read neither are returned as they are.
+    """Add to ``inputs`` what else the graph of ``session`` reads, for texts without a past: an attention mask of ones,
+    an empty cache, and that the logits of all tokens are to be kept. Inputs of graphs that read none of it are returned
+    as they are.
 
     Raises ValueError for token ids that the model does not have, or for no texts (:func:`checked_token_ids`).
     """
@@ -47,7 +50,14 @@ def complete_inputs(session: onnxruntime.InferenceSession, inputs: Mapping[str, 
         elif value.name.startswith(_PAST):
             _, heads, _, size = value.shape
             result[value.name] = np.zeros((len(result["input_ids"]), heads, 0, size), np.float32)
+    if "input_ids" in result and _has_logits_to_keep(session):
+        result.setdefault(LOGITS_TO_KEEP, np.array([result["input_ids"].shape[1]]))
     return result
+
+
+def _has_logits_to_keep(session: onnxruntime.InferenceSession) -> bool:
+    """Whether the graph may be told so; those that were exported by earlier versions give the logits of all tokens."""
+    return any(value.name == LOGITS_TO_KEEP for value in session.get_overridable_initializers())
 
 
 def checked_token_ids(session: onnxruntime.InferenceSession, input_ids: Any) -> NDArray[np.int64]:
@@ -92,6 +102,7 @@ def greedy_tokens(
         raise ValueError(f"count must not be negative, got {count}")
     outputs = [value.name for value in session.get_outputs()]
     feeds = prefill_inputs(session, np.asarray(prompt)[None])
+    feeds.pop(LOGITS_TO_KEEP, None)
     waiting, seen = feeds["input_ids"][0].tolist(), 0
     generated: list[int] = []
     while len(generated) < count:

@@ -47,7 +47,7 @@ def load(
     folder = Path(folder)
     manifest = read_manifest(folder)
     manifest.check_files(folder, hashes=verify)
-    options = session_options or onnxruntime.SessionOptions()
+    options = session_options or _quiet_options()
     if native:
         try:
             register(options)
@@ -59,6 +59,14 @@ def load(
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no public class
         raise ArtifactError(_explain(str(error), folder, path, manifest.versions)) from error
+
+
+def _quiet_options() -> "onnxruntime.SessionOptions":
+    """Options of a session that does not warn of what is meant so: an input with a default, and more logits than the
+    graph declares (:mod:`fips_ort.causal_lm`)."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return options
 
 
 def _explain(error: str, folder: Path, path: Path, made_with: dict[str, str]) -> str:

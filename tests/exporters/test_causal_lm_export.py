@@ -132,7 +132,7 @@ def test_initializers_are_the_models_own(kind: str) -> None:
     initializers = exported.graph.graph.initializers
     # Queries, keys and values are stacked for the graph.
     stacked = {name for name in initializers if ".qkv_proj." in name}
-    assert set(initializers) - stacked <= stored
+    assert set(initializers) - stacked - {"logits_to_keep"} <= stored
     nodes = {node.name for node in exported.graph.graph}
     path = "model.layers.0.mlp"
     has_basis = CASES[kind][1]
@@ -216,6 +216,22 @@ def test_rotary_tables_have_rows_for_new_tokens_only(kind: str) -> None:
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     values = session.run(tables, prefill_inputs(session, tokens(5).numpy()))
     assert {value.shape for value in values} == {(5, exported.module.config.head_dim // 2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_as_many_tokens_as_are_asked_for(kind: str, artefacts: dict[str, Path]) -> None:
+    """Of the last one if nobody says so, which onnxruntime-genai knows by the shape that the graph declares."""
+    session = load(artefacts[kind], verify=False)
+    assert session.get_outputs()[0].shape == ["batch_size", 1, language_sample(kind).module.config.vocab_size]
+    feeds = prefill_inputs(session, tokens(9, 2).numpy())
+    (every,) = session.run(["logits"], feeds)
+    assert every.shape[:2] == (2, 9)
+    for kept in (1, 4, 9, 1000):
+        (logits,) = session.run(["logits"], {**feeds, "logits_to_keep": np.array([kept])})
+        np.testing.assert_allclose(logits, every[:, -kept:], atol=2e-5 * np.abs(every).max())
+    del feeds["logits_to_keep"]
+    (last,) = session.run(["logits"], feeds)
+    np.testing.assert_allclose(last, every[:, -1:], atol=2e-5 * np.abs(every).max())
 
 
 def test_what_is_stored_otherwise_is_no_part_of_one_product() -> None:
@@ -442,7 +458,8 @@ def test_frequencies_of_rotary_embeddings_are_not_rounded() -> None:
 def test_incomplete_inputs_are_completed_only_where_the_graph_wants_them(artefacts: dict[str, Path]) -> None:
     session = load(artefacts["gemma3"], verify=False)
     feeds = causal_lm.prefill_inputs(session, tokens(5, 2).numpy())
-    assert set(feeds) == {value.name for value in session.get_inputs()}
+    assert set(feeds) == {value.name for value in session.get_inputs()} | {"logits_to_keep"}
+    assert feeds["logits_to_keep"] == [5]
     assert feeds["attention_mask"].tolist() == [[1] * 5] * 2
     assert feeds["past_key_values.2.value"].shape == (2, 1, 0, 16)
     assert feeds["past_key_values.0.key"].dtype == np.float32

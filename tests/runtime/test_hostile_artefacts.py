@@ -57,15 +57,15 @@ def test_weights_must_be_listed(folder: Path) -> None:
 
 
 def drop(tensors: list[dict[str, Any]]) -> None:
-    del tensors[3]
+    del tensors[4]
 
 
 def invent(tensors: list[dict[str, Any]]) -> None:
-    tensors.append({**tensors[3], "name": "invented"})
+    tensors.append({**tensors[4], "name": "invented"})
 
 
 def change(**values: Any) -> Callable[[list[dict[str, Any]]], None]:
-    return lambda tensors: tensors[3].update(values)
+    return lambda tensors: tensors[4].update(values)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def change(**values: Any) -> Callable[[list[dict[str, Any]]], None]:
 )  # fmt: skip
 def test_the_graph_stores_what_is_listed(folder: Path, edit: Callable[[list[dict[str, Any]]], None]) -> None:
     tensors = manifest_of(folder)["tensors"]
-    assert tensors[3]["file"] == "model.onnx.data"
-    name = tensors[3]["name"]
+    assert tensors[4]["file"] == "model.onnx.data"
+    name = tensors[4]["name"]
     edit(tensors)
     edit_manifest(folder, tensors=tensors)
     refused(folder, f"stores other tensors than fips.json lists, or elsewhere: ({name}|invented)$")
