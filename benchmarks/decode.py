@@ -135,7 +135,7 @@ def kind_of(event: dict) -> str:
 
 def format_profile(profile: StepProfile) -> str:
     """A table of the step, by kind of node, in Markdown."""
-    lines = ["| nodes | | ms | µs a node |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| | nodes | ms | µs a node |", "| --- | ---: | ---: | ---: |"]
     lines += [
         f"| {op.kind} | {op.nodes} | {op.milliseconds:.3f} | {1e3 * op.milliseconds / op.nodes:.1f} |"
         for op in profile.ops
