@@ -237,7 +237,7 @@ def leaves(section: type[Section], path: str = "") -> Iterator[str]:
         here, inner = f"{path}{key}", sections_in(found.annotation)
         tags = ["source", "objective"]
         tag = next((name for name in tags if inner and name in inner[0].model_fields), None) if len(inner) > 1 else None
-        if not inner or (here.endswith(".bits") and not path.endswith("bits.")):
+        if not inner or here.endswith("bits"):
             yield here
         for one in inner:
             if tag is None:
