@@ -12,11 +12,12 @@ import torch
 from transformers import AutoConfig
 
 from fips_ort.layout import PATTERNS, Pattern, smallest_block_size
-from pipeline.estimate.sizes import least_size, rest_bytes
+from pipeline.estimate.sizes import least_size
 from pipeline.models.adapters import find_mlps
 from pipeline.models.causal_lm import language_model_class
 from pipeline.models.image_classifier import model_class
 from pipeline.plumbing.errors import InputError
+from pipeline.quantization.rest_sizes import rest_bytes
 from pipeline.recipe.plan import MLPSite, Plan, fitted_rows, make_plan
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
@@ -204,10 +205,11 @@ def row(known: Known) -> str:
     ]
     for bits, pattern in ((3, "1:4"), (4, "bitmap"), (3, None)):
         recipe = recipe_for(known, bits, pattern)
-        plan = make_plan(recipe, find_mlps(model))
+        sites = find_mlps(model)
+        plan = make_plan(recipe, sites)
         stored = sum(least_size(recipe, group).stored for group in plan.groups)
         weights = sum(group.dense_parameters for group in plan.groups)
-        cells += [f"{8 * stored / weights:.2f}", f"{(stored + rest_bytes(recipe, model, plan)) / 1e6:,.0f}"]
+        cells += [f"{8 * stored / weights:.2f}", f"{(stored + rest_bytes(recipe, model, sites, plan)) / 1e6:,.0f}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -67,7 +67,8 @@ def round_to_float16(model: nn.Module) -> nn.Module:
 
 
 def install_rest(model: Any, rest: PackedRest, accuracy_level: int = 0) -> nn.Module:
-    """A copy of ``model`` with the packed weights of ``rest`` in the place of its own linear layers and tables.
+    """A copy of ``model`` with the packed weights of ``rest`` in the place of its own linear layers and tables; it
+    shares all other weights.
 
     Biases stay, as float16 numbers. The output layer of a model that ties it reads the token table. Raises ValueError
     if a path leads to no such layer, or the token table is of a kind that does more than look up rows and scale them by
@@ -76,7 +77,7 @@ def install_rest(model: Any, rest: PackedRest, accuracy_level: int = 0) -> nn.Mo
     modules = dict(model.named_modules())
     embedding, head = _token_layers(model)
     names = {id(module): name for name, module in modules.items()}
-    replaced: dict[int, object] = {}
+    replaced: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for path, weight in rest.linears.items():
         linear = modules.get(path)
         if not isinstance(linear, nn.Linear) or linear is head:

@@ -7,7 +7,8 @@ the basis that they share and V their projections (FiPS, arXiv 2411.09816, secti
 | ------------------- | ---------------------- | --------------------------------------------------------------------- |
 | model               | the recipe             | the dense model, where it is made in the run                          |
 | calibrate           | dense model            | X and Y of every block                                                |
-| allocate (optional) | dense model, X         | rank, sparsity and bits of every group                                |
+| allocate/measured   | dense model, X         | what each choice of rank, sparsity and bits takes and costs, if any   |
+| allocate/chosen     | these measurements     | rank, sparsity and bits of every group, bits of what lies outside     |
 | factorize/GROUP     | W, X                   | U, V with W ≈ U V                                                     |
 | fit/GROUP           | U, V, X, Y             | U, V that minimise the error of MLP(X; U, V) to Y, V becoming sparse  |
 | finetune (optional) | U, V                   | U, V that minimise the loss of the whole model                        |
@@ -43,6 +44,7 @@ from pipeline.plumbing.ownership import check_mine, claim
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import RunFolder, StageResult
 from pipeline.quantization.freeze import freeze
+from pipeline.quantization.rest_layers import bits_as_json
 from pipeline.recipe.schema import Recipe
 from pipeline.report.assembly import assemble_report
 from pipeline.report.render import REPORT_FILES, remove_report, write_report
@@ -161,9 +163,15 @@ def _quantize(
     training = settings.pop("training")
     rest = folder.stage(
         "qat/rest",
-        [recipe.calibration.model_dump(mode="json"), settings["rest"], settings["start"], recipe.seed],
+        [
+            recipe.calibration.model_dump(mode="json"),
+            settings["rest"],
+            bits_as_json(calibrated.rest_bits),
+            settings["start"],
+            recipe.seed,
+        ],
         [dense],
-        partial(task.store_rest, progress=calibrated.progress),
+        partial(task.store_rest, bits=calibrated.rest_bits, progress=calibrated.progress),
     )
     inputs = QuantizationInputs(task, task.open_rest(rest.folder), plan, unquantized, calibrated.activations.folder)
     chosen = [own.quantization.projections.model_dump(mode="json") for own in plan.recipes.values()]
@@ -223,7 +231,7 @@ def _deliver(
     artifact = folder.folder / ARTIFACT
 
     def export(out: Path) -> None:
-        deliver.export(out, folder.work, task, stored, packed, artifact, known)
+        deliver.export(out, folder.work, task, stored, packed, artifact, known, calibrated.progress)
         remove_report(folder.folder)  # one of an earlier run would now speak of another artefact
 
     exported = folder.stage(

@@ -5,7 +5,7 @@ Sizes of what is stored (:mod:`pipeline.estimate.sizes`), memory (:mod:`pipeline
 :mod:`pipeline.estimate.time`, and ``fips plan`` prints it all (:mod:`pipeline.estimate.printing`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.estimate.checks import check_filling, check_lengths
 from pipeline.estimate.inputs import check_inputs
 from pipeline.estimate.memory import FLOAT32_BYTES, mapped_bytes, memory_by_stage, training_bytes
-from pipeline.estimate.sizes import least_size, rest_bytes
+from pipeline.estimate.sizes import least_size
 from pipeline.estimate.vocabulary import VocabularyEstimate, estimate_vocabulary
 from pipeline.estimate.work import Work, count_work, dry_run
 from pipeline.models.adapters import find_mlps
@@ -31,9 +31,10 @@ from pipeline.models.causal_lm import (
 from pipeline.models.export_check import check_graph, check_saved_config
 from pipeline.models.image_classifier import load_config, model_class
 from pipeline.plumbing.errors import InputError, one_line
-from pipeline.quantization.rest_layers import check_tiers, fitted_rest
-from pipeline.recipe.choices import choices_of, largest_choice
-from pipeline.recipe.plan import FittedRows, GroupSize, Plan, fitted_rows, make_plan
+from pipeline.quantization.rest_layers import check_tiers, fitted_rest, inputs_of, rest_linears
+from pipeline.quantization.rest_sizes import rest_bytes
+from pipeline.recipe.choices import choices_of, largest_choice, rest_choices
+from pipeline.recipe.plan import FittedRows, GroupSize, MLPSite, Plan, fitted_rows, make_plan
 from pipeline.recipe.schema import LanguageModelSection, Recipe
 from pipeline.vocabulary.cut import CutVocabulary
 from pipeline.vocabulary.cut_model import renumber
@@ -47,6 +48,7 @@ class Estimate:
     ``rest_bytes``: of all weights outside the compressed MLPs, as they are stored. ``fitted``: rows that the recipe's
     block sizes do not divide. ``activation_bytes_per_sample``: on disk, of what calibration records.
     ``group_training_bytes``: memory to train the factors of the largest group.
+    ``least_bytes``: of all weights with the smallest choices of an allocation; None without one.
     ``dense_parameters``: of the model as it is given, more than ``parameters`` if its ``vocabulary`` is cut.
     ``memory``: bytes held at most, by what the run is at; ``mapped_bytes`` of them are dense weights mapped from a
     checkpoint, which need not stay in memory. ``work``: operations that take most of the time. ``notes``: what the user
@@ -58,6 +60,7 @@ class Estimate:
     mlp_parameters: int
     sizes: dict[str, GroupSize]
     rest_bytes: int
+    least_bytes: int | None
     fitted: tuple[FittedRows, ...]
     activation_bytes_per_sample: int
     group_training_bytes: int
@@ -112,11 +115,17 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         tables = _tables(model) // len(cut.kept) * cut.rows
         dense_parameters += tables - _tables(model)
     sites = find_mlps(model)
-    for choice in choices:
-        make_plan(choice, sites)
+    plans = [(choice, make_plan(choice, sites)) for choice in choices]
     plan = make_plan(recipe, sites)
     check_filling(recipe, model, plan)
     check_tiers(recipe, model)
+    least, measured = None, 0
+    if recipe.allocate is not None:
+        rest_sizes = [(rest_bytes(own, model, sites, plan), own) for own in rest_choices(recipe)]
+        (least_rest, _), (_, recipe) = (choose(rest_sizes, key=lambda entry: entry[0]) for choose in (min, max))
+        least = _least_bytes(plans) + least_rest
+        measured = len(choices) * len(plan.groups) + _choices_outside(wanted, model, sites)
+        _check_target(wanted, least)
     if isinstance(recipe.model, LanguageModelSection) and (fetch or is_here(recipe.model)):
         generation = load_generation_config(recipe.model)
         if cut is not None and generation is not None:
@@ -125,7 +134,7 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         check_saved_config(recipe.model, config, tokenizer, generation)
         notes = (*notes_on(recipe.model), *notes)
     sizes = {group.name: least_size(recipe, group) for group in plan.groups}
-    rest = rest_bytes(recipe, model, plan)
+    rest = rest_bytes(recipe, model, sites, plan)
     with _fitting_together():
         passed = dry_run(recipe, plan, model, config, shapes_only)
     return Estimate(
@@ -134,6 +143,7 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
         mlp_parameters=sum(group.dense_parameters for group in plan.groups),
         sizes=sizes,
         rest_bytes=rest,
+        least_bytes=least,
         fitted=(*fitted_rows(plan), *fitted_rest(recipe, model, sites)),
         activation_bytes_per_sample=passed.activation_bytes,
         group_training_bytes=training_bytes(recipe, plan),
@@ -144,11 +154,40 @@ def estimate(recipe: Recipe, *, fetch: bool = False) -> Estimate:
             ).items()
         },
         mapped_bytes=mapped_bytes(recipe, config, model),
-        work=count_work(wanted, plan, passed),
+        work=count_work(wanted, plan, passed, measured),
         dense_parameters=dense_parameters,
         vocabulary=vocabulary,
         notes=notes,
     )
+
+
+def _least_bytes(plans: Sequence[tuple[Recipe, Plan]]) -> int:
+    """Bytes of all packed factors, each group with the smallest of the choices, given with what they make of a model.
+    """
+    sizes: dict[str, int] = {}
+    for choice, plan in plans:
+        for group in plan.groups:
+            size = least_size(choice, group).stored
+            sizes[group.name] = min(size, sizes.get(group.name, size))
+    return sum(sizes.values())
+
+
+def _choices_outside(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> int:
+    """How many choices an allocation measures outside the MLPs."""
+    assert recipe.allocate is not None
+    linears, tables = (len(bits or []) for bits in (recipe.allocate.linear_bits, recipe.allocate.embedding_bits))
+    return tables + (linears * len(inputs_of(rest_linears(model, sites))) if linears else 0)
+
+
+def _check_target(recipe: Recipe, least: int) -> None:
+    """Raise InputError if an artefact has to be smaller than its weights are with the smallest choices, ``least``."""
+    assert recipe.allocate is not None
+    target = recipe.allocate.artifact_bytes
+    if target is not None and target < least:
+        raise InputError(
+            f"recipe {recipe.name}: allocate.target: {recipe.allocate.target} is below what the weights alone take "
+            f"with the smallest choices, {least:,} bytes; raise it, or allow smaller budgets or fewer bits"
+        )
 
 
 def _tables(model: Any) -> int:

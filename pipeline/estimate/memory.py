@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.quantization.rest_layers import rest_linears
+from pipeline.quantization.rest_layers import inputs_of, rest_linears
 from pipeline.quantization.rest_weights import ROWS_AT_ONCE
 from pipeline.recipe.plan import MLPSite, Plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, QuantizedEndToEnd, Recipe, TextSection
@@ -154,16 +154,16 @@ def _rest_start(recipe: Recipe, model: Any, sites: Sequence[MLPSite]) -> int:
     """Bytes to find starting codes outside the MLPs: moments of all linear layers there, of those that read the same
     one; their tables; and what GPTQ holds of the largest of them, of which it takes some rows at a time."""
     rest = recipe.quantization.rest
-    moments: dict[tuple[str, int], int] = {}
+    moments = 0
     weights: list[Tensor] = []
     if rest.linear_bits:
-        for name, linear in rest_linears(model, sites).items():
-            moments[name.rpartition(".")[0], linear.in_features] = REST_MOMENT_BYTES * linear.in_features**2
-            weights.append(linear.weight)
+        linears = rest_linears(model, sites)
+        moments = REST_MOMENT_BYTES * sum(features**2 for _, features in inputs_of(linears))
+        weights += [linear.weight for linear in linears.values()]
     if rest.embedding_bits:
         weights.append(model.get_output_embeddings().weight)
     tables = REST_TABLE_BYTES * sum(weight.numel() for weight in weights)
-    return sum(moments.values()) + tables + max(map(_gptq, weights), default=0)
+    return moments + tables + max(map(_gptq, weights), default=0)
 
 
 def _gptq(weight: Tensor) -> int:

@@ -10,7 +10,7 @@ from pipeline.estimate import Estimate
 from pipeline.estimate.time import Duration, duration, seconds_of_step
 from pipeline.estimate.vocabulary import VocabularyEstimate
 from pipeline.plumbing.console import table_console
-from pipeline.recipe.schema import Recipe, TextSection
+from pipeline.recipe.schema import Allocate, Recipe, TextSection
 
 
 def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
@@ -20,11 +20,7 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
     console.print(f"{recipe.name}: {sizes}")
     console.print(_groups(estimated))
     if recipe.allocate is not None:
-        left = round(recipe.allocate.target * estimated.mlp_parameters / 8)
-        console.print(
-            f"with the largest choices of `allocate`, which has {left:,} bytes for these MLPs at "
-            f"{recipe.allocate.target:g} stored bits per weight"
-        )
+        console.print(f"with the largest choices of `allocate`, which has {_allowed(recipe.allocate, estimated)}")
     if estimated.plan.dense_blocks:
         console.print(f"left dense: blocks {list(estimated.plan.dense_blocks)}")
     for rows in estimated.fitted:
@@ -57,6 +53,16 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
         console.print(f"note: {note}", markup=False)
     for shortage in shortages(estimated, samples):
         console.print(f"warning: {shortage}")
+
+
+def _allowed(allocate: Allocate, estimated: Estimate) -> str:
+    if allocate.artifact_bytes is not None:
+        return (
+            f"{allocate.artifact_bytes:,} bytes for the whole artefact; with the smallest, its weights take "
+            f"{estimated.least_bytes:,}"
+        )
+    left = round(allocate.stored_bits * estimated.mlp_parameters / 8)
+    return f"{left:,} bytes for these MLPs at {allocate.stored_bits:g} stored bits per weight"
 
 
 def _vocabulary(cut: VocabularyEstimate) -> str:

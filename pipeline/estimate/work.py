@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.estimate.memory import FLOAT32_BYTES
 from pipeline.evaluation.measurements import Stage
-from pipeline.recipe.choices import choices_of
 from pipeline.recipe.plan import GroupPlan, Plan
 from pipeline.recipe.schema import EndToEnd, Fit, LocalTraining, Precision, Recipe, ScratchModel, TextSection
 from qat.losses import FREQUENT, SAMPLED
@@ -74,8 +73,9 @@ class Work:
     training: tuple[MLPTraining, ...]
 
 
-def count_work(recipe: Recipe, plan: Plan, passed: Pass) -> Work:
-    """The operations of a run; ``plan``: with the largest choices, where some are left to an allocation."""
+def count_work(recipe: Recipe, plan: Plan, passed: Pass, measured: int) -> Work:
+    """The operations of a run; ``plan``: with the largest choices, where some are left to an allocation, which measures
+    ``measured`` of them."""
     dense = 0
     if isinstance(recipe.model, ScratchModel):
         training = recipe.model.training
@@ -84,7 +84,7 @@ def count_work(recipe: Recipe, plan: Plan, passed: Pass) -> Work:
     if isinstance(recipe.data, TextSection) and recipe.evaluation.stride is not None:
         evaluated *= math.ceil(recipe.data.context / recipe.evaluation.stride)  # windows that overlap
     if recipe.allocate is not None:
-        evaluated += recipe.allocate.samples * len(choices_of(recipe)) * len(plan.groups)
+        evaluated += recipe.allocate.samples * measured
     return Work(
         dense_training=dense,
         passes=(recipe.calibration.samples or 0) * passed.body + evaluated * (passed.body + passed.head),

@@ -2,19 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from exporters.packed_rest import PackedRest
-from pipeline.plumbing.progress import Progress
+from pipeline.quantization.rest_layers import RestBits, token_tables
 from pipeline.quantization.rest_weights import quantize_rows, quantize_table
-from pipeline.recipe.schema import RestOfModel, Tier
+from pipeline.recipe.schema import Tier
 from qat.damping import damped
-
-Role = Literal["input", "output", "tied"]
-"""What a table of tokens is read for: to look rows up, to multiply with them, or both."""
 
 TIED_TABLE_DAMPING = 0.3
 """A tied table is read in two ways: rows are multiplied with final hidden states, and looked up as they are. Its
@@ -25,7 +22,7 @@ bits in blocks of 32: perplexity 15.41 rounded to nearest, 14.76 so, on 12,264 t
 
 @torch.no_grad()
 def linear_moments(
-    run: Callable[[Tensor], object], linears: Mapping[str, nn.Linear], batches: Iterable[Tensor], progress: Progress
+    run: Callable[[Tensor], object], linears: Mapping[str, nn.Linear], batches: Iterable[Tensor]
 ) -> dict[str, Tensor]:
     """Second moments float32 [in, in] of the inputs of linear layers, by name; of layers that read the same input,
     one tensor."""
@@ -82,46 +79,45 @@ def token_bits(tiers: int | Sequence[Tier], counts: Tensor) -> Tensor:
 
 def start_rest(
     model: nn.Module,
-    rest: RestOfModel,
-    linears: Mapping[str, nn.Linear],
+    bits: Mapping[str, RestBits],
+    block_size: int,
     *,
     counts: Tensor | None = None,
-    calibration: "RestCalibration | None" = None,
-    progress: Progress,
+    moments: "RestMoments | None" = None,
+    on_start: Callable[[str], object] = lambda _: None,
 ) -> PackedRest:
-    """Find the codes of ``linears`` (by path) and, if ``rest`` has bits for it, of the token table.
+    """Find the codes of linear layers and tables of tokens of ``model`` that have ``bits``, by path.
 
-    ``counts``: of a language model's tokens in the training text. With a ``calibration`` codes are those that GPTQ
-    finds, else the nearest; a table that is only looked up is rounded to nearest in any case.
+    ``block_size``: values that share a scale, at most. ``counts``: of a language model's tokens in the training text.
+    With ``moments`` codes are those that GPTQ finds, else the nearest; a table that is only looked up is rounded to
+    nearest in any case. ``on_start`` is called with each path in turn.
     """
     packed = PackedRest()
-    moments, hidden = (None, None) if calibration is None else calibration.moments(linears, progress)
-    tables = {} if rest.embedding_bits is None else token_tables(model)
-    with progress.task("starting codes outside the MLPs", len(linears) + len(tables)) as advance:
-        for name, linear in linears.items():
-            assert rest.linear_bits is not None
-            moment = None if moments is None else moments[name]
-            packed.linears[name] = quantize_rows(linear.weight, rest.linear_bits, rest.block_size, moment)
-            advance(1, name)
-        for name, (weight, role) in tables.items():
-            assert rest.embedding_bits is not None
-            assert counts is not None
-            moment = None
-            if hidden is not None and role != "input":
-                moment = tied_moment(hidden) if role == "tied" else hidden
-            row_bits = token_bits(rest.embedding_bits, counts)
-            packed.tables[name] = quantize_table(weight, row_bits, rest.block_size, moment)
-            advance(1, name)
+    tables = token_tables(model) if counts is not None else {}
+    for name, width in bits.items():
+        on_start(name)
+        if name not in tables:
+            assert isinstance(width, int)
+            moment = None if moments is None else moments.linears[name]
+            linear: Any = model.get_submodule(name)
+            packed.linears[name] = quantize_rows(linear.weight, width, block_size, moment)
+            continue
+        weight, role = tables[name]
+        assert counts is not None
+        moment = None
+        if moments is not None and role != "input":
+            moment = tied_moment(moments.hidden) if role == "tied" else moments.hidden
+        packed.tables[name] = quantize_table(weight, token_bits(width, counts), block_size, moment)
     return packed
 
 
-def token_tables(model: Any) -> dict[str, tuple[Tensor, Role]]:
-    """The tables of a language model by path, with what they are read for: tied ones are one."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    if head.weight is embedding.weight:
-        return {names[id(embedding)]: (embedding.weight, "tied")}
-    return {names[id(embedding)]: (embedding.weight, "input"), names[id(head)]: (head.weight, "output")}
+@dataclass(frozen=True)
+class RestMoments:
+    """Second moments of what weights outside the MLPs read. ``linears``: float32 [in, in] of the inputs of linear
+    layers, by name. ``hidden``: float32 [d, d], the sum over all tokens of those of the final hidden states."""
+
+    linears: Mapping[str, Tensor]
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,14 +127,13 @@ class RestCalibration:
     run: Callable[[Tensor], Tensor]
     batches: Iterable[Tensor]
 
-    def moments(self, linears: Mapping[str, nn.Linear], progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
-        """Second moments of the inputs of ``linears`` by name (:func:`linear_moments`), and the sum of those of the
-        final hidden states: float32 [d, d]."""
+    def moments(self, linears: Mapping[str, nn.Linear]) -> RestMoments:
+        """Second moments of the inputs of ``linears`` (:func:`linear_moments`) and of the final hidden states."""
         hidden: list[Tensor] = []
 
         def run_and_sum(batch: Tensor) -> None:
             states = self.run(batch)
             hidden.append((states.T @ states).double())
 
-        moments = linear_moments(run_and_sum, linears, self.batches, progress)
-        return moments, torch.stack(hidden).sum(dim=0).float()
+        moments = linear_moments(run_and_sum, linears, self.batches)
+        return RestMoments(moments, torch.stack(hidden).sum(dim=0).float())

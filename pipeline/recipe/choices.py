@@ -1,11 +1,12 @@
-"""What an allocation chooses from for each group of blocks: the combinations that a recipe allows."""
+"""What an allocation chooses from, for each group of blocks and for what lies outside the MLPs."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.recipe.reading import parse_recipe
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import EmbeddingBits, LinearBits, Recipe
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,26 @@ def choices_of(recipe: Recipe) -> list[Choice]:
 
 
 def largest_choice(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` with the choice that has most parameters, for estimates."""
+    """Return ``recipe`` with the choice for all groups that has most parameters, for estimates."""
     assert recipe.allocate is not None
     budgets, sparsities = recipe.allocate.budgets, recipe.allocate.sparsities
     return Choice(max(budgets) if budgets else None, min(sparsities) if sparsities else None, None).apply(recipe)
+
+
+def rest_choices(recipe: Recipe) -> list[Recipe]:
+    """Return ``recipe`` once for every combination of bits outside the MLPs that its ``allocate`` allows, each for all
+    layers; the recipe as it is if that leaves them alone."""
+    assert recipe.allocate is not None
+    rest = recipe.quantization.rest
+    linear: Sequence[LinearBits | None] = recipe.allocate.linear_bits or (rest.linear_bits,)
+    embedding: Sequence[EmbeddingBits | None] = recipe.allocate.embedding_bits or (rest.embedding_bits,)
+    return [
+        recipe.model_copy(
+            update={
+                "quantization": recipe.quantization.model_copy(
+                    update={"rest": rest.model_copy(update={"linear_bits": linears, "embedding_bits": tables})}
+                )
+            }
+        )
+        for linears, tables in itertools.product(linear, embedding)
+    ]

@@ -12,6 +12,7 @@ import regex
 from pydantic import AfterValidator, Field, model_validator
 
 from fips_ort.layout import BIT_WIDTHS, Pattern, check_block_size
+from pipeline.plumbing.byte_sizes import parse_bytes
 from pipeline.plumbing.records import Record
 
 PatternName = Literal["dense", "bitmap", "1:4", "2:4", "1:8", "2:8"]
@@ -463,6 +464,10 @@ class Tier(Section):
     tokens: Positive | None = None
 
 
+LinearBits = Literal[2, 3, 4, 8]
+EmbeddingBits = Literal[2, 3, 4, 8] | Annotated[list[Tier], Field(min_length=2)]
+
+
 class RestOfModel(Section):
     """Storage of everything outside the MLPs. Linear layers (not the classifier) can take 2, 3, 4 or 8 bits; all other
     weights are float16 or float32.
@@ -471,8 +476,8 @@ class RestOfModel(Section):
     model ties them; or tiers of falling bits. ``block_size``: values that share a float16 scale, at most."""
 
     weights: Literal["float32", "float16"] = "float16"
-    linear_bits: Literal[2, 3, 4, 8] | None = None
-    embedding_bits: Literal[2, 3, 4, 8] | Annotated[list[Tier], Field(min_length=2)] | None = None
+    linear_bits: LinearBits | None = None
+    embedding_bits: EmbeddingBits | None = None
     block_size: BlockSize = 64
 
     @model_validator(mode="after")
@@ -494,17 +499,22 @@ class RestOfModel(Section):
 
     @model_validator(mode="after")
     def _tiers_are_complete(self) -> "RestOfModel":
-        if not isinstance(self.embedding_bits, list):
-            return self
-        widths = [tier.bits for tier in self.embedding_bits]
-        if sorted(widths, reverse=True) != widths or len(set(widths)) != len(widths):
-            raise AtKeyError("embedding_bits", f"tiers must have falling bits, each once; got {widths}")
-        for number, tier in enumerate(self.embedding_bits):
-            is_last = number == len(widths) - 1
-            if (tier.tokens is None) != is_last:
-                said = "the last tier has all other tokens; leave it out" if is_last else "required key is missing"
-                raise AtKeyError(f"embedding_bits.{number}.tokens", said)
+        _check_tiers(self.embedding_bits, "embedding_bits")
         return self
+
+
+def _check_tiers(bits: EmbeddingBits | None, key: str) -> None:
+    """Raise AtKeyError unless tiers of a token table, at ``key``, have falling bits and leave the last one the rest."""
+    if not isinstance(bits, list):
+        return
+    widths = [tier.bits for tier in bits]
+    if sorted(widths, reverse=True) != widths or len(set(widths)) != len(widths):
+        raise AtKeyError(key, f"tiers must have falling bits, each once; got {widths}")
+    for number, tier in enumerate(bits):
+        is_last = number == len(widths) - 1
+        if (tier.tokens is None) != is_last:
+            said = "the last tier has all other tokens; leave it out" if is_last else "required key is missing"
+            raise AtKeyError(f"{key}.{number}.tokens", said)
 
 
 class Quantization(Section):
@@ -539,25 +549,66 @@ class Quantization(Section):
         return self
 
 
+def _target(target: float | str) -> float | str:
+    """A number of stored bits per weight, or a size as text. Raises ValueError for what is neither."""
+    if isinstance(target, str):
+        parse_bytes(target)
+    elif not 0 < target <= _MOST_STORED_BITS:
+        raise ValueError(
+            f"stored bits per weight are above 0 and at most {_MOST_STORED_BITS}; write the size of an artefact with "
+            "its unit, as in 135MB"
+        )
+    return target
+
+
+_MOST_STORED_BITS = 64
+"""A factorization of a budget of 2 with 32 bits a value: beyond it, a number is a size without its unit."""
+
+
 class Allocate(Section):
-    """Rank, sparsity and bits of every group, chosen together to meet ``target``: stored bits per original weight of
-    the compressed MLPs, all bytes counted.
+    """Rank, sparsity and bits chosen together to meet ``target``: stored bits per original weight of the compressed
+    MLPs, all bytes counted; or, as text (``135MB``), bytes of the whole artefact.
 
     Every combination of ``budgets``, ``sparsities`` (pattern bitmap only) and ``bits`` (of the projections) is tried on
     every group alone, and measured by the divergence from the dense model that it causes on ``samples`` training
-    samples; the recipe's own value stands where a list is not given.
+    samples; the recipe's own value stands where a list is not given. Where bytes of the artefact are given,
+    ``linear_bits`` are tried on the linear layers outside the MLPs, those that read the same input together, and
+    ``embedding_bits`` on the token table.
     """
 
-    target: PositiveFloat
+    target: Annotated[float | str, AfterValidator(_target)]
     budgets: Annotated[list[Annotated[float, Field(gt=0.0, le=LARGEST_BUDGET)]], Field(min_length=1)] | None = None
     sparsities: Annotated[list[Fraction], Field(min_length=1)] | None = None
     bits: Annotated[list[OneWidth | list[Grade]], Field(min_length=1)] | None = None
+    linear_bits: Annotated[list[LinearBits], Field(min_length=1)] | None = None
+    embedding_bits: Annotated[list[EmbeddingBits], Field(min_length=1)] | None = None
     samples: Positive = 8
+
+    @property
+    def artifact_bytes(self) -> int | None:
+        """Bytes that the whole artefact may have; None if the target is stored bits of the MLPs."""
+        return parse_bytes(self.target) if isinstance(self.target, str) else None
+
+    @property
+    def stored_bits(self) -> float:
+        """Stored bits per weight of the compressed MLPs, where the target is these."""
+        assert not isinstance(self.target, str)
+        return self.target
 
     @model_validator(mode="after")
     def _something_is_open(self) -> "Allocate":
-        if all(values is None for values in (self.budgets, self.sparsities, self.bits)):
-            raise ValueError("nothing to choose from; give budgets, sparsities or bits")
+        lists = ("budgets", "sparsities", "bits", "linear_bits", "embedding_bits")
+        if all(getattr(self, key) is None for key in lists):
+            raise ValueError(f"nothing to choose from; give {', '.join(lists[:-1])} or {lists[-1]}")
+        for key in ("linear_bits", "embedding_bits"):
+            if getattr(self, key) is not None and self.artifact_bytes is None:
+                raise AtKeyError(
+                    key,
+                    f"target: {self.target} is stored bits of the MLPs, and this lies outside them; give the target as "
+                    "bytes of the whole artefact (135MB), or leave this out",
+                )
+        for number, choice in enumerate(self.embedding_bits or []):
+            _check_tiers(choice, f"embedding_bits.{number}")
         for number, bits in enumerate(self.bits or []):
             if isinstance(bits, list):
                 try:
@@ -663,6 +714,13 @@ class Recipe(Section):
         if self.allocate.sparsities is not None and self.compression.pattern != "bitmap":
             pattern = self.compression.pattern
             raise AtKeyError("allocate.sparsities", f"pattern {pattern} fixes the sparsity; take pattern bitmap")
+        for key in ("linear_bits", "embedding_bits"):
+            if getattr(self.allocate, key) is not None and getattr(self.quantization.rest, key) is None:
+                raise AtKeyError(
+                    f"allocate.{key}",
+                    f"chooses in the place of quantization.rest.{key}, which is not given; give that too, or leave "
+                    "this out",
+                )
         if self.quantization.target_stored_bits is not None:
             raise AtKeyError("allocate", "chooses the bits, and so does quantization: bits allocate; take one of them")
         return self

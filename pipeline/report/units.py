@@ -3,9 +3,9 @@
 import math
 import re
 
+from pipeline.plumbing.byte_sizes import BYTE_UNITS
+
 MINUS = "−"
-BYTE_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
-"""Decimal units with their bytes, largest first."""
 
 
 def format_bytes(size: float) -> str:

@@ -65,10 +65,17 @@ def known_files(work: Path, artifact: Path) -> list[str]:
 
 
 def export(
-    out: Path, work: Path, task: Task, stored: nn.Module, packed: PackedModel, artifact: Path, known: Collection[str]
+    out: Path,
+    work: Path,
+    task: Task,
+    stored: nn.Module,
+    packed: PackedModel,
+    artifact: Path,
+    known: Collection[str],
+    progress: Progress,
 ) -> None:
     """Audit what the artefact is going to store, and write it. ``known``: :func:`known_files`, which is written to
-    ``work`` anew."""
+    ``work`` anew. Raises StageError if the artefact is larger than an allocation was to make it."""
     recipe = task.recipe
     exported = task.export_graph(stored, packed)
     weights = packed.weights() | packed_rest(stored).weights()
@@ -92,7 +99,21 @@ def export(
         raise InputError(str(error)) from None
     write_json(out / "audit.json", [asdict(row) for row in rows])
     write_record(work / _FILES, _Files(files=[entry.path for entry in manifest.files]))
+    if recipe.allocate is not None and recipe.allocate.artifact_bytes is not None:
+        size = sum(entry.bytes for entry in manifest.files) + (artifact / MANIFEST).stat().st_size
+        progress.say(f"  {_against_target(size, recipe.allocate.artifact_bytes, recipe.allocate.target)}")
     write_record(out / _EXPORTED, _Exported(manifest_sha256=sha256(artifact / MANIFEST)))
+
+
+def _against_target(size: int, allowed: int, target: float | str) -> str:
+    """How the ``size`` of an artefact compares with what an allocation ``allowed``. Raises StageError if it is more."""
+    if size > allowed:
+        raise StageError(
+            f"the artefact has {size:,} bytes, {size - allowed:,} more than allocate.target: {target}; what the "
+            f"allocation does not choose was counted too low: set allocate.target to {2 * allowed - size}B (nothing is "
+            "measured again)"
+        )
+    return f"{size:,} bytes, {allowed - size:,} below allocate.target: {target}"
 
 
 def is_intact(out: Path, artifact: Path) -> bool:

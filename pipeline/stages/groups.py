@@ -6,7 +6,7 @@ for it.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 
+from fips_ort.native import library_path
 from pipeline.plumbing.engines import Command, run_on_ray
 from pipeline.plumbing.environment import prepare_process
 from pipeline.plumbing.errors import StageError
 from pipeline.plumbing.files import digest, read_json, write_json
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import RunFolder, StageResult
+from pipeline.quantization.rest_layers import RestBits, rest_bits
 from pipeline.recipe.plan import GroupPlan, Plan, make_plan
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.stages import compress
-from pipeline.stages.allocate import allocate, load_chosen
+from pipeline.stages.allocate import choose, load_chosen, measure_choices
 from pipeline.stages.results import SavedFactors
 from pipeline.tasks import make_task
 from pipeline.tasks.base import Task
@@ -34,7 +36,8 @@ from pipeline.tasks.base import Task
 class Calibrated:
     """A run whose calibration is done, so that its groups can be computed.
 
-    ``activations``: the stage that recorded them. ``planned``: the stage that ``plan`` follows from.
+    ``activations``: the stage that recorded them. ``planned``: the stage that ``plan`` follows from. ``rest_bits``: of
+    the weights outside the MLPs that are stored as codes, by path.
     """
 
     folder: RunFolder
@@ -43,6 +46,7 @@ class Calibrated:
     plan: Plan
     activations: StageResult
     planned: StageResult
+    rest_bits: Mapping[str, RestBits]
 
     @property
     def recipe(self) -> Recipe:
@@ -139,8 +143,8 @@ def open_dense(recipe: Recipe, folder: RunFolder, progress: Progress) -> tuple[T
 
 
 def calibrate_and_plan(task: Task, dense: StageResult, folder: RunFolder, progress: Progress) -> Calibrated:
-    """Record what the dense model's MLPs read and write (X and Y), then plan the groups: rank, sparsity and bits of
-    each are as the recipe says or, where it has an allocation, chosen by that."""
+    """Record what the dense model's MLPs read and write (X and Y), then plan the groups and what lies outside them:
+    rank, sparsity and bits of each are as the recipe says or, where it has an allocation, chosen by that."""
     recipe = task.recipe
     plan = make_plan(recipe, task.sites)
     activations = folder.stage(
@@ -153,17 +157,37 @@ def calibrate_and_plan(task: Task, dense: StageResult, folder: RunFolder, progre
         [dense],
         partial(task.calibrate, plan=plan, progress=progress),
     )
+    rest = rest_bits(recipe, task.model, task.sites)
     if recipe.allocate is None:
-        return Calibrated(folder, progress, task, plan, activations=activations, planned=activations)
-    sections = (recipe.allocate, recipe.compression, recipe.quantization)
-    allocated = folder.stage(
-        "allocate",
-        [*(section.model_dump(mode="json") for section in sections), recipe.seed],
+        return Calibrated(folder, progress, task, plan, activations=activations, planned=activations, rest_bits=rest)
+    # What is measured depends neither on the target nor on the training: another one finds it there.
+    measured = folder.stage(
+        "allocate/measured",
+        [
+            recipe.allocate.model_dump(mode="json", exclude={"target"}),
+            recipe.compression.model_dump(mode="json"),
+            recipe.quantization.model_dump(mode="json", exclude={"training"}),
+            recipe.seed,
+        ],
         [activations],
-        partial(allocate, task=task, plan=plan, calibration=activations.folder, progress=progress),
+        partial(measure_choices, task=task, plan=plan, calibration=activations.folder, progress=progress),
     )
-    chosen = make_plan(recipe, task.sites, load_chosen(recipe, allocated.folder))
-    return Calibrated(folder, progress, task, chosen, activations=activations, planned=allocated)
+    chosen = folder.stage(
+        "allocate/chosen",
+        [recipe.allocate.target, library_path().stat().st_size],
+        [measured],
+        partial(choose, task=task, plan=plan, measured=measured.folder, progress=progress),
+    )
+    allocation = load_chosen(recipe, chosen.folder)
+    return Calibrated(
+        folder,
+        progress,
+        task,
+        make_plan(recipe, task.sites, allocation.recipes),
+        activations=activations,
+        planned=chosen,
+        rest_bits=rest | allocation.rest,
+    )
 
 
 def compute_on_ray(calibrated: Calibrated) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.plumbing.byte_sizes import parse_bytes
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import write_text
 from pipeline.plumbing.records import read_record
-from pipeline.report.units import BYTE_UNITS, format_bytes, format_percent
+from pipeline.report.units import format_bytes, format_percent
 from pipeline.sweep.results import Results, Row
-
-_BINARY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def choose_point(sweep: Path, max_bytes: str | None, max_loss: str | None) -> Ch
     results = _read(sweep)
     if max_bytes is None and max_loss is None:
         raise InputError("fips choose: give --max-bytes, --max-loss, or both")
-    bytes_limit = None if max_bytes is None else parse_bytes(max_bytes)
+    bytes_limit = None if max_bytes is None else _bytes_limit(max_bytes)
     loss_limit = None if max_loss is None else parse_percent(max_loss)
     fitting = [
         row
@@ -66,13 +65,11 @@ def choose_point(sweep: Path, max_bytes: str | None, max_loss: str | None) -> Ch
     return Chosen(chosen.point, chosen.recipe, _describe(chosen, results.metric))
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes that ``150MB`` (10⁶), ``1.5GiB`` (2³⁰) or ``800000`` stands for. Raises InputError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
-    units = {name.lower(): power for name, power in (*BYTE_UNITS, *_BINARY_UNITS)} | {"": 1}
-    if match is None or match[2].lower() not in units:
-        raise InputError(f"--max-bytes {text}: write a number with B, kB, MB, GB, KiB, MiB or GiB, as in 150MB")
-    return int(float(match[1]) * units[match[2].lower()])
+def _bytes_limit(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise InputError(f"--max-bytes {text}: {error}") from None
 
 
 def parse_percent(text: str) -> float:

@@ -1,8 +1,9 @@
 """The interface of a task: what a run asks of a kind of model and its data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Union
 
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from exporters.artifact import Golden
 from exporters.packed_model import PackedModel
+from exporters.packed_rest import PackedRest, save_packed_rest
 from pipeline.compression.calibrate import record_activations
 from pipeline.evaluation.measurements import Benchmark, ImageDivergence, Quality, Samples, Stage, TextDivergence
+from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
+from pipeline.quantization.rest_layers import RestBits
+from pipeline.quantization.rest_start import RestMoments, start_rest
 from pipeline.recipe.plan import MLPSite, Plan
 from pipeline.recipe.schema import EndToEnd, Precision, Recipe
 
@@ -169,9 +174,37 @@ class Task(ABC):
 
     # --- delivery ---
 
+    @property
     @abstractmethod
-    def store_rest(self, folder: Path, progress: Progress) -> None:
-        """Find codes for the weights outside the MLPs and keep them in ``folder``, as :data:`PACKED_REST`."""
+    def token_counts(self) -> Tensor | None:
+        """How often each token of the vocabulary is in the training text: int64 [vocabulary]; None without text."""
+
+    @abstractmethod
+    def rest_moments(self, paths: Collection[str]) -> RestMoments | None:
+        """Second moments by which codes of the weights outside the MLPs at ``paths`` are found; None if these are
+        rounded to nearest."""
+
+    def start_rest(
+        self, bits: Mapping[str, RestBits], moments: RestMoments | None, on_start: Callable[[str], object]
+    ) -> PackedRest:
+        """Find codes for the weights outside the MLPs that have ``bits``, by path. ``moments``: of
+        :meth:`rest_moments`. ``on_start`` is called with each path in turn."""
+        return start_rest(
+            self.model,
+            bits,
+            self.recipe.quantization.rest.block_size,
+            counts=self.token_counts,
+            moments=moments,
+            on_start=on_start,
+        )
+
+    def store_rest(self, folder: Path, bits: Mapping[str, RestBits], progress: Progress) -> None:
+        """Find codes for the weights outside the MLPs that have ``bits``, by path, and keep them in ``folder``, as
+        :data:`PACKED_REST`."""
+        moments = self.rest_moments(bits) if bits else None
+        with progress.task("starting codes outside the MLPs", len(bits)) as advance:
+            packed = self.start_rest(bits, moments, lambda path: advance(1, path))
+        write_aside(folder / PACKED_REST, partial(save_packed_rest, packed))
 
     @abstractmethod
     def open_rest(self, folder: Path) -> nn.Module:

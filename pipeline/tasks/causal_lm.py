@@ -3,8 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,7 +15,7 @@ from exporters.artifact import Golden
 from exporters.causal_lm import export_causal_lm
 from exporters.genai_config import save_causal_lm_config
 from exporters.packed_model import PackedModel
-from exporters.packed_rest import load_packed_rest, save_packed_rest
+from exporters.packed_rest import load_packed_rest
 from exporters.rest import install_rest, round_to_float16
 from fips_ort.causal_lm import prefill_inputs
 from fips_ort.memory import measure_memory
@@ -55,11 +54,10 @@ from pipeline.models.causal_lm import (
 from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
 from pipeline.models.weights import check_float16
 from pipeline.plumbing.errors import StageError
-from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import step_generator
 from pipeline.quantization.rest_layers import rest_linears
-from pipeline.quantization.rest_start import RestCalibration, start_rest
+from pipeline.quantization.rest_start import RestCalibration, RestMoments
 from pipeline.recipe.plan import MLPSite, make_plan
 from pipeline.recipe.schema import CausalLanguageModel, EndToEnd, LanguageModelSection, Recipe, TextDataSection
 from pipeline.tasks.base import PACKED_REST, Dense, Form, Predict, Task, products_in
@@ -166,7 +164,7 @@ class CausalLMTask(Task):
         if config.objective == "task":
             return task_loss
         dense_table = output_table(self.model).to(dtype)
-        vocabulary = Vocabulary.of(self._token_counts)
+        vocabulary = Vocabulary.of(self.token_counts)
 
         def distillation(step: int) -> Tensor:
             input_ids = windows(step)
@@ -277,26 +275,19 @@ class CausalLMTask(Task):
 
     # --- delivery ---
 
-    def store_rest(self, folder: Path, progress: Progress) -> None:
-        rest, size = self.recipe.quantization.rest, self.recipe.calibration.batch_size
-        samples = self.calibration_samples()
+    def rest_moments(self, paths: Collection[str]) -> RestMoments | None:
+        if self.recipe.quantization.start != "gptq":
+            return None
+        samples, size = self.calibration_samples(), self.recipe.calibration.batch_size
         calibration = RestCalibration(
             lambda input_ids: self.run_dense(input_ids).flatten(0, 1),
             (self.training_batch(samples[first : first + size]) for first in range(0, len(samples), size)),
         )
-        packed = start_rest(
-            self.model,
-            rest,
-            rest_linears(self.model, self.sites) if rest.linear_bits is not None else {},
-            counts=self._token_counts,
-            calibration=calibration if self.recipe.quantization.start == "gptq" and rest.is_packed else None,
-            progress=progress,
-        )
-        write_aside(folder / PACKED_REST, partial(save_packed_rest, packed))
+        linears = rest_linears(self.model, self.sites)
+        return calibration.moments({path: linear for path, linear in linears.items() if path in paths})
 
     @property
-    def _token_counts(self) -> Tensor:
-        """How often each token of the vocabulary is in the training text: int64 [vocabulary]."""
+    def token_counts(self) -> Tensor:
         return torch.bincount(self.data.train.tokens, minlength=len(output_table(self.model)))
 
     def open_rest(self, folder: Path) -> nn.Module:

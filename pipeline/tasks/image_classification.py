@@ -2,8 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from exporters.artifact import Golden
 from exporters.image_classifier import export_image_classifier
 from exporters.packed_model import PackedModel
-from exporters.packed_rest import load_packed_rest, save_packed_rest
+from exporters.packed_rest import load_packed_rest
 from exporters.rest import fix_position_embeddings, install_rest, round_to_float16
 from fips_ort.memory import measure_memory
 from pipeline.data.images import load_data
@@ -35,11 +34,8 @@ from pipeline.evaluation.measurements import (
 from pipeline.models.adapters import find_mlps
 from pipeline.models.image_classifier import ATTENTION, load_model, load_preprocessing, model_class
 from pipeline.models.weights import check_finite, check_float16, hash_model
-from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.training_loop import remove_checkpoint, step_generator
-from pipeline.quantization.rest_layers import rest_linears
-from pipeline.quantization.rest_start import start_rest
 from pipeline.recipe.schema import (
     EndToEnd,
     ImageDataSection,
@@ -174,11 +170,12 @@ class ImageClassificationTask(Task):
 
     # --- delivery ---
 
-    def store_rest(self, folder: Path, progress: Progress) -> None:
-        rest = self.recipe.quantization.rest
-        linears = rest_linears(self.model, self.sites) if rest.linear_bits is not None else {}
-        packed = start_rest(self.model, rest, linears, progress=progress)
-        write_aside(folder / PACKED_REST, partial(save_packed_rest, packed))
+    @property
+    def token_counts(self) -> None:
+        return None
+
+    def rest_moments(self, paths: Collection[str]) -> None:
+        return None
 
     def open_rest(self, folder: Path) -> nn.Module:
         base = copy.deepcopy(self.model)

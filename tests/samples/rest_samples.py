@@ -8,7 +8,8 @@ from torch import nn
 
 from exporters.packed_rest import PackedRest
 from exporters.rest import install_rest
-from pipeline.quantization.rest_start import token_bits, token_tables
+from pipeline.quantization.rest_layers import token_tables
+from pipeline.quantization.rest_start import token_bits
 from pipeline.quantization.rest_weights import quantize_rows, quantize_table
 from pipeline.recipe.schema import Tier
 

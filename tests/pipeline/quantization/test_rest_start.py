@@ -9,7 +9,7 @@ from moment_samples import correlated, error, moment_of, values_of
 from rest_samples import linears_outside
 from torch import Tensor, nn
 
-from pipeline.plumbing.progress import Progress
+from pipeline.quantization.rest_layers import RestBits, token_tables
 from pipeline.quantization.rest_start import (
     TIED_TABLE_DAMPING,
     RestCalibration,
@@ -17,10 +17,9 @@ from pipeline.quantization.rest_start import (
     start_rest,
     tied_moment,
     token_bits,
-    token_tables,
 )
 from pipeline.quantization.rest_weights import quantize_rows
-from pipeline.recipe.schema import RestOfModel, Tier
+from pipeline.recipe.schema import Tier
 
 
 def test_tied_table_counts_every_row_and_what_it_is_multiplied_with() -> None:
@@ -51,7 +50,7 @@ def test_moments_are_means_over_tokens() -> None:
     names = {name: f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     linears: dict[str, nn.Linear] = {path: model.get_submodule(path) for path in names.values()}
     batches = [tokens(12, 3, seed=1), tokens(12, 2, seed=2)]
-    moments = linear_moments(body_of(model), linears, batches, Progress())
+    moments = linear_moments(body_of(model), linears, batches)
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     for name in names:
         getattr(attention, name).register_forward_hook(
@@ -76,11 +75,12 @@ def test_codes_of_a_model(kind: str, linear_bits: int | None, embedding_bits: in
     model = tiny_language_model(kind)
     mlps = [name for name, module in model.named_modules() if "mlp" in name and isinstance(module, nn.Linear)]
     linears = linears_outside(model, mlps) if linear_bits else {}
-    rest = RestOfModel.model_validate({"linear_bits": linear_bits, "embedding_bits": embedding_bits, "block_size": 16})
-    calibration = RestCalibration(body_of(model), [tokens(24, 4)]) if start == "gptq" else None
-    made = start_rest(
-        model, rest, linears, counts=torch.zeros(265), calibration=calibration, progress=Progress()
-    )
+    bits: dict[str, RestBits] = {} if linear_bits is None else dict.fromkeys(linears, linear_bits)
+    bits |= {} if embedding_bits is None else dict.fromkeys(token_tables(model), embedding_bits)
+    moments = RestCalibration(body_of(model), [tokens(24, 4)]).moments(linears) if start == "gptq" else None
+    started: list[str] = []
+    made = start_rest(model, bits, 16, counts=torch.zeros(265), moments=moments, on_start=started.append)
+    assert started == [*bits]
     assert made.linears.keys() == linears.keys()
     assert len(linears) == (0 if linear_bits is None else 4 * model.config.num_hidden_layers)
     tables = {"model.embed_tokens"} | ({"lm_head"} if kind == "llama" else set())

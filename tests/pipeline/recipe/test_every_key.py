@@ -78,6 +78,13 @@ RIGL = {"compression.sparsifier": {"algorithm": "rigl", "update_every": 1}}
 LOCAL_KEY, TOGETHER_KEY = "quantization.training.0.", "quantization.training.1."
 REST = {"quantization.rest": {"linear_bits": 4, "embedding_bits": 4, "block_size": 16}}
 TIERS = {"quantization.rest": {"embedding_bits": [{"bits": 8, "tokens": 30}, {"bits": 3}], "block_size": 16}}
+MEASURED = "allocate/measured"
+ALLOCATE_WHOLE = {
+    "allocate": {
+        "target": "20MB", "linear_bits": [4, 3], "embedding_bits": [[{"bits": 8, "tokens": 30}, {"bits": 3}]]
+    },
+    **REST,
+}
 
 EFFECTS: dict[str, Changes | TestedBy | Batches] = {
     "name": Changes("other", "export"),
@@ -191,13 +198,21 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
         [{"bits": 8, "tokens": 31}, {"bits": 3}], "qat/rest", TIERS, "quantization.rest.embedding_bits", text=True
     ),
     "quantization.rest.block_size": Changes(32, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
-    "allocate.target": Changes(2.3, "allocate", ALLOCATE),
-    "allocate.budgets": Changes([0.6, 0.9], "allocate", ALLOCATE),
-    "allocate.sparsities": Changes([0.5, 0.75], "allocate", ALLOCATE),
-    "allocate.bits": Changes([4, 3], "allocate", ALLOCATE),
-    "allocate.bits.bits": Changes([OTHER_GRADES], "allocate", ALLOCATE_GRADES, "allocate.bits"),
-    "allocate.bits.fraction": Changes([OTHER_FRACTIONS], "allocate", ALLOCATE_GRADES, "allocate.bits"),
-    "allocate.samples": Changes(3, "allocate", ALLOCATE),
+    "allocate.target": Changes(2.3, "allocate/chosen", ALLOCATE),
+    "allocate.budgets": Changes([0.6, 0.9], MEASURED, ALLOCATE),
+    "allocate.sparsities": Changes([0.5, 0.75], MEASURED, ALLOCATE),
+    "allocate.bits": Changes([4, 3], MEASURED, ALLOCATE),
+    "allocate.bits.bits": Changes([OTHER_GRADES], MEASURED, ALLOCATE_GRADES, "allocate.bits"),
+    "allocate.bits.fraction": Changes([OTHER_FRACTIONS], MEASURED, ALLOCATE_GRADES, "allocate.bits"),
+    "allocate.linear_bits": Changes([4, 2], MEASURED, ALLOCATE_WHOLE, text=True),
+    "allocate.embedding_bits": Changes([8], MEASURED, ALLOCATE_WHOLE, text=True),
+    "allocate.embedding_bits.bits": Changes(
+        [[{"bits": 8, "tokens": 30}, {"bits": 2}]], MEASURED, ALLOCATE_WHOLE, "allocate.embedding_bits", text=True
+    ),
+    "allocate.embedding_bits.tokens": Changes(
+        [[{"bits": 8, "tokens": 31}, {"bits": 3}]], MEASURED, ALLOCATE_WHOLE, "allocate.embedding_bits", text=True
+    ),
+    "allocate.samples": Changes(3, MEASURED, ALLOCATE),
     "export.accuracy_level": Changes(4, "export"),
     "export.max_shard_size": Changes(4096, "export"),
     "evaluation.samples": Changes(30, "evaluate/dense"),
@@ -222,7 +237,7 @@ def leaves(section: type[Section], path: str = "") -> Iterator[str]:
         here, inner = f"{path}{key}", sections_in(found.annotation)
         tags = ["source", "objective"]
         tag = next((name for name in tags if inner and name in inner[0].model_fields), None) if len(inner) > 1 else None
-        if not inner or (here.endswith(".bits") and not path.endswith("bits.")):
+        if not inner or here.endswith("bits"):
             yield here
         for one in inner:
             if tag is None:

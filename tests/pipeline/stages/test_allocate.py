@@ -2,10 +2,12 @@
 
 import itertools
 import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,11 +23,9 @@ from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import Recipe
 from pipeline.report.schema import Report
 from pipeline.run import run
-from pipeline.stages.allocate import Measured, best_combination, load_measured
+from pipeline.stages.allocate import Measured, load_measured
+from pipeline.stages.best_combination import best_combination
 from pipeline.tasks.image_classification import ImageClassificationTask
-
-NOTHING = Choice(None, None, None)
-
 
 # --- the best combination --------------------------------------------------------------------------------------
 
@@ -34,23 +34,53 @@ ENTRIES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1
 
 @given(st.lists(ENTRIES, min_size=1, max_size=4), st.integers(0, 60))
 def test_best_combination_is_the_best_of_all(groups: list[list[tuple[int, int]]], budget: int) -> None:
-    measured = {
-        f"group_{index}": [Measured(NOTHING, size, loss / 8) for size, loss in entries]
-        for index, entries in enumerate(groups)
+    parts = {
+        f"group_{index}": [(size, loss / 8) for size, loss in entries] for index, entries in enumerate(groups)
     }
     within = [
-        sum(entry.divergence for entry in combination)
-        for combination in itertools.product(*measured.values())
-        if sum(entry.stored_bytes for entry in combination) <= budget
+        sum(cost for _, cost in combination)
+        for combination in itertools.product(*parts.values())
+        if sum(size for size, _ in combination) <= budget
     ]
-    found = best_combination(measured, budget)
+    found = best_combination(parts, budget)
     if not within:
         assert found is None
         return
     assert found is not None
-    assert all(entry in measured[name] for name, entry in found.items())
-    assert sum(entry.stored_bytes for entry in found.values()) <= budget
-    assert sum(entry.divergence for entry in found.values()) == min(within)
+    assert found.keys() == parts.keys()
+    chosen = [parts[name][index] for name, index in found.items()]
+    assert sum(size for size, _ in chosen) <= budget
+    assert sum(cost for _, cost in chosen) == min(within)
+
+
+def test_many_parts_of_many_sizes_take_seconds_and_lose_next_to_nothing() -> None:
+    """76 parts whose sizes have no common measure. The bound of duality, min over l of the sum of each part's least
+    cost + l * bytes, less l * budget, is below any combination."""
+    draw = np.random.default_rng(0)
+    parts = {}
+    for number in range(76):
+        sizes = np.sort(draw.integers(100_000, 9_000_000, 5))
+        parts[f"part_{number}"] = [
+            (int(size), float(cost)) for size, cost in zip(sizes, draw.random() * 1e6 / sizes, strict=True)
+        ]
+    least = sum(min(size for size, _ in choices) for choices in parts.values())
+    budget = 2 * least
+    begin = time.monotonic()
+    found = best_combination(parts, budget)
+    seconds = time.monotonic() - begin
+    assert found is not None
+    chosen = [parts[name][index] for name, index in found.items()]
+    assert sum(size for size, _ in chosen) <= budget
+    bound = max(
+        sum(min(cost + price * size for size, cost in choices) for choices in parts.values()) - price * budget
+        for price in np.geomspace(1e-9, 1e-4, 2000)
+    )
+    assert bound <= sum(cost for _, cost in chosen) <= 1.001 * bound
+    assert seconds < 20
+    assert best_combination(parts, least - 1) is None
+    smallest = best_combination(parts, least)
+    assert smallest is not None
+    assert sum(parts[name][index][0] for name, index in smallest.items()) == least
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------
@@ -138,7 +168,7 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, R
 def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Path, Report]) -> None:
     recipe, folder, report = allocated
     work = folder / "work/allocate"
-    chosen = read_json(work / "chosen.json")
+    chosen = read_json(work / "chosen/chosen.json")["groups"]
     assert sorted(chosen) == ["group_0", "group_1"]
     total = 0
     for group in report.groups:
@@ -159,7 +189,7 @@ def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Pa
 
 def test_groups_come_out_as_they_were_chosen(allocated: tuple[Recipe, Path, Report]) -> None:
     recipe, folder, report = allocated
-    chosen = read_json(folder / "work/allocate/chosen.json")
+    chosen = read_json(folder / "work/allocate/chosen/chosen.json")["groups"]
     for group in report.groups:
         choice = Choice(**chosen[group.name]["choice"])
         assert list(group.projection_bits) == [str(choice.bits)]
@@ -176,15 +206,14 @@ def test_a_killed_allocation_goes_on(allocated: tuple[Recipe, Path, Report], tmp
     expected = read_sealed(folder / "work/allocate/measured/group_1.json")
     assert isinstance(expected, list)
     # As if it had been killed after the second choice of the last group.
-    work = tmp_path / "work/allocate"
-    (work / "chosen.json").unlink()
+    work = tmp_path / "work/allocate/measured"
     stage = read_json(work / "stage.json")
     (work / "stage.json").unlink()
     write_json(work / "started.json", {"key": stage["key"]})
-    write_sealed(work / "measured/group_1.json", [{**expected[0], "divergence": 99.0}, *expected[1:2]])
+    write_sealed(work / "group_1.json", [{**expected[0], "divergence": 99.0}, *expected[1:2]])
     with pytest.raises(StopRun):
         run(recipe, tmp_path, StoppingProgress("factorize/group_0"))
-    found = read_sealed(work / "measured/group_1.json")
+    found = read_sealed(work / "group_1.json")
     assert isinstance(found, list)
     assert found[0]["divergence"] == 99.0  # taken, not measured again
     assert found[1:] == expected[1:]

@@ -23,6 +23,7 @@ from run_samples import TINY
 from fips_ort.manifest import sha256
 from pipeline import cli
 from pipeline.evaluation.measurements import Samples, TokenSpeed, TokenSpeedRow
+from pipeline.plumbing.byte_sizes import parse_bytes
 from pipeline.plumbing.engines import Outcome
 from pipeline.plumbing.errors import InputError, StageError
 from pipeline.plumbing.files import read_json, write_json
@@ -33,7 +34,7 @@ from pipeline.plumbing.records import read_record, write_record
 from pipeline.recipe.reading import load_recipe
 from pipeline.report.schema import Memory, Report
 from pipeline.sweep import runner
-from pipeline.sweep.choose import choose_point, parse_bytes, parse_percent
+from pipeline.sweep.choose import choose_point, parse_percent
 from pipeline.sweep.definition import Sweep, load_sweep
 from pipeline.sweep.page import hover_text
 from pipeline.sweep.plots import group_ids
