@@ -243,8 +243,8 @@ class RespelledText:
         return (
             f"Of the vocabulary's {self.rows:,} tokens {self.kept:,} are kept, and {100 * self.respelled:.2f} % of the "
             f"training text's tokens and {100 * self.respelled_in_test:.2f} % of the test text's are spelled in "
-            "others. Text unlike these, in another script or code, takes more tokens, in an order that the model hardly "
-            "knows."
+            "others. Text unlike these, in another script or code, takes more tokens, in an order that the model "
+            "hardly knows."
         )
 
     def lesson(self, indices: Indices) -> Lesson:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from causal_lm_samples import tiny_language_model
 from language_samples import byte_level_tokenizer
 from run_samples import StoppingProgress, StopRun, language_recipe, quantization_of_language
