@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from exporters import passes
+from exporters.joined_products import join_products
+from exporters.rest import packed_rest
 
 
 class _Logits(nn.Module):
@@ -61,6 +63,7 @@ def export_image_classifier(model: nn.Module, pixel_shape: tuple[int, int, int])
     }
     passes.name_nodes(exported, _PREFIX)
     passes.name_initializers(exported, _PREFIX, tensors)
+    join_products(exported, packed_rest(model).linears)
     passes.deduplicate_initializers(exported)
     passes.store_float16(exported)
     passes.finish(exported, type(model).__name__)

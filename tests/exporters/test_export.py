@@ -147,7 +147,9 @@ def test_graph_of_whole_matrices(kind: str) -> None:
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
     nodes = {node.name for node in exported.graph.graph if node.domain == "ai.fips"}
     mlps = {f"{mlp.path}/{child}" for mlp in exported.packed.mlps for child in mlp.linears}
-    assert nodes == mlps | set(packed_rest(exported.module).linears)
+    attention = {f"{path.rpartition('.')[0]}.q_proj+k_proj+v_proj" for path in packed_rest(exported.module).linears}
+    output = {path for path in packed_rest(exported.module).linears if path.endswith("o_proj")}
+    assert nodes == mlps | attention | output
     rows = {row.name: row for row in audit(exported.graph, exported.packed, "float16")}
     for name, weight in exported.packed.weights().items():
         assert rows[f"{name}.codes"].kind == "projection"
@@ -177,7 +179,7 @@ def test_nodes_are_named_by_module_and_carry_no_traces() -> None:
     assert nodes[f"{path}/basis_in"].op_type == "QMatMul"
     assert nodes[f"{path}/fc1"].op_type == "SparseQMatMul"
     assert nodes[f"{path}/basis_out"].inputs[1] is nodes["vit.layers.0.mlp/basis_in"].inputs[1]
-    assert nodes["vit.layers.1.attention.q_proj"].op_type == "QMatMul"
+    assert nodes["vit.layers.1.attention.q_proj+k_proj+v_proj"].op_type == "QMatMul"
     assert len(nodes) == len(list(exported.graph.graph))
     text = ir.to_proto(exported.graph).SerializeToString()
     assert b".py" not in text
