@@ -165,7 +165,9 @@ struct Vec32 : VecBase<32> {
   static Bytes SetHalves(U8, uint8_t lower, uint8_t upper) {
     return wrap(_mm256_set_m128i(_mm_set1_epi8(static_cast<char>(upper)), _mm_set1_epi8(static_cast<char>(lower))));
   }
-  static Floats SetHalves(F32, float lower, float upper) { return _mm256_set_m128(_mm_set1_ps(upper), _mm_set1_ps(lower)); }
+  static Floats SetHalves(F32, float lower, float upper) {
+    return _mm256_set_m128(_mm_set1_ps(upper), _mm_set1_ps(lower));
+  }
   // Bits of a where the mask has a 1, of b elsewhere: Highway's IfVecThenElse.
   static Bytes IfVecThenElse(Bytes mask, Bytes a, Bytes b) {
     return wrap(_mm256_ternarylogic_epi64(raw(mask), raw(a), raw(b), 0xca));

@@ -10,7 +10,7 @@
 namespace fips {
 
 // How many rows of each segment come before every kStep-th row: with them, and the bits of up to kStep rows, a row is
-// found. A number for every row would take as much memory as a sixth of the codes of a table, once for each node.
+// found. Numbers for every row would be a megabyte for 262,144 rows, in each node, that every product reads.
 class RowOrder {
  public:
   static constexpr size_t kStep = 64;

@@ -34,7 +34,9 @@ std::string kernel_names(const fips::Kernels& kernels, const fips::Layout& layou
   const std::vector<fips::Layout> layouts = layout.row_layouts();
   if (layouts.empty()) return kernels.kernel_name(layout, m);
   std::string names;
-  for (const fips::Layout& segment : layouts) names += (names.empty() ? "" : " ") + std::string(kernels.kernel_name(segment, m));
+  for (const fips::Layout& segment : layouts) {
+    names += (names.empty() ? "" : " ") + std::string(kernels.kernel_name(segment, m));
+  }
   return names;
 }
 
