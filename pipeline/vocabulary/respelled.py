@@ -163,9 +163,7 @@ def respell_windows(full: TextSplit, natural: Stream, vocabulary: CutVocabulary)
     bounds = torch.searchsorted(stream.starts, cuts)
     assert torch.equal(stream.starts[bounds], cuts), "tokens of both vocabularies spell the same bytes"
     bos = None if full.bos is None else int(new_ids[full.bos])
-    return RespelledWindows(
-        full, whole, stream, stream.same_as(whole, new_ids), bounds, bos, natural, vocabulary
-    )
+    return RespelledWindows(full, whole, stream, stream.same_as(whole, new_ids), bounds, bos, natural, vocabulary)
 
 
 def _cut_at(stream: Stream, places: Sequence[int], speller: Speller) -> Stream:
