@@ -370,7 +370,7 @@ def test_cut_vocabulary(gemma: Path, text: Path, tmp_path: Path) -> None:
     assert (cut["tokens"], cut["kept"]) == (265, 263)
     assert 0 < cut["respelled"] < 0.2
     assert 0 < cut["respelled_in_test"] < 0.2
-    assert any("tokens 263 are kept" in warning for warning in done.report["warnings"])
+    assert any("tokens 263 are kept;" in warning for warning in done.report["warnings"])
     whole = AutoModelForCausalLM.from_pretrained(gemma)
     assert done.report["model"]["parameters"] == sum(parameter.numel() for parameter in whole.parameters())
     # All files speak of the same tokens.

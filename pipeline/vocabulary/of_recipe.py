@@ -41,7 +41,9 @@ def respelled_text(recipe: Recipe, data: TextData, vocabulary: CutVocabulary) ->
     section = recipe.model
     assert isinstance(section, LanguageModelSection)
     assert isinstance(recipe.data, TextDataSection)
-    text, longest = respell(data, vocabulary), longest_text(load_language_config(section))
+    assert recipe.vocabulary is not None
+    text = respell(data, vocabulary, practise=recipe.vocabulary.keep is not None)
+    longest = longest_text(load_language_config(section))
     tokens = int(text.test.strided(recipe.evaluation.stride).sizes().max())
     if tokens > longest:
         raise InputError(

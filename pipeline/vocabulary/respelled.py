@@ -18,6 +18,7 @@ from pipeline.data.token_bytes import BYTE_CHARACTERS, BYTE_PIECES, SPACE, conte
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import digest
 from pipeline.vocabulary.cut import CutVocabulary
+from pipeline.vocabulary.practice import tokenize_to_practise
 
 _ABSENT = -1
 
@@ -162,9 +163,7 @@ def respell_windows(full: TextSplit, natural: Stream, vocabulary: CutVocabulary)
     bounds = torch.searchsorted(stream.starts, cuts)
     assert torch.equal(stream.starts[bounds], cuts), "tokens of both vocabularies spell the same bytes"
     bos = None if full.bos is None else int(new_ids[full.bos])
-    return RespelledWindows(
-        full, whole, stream, stream.same_as(whole, new_ids), bounds, bos, natural, vocabulary
-    )
+    return RespelledWindows(full, whole, stream, stream.same_as(whole, new_ids), bounds, bos, natural, vocabulary)
 
 
 def _cut_at(stream: Stream, places: Sequence[int], speller: Speller) -> Stream:
@@ -219,7 +218,8 @@ class Lesson:
 class RespelledText:
     """A recipe's text in a cut vocabulary.
 
-    ``train``: windows of ``context`` tokens of the cut vocabulary. ``test``: the windows of the full vocabulary.
+    ``train``: windows of ``context`` tokens of the cut vocabulary, in which rare words may be spelled to practise.
+    ``test``: the windows of the full vocabulary.
     ``kept``: how many tokens are left of ``rows``. ``respelled``: the part of the training text's tokens, of the full
     vocabulary, that are spelled otherwise; ``respelled_in_test``: of the test text's.
     ``hash``: SHA-256 of both vocabularies' ids.
@@ -240,11 +240,11 @@ class RespelledText:
     @property
     def note(self) -> str:
         """What a user should know of the vocabulary that is left."""
+        train, test = 100 * self.respelled, 100 * self.respelled_in_test
         return (
-            f"Of the vocabulary's {self.rows:,} tokens {self.kept:,} are kept, and {100 * self.respelled:.2f} % of the "
-            f"training text's tokens and {100 * self.respelled_in_test:.2f} % of the test text's are spelled in "
-            "others. Text unlike these, in another script or code, takes more tokens, in an order that the model "
-            "hardly knows."
+            f"Of the vocabulary's {self.rows:,} tokens {self.kept:,} are kept; {train:.2f} % of the training text's "
+            f"tokens and {test:.2f} % of the test text's are spelled in others. Text unlike these, in another script "
+            "or code, takes more tokens, in an order that the model hardly knows."
         )
 
     def lesson(self, indices: Indices) -> Lesson:
@@ -279,19 +279,22 @@ class RespelledText:
         )
 
 
-def respell(data: TextData, vocabulary: CutVocabulary) -> RespelledText:
-    """A recipe's text in the tokens of a cut vocabulary. Raises InputError where it has none of its words left."""
-    tokenizer = vocabulary.tokenizer
-    full_facts = data.train.facts
-    new_ids = vocabulary.new_ids
+def respell(data: TextData, vocabulary: CutVocabulary, *, practise: bool) -> RespelledText:
+    """A recipe's text in the tokens of a cut vocabulary. ``practise``: spell rare tokens of the training text in others
+    (:mod:`pipeline.vocabulary.practice`). Raises InputError where nothing of the test text is left as it was."""
+    tokenizer, new_ids = vocabulary.tokenizer, vocabulary.new_ids
+    full = Stream.of(data.train.tokens, data.train.facts)
     ids = tokenize(data.train_pieces, tokenizer)
     facts = TokenFacts.of(tokenizer, ids)
-    student, full = Stream.of(ids, facts), Stream.of(data.train.tokens, full_facts)
+    natural = Stream.of(ids, facts)
+    student = natural
+    if practise:
+        counts = torch.bincount(data.train.tokens, minlength=vocabulary.ids)
+        student = Stream.of(tokenize_to_practise(data.train_pieces, vocabulary, counts), facts)
     width = data.train.width
     end = int(torch.searchsorted(student.starts, full.starts[-1], right=True)) - 1  # inside the full one's text
     end = end // width * width
     student = Stream(student.ids[:end], student.starts[: end + 1])
-    same = student.same_as(full, new_ids)
     bos = None if data.train.bos is None else int(new_ids[data.train.bos])
     train = TextSplit(student.ids.int(), data.train.context, bos, width, facts)
     test = respell_windows(data.test, Stream.of(tokenize(data.test_pieces, tokenizer), facts), vocabulary)
@@ -300,17 +303,21 @@ def respell(data: TextData, vocabulary: CutVocabulary) -> RespelledText:
             "vocabulary: no token of the test text is left; give the scripts that the text is written in, or a larger "
             "keep"
         )
-    covered = int(torch.searchsorted(full.starts[:-1], student.starts[-1]))
     return RespelledText(
         train=train,
         test=test,
         hash=digest([data.hash, hash_text(tokenizer, [train])]),
-        respelled=1.0 - int((same != _ABSENT).sum()) / covered,
-        respelled_in_test=1.0 - int((test.same != _ABSENT).sum()) / len(test.whole.ids),
+        respelled=_respelled(natural.same_as(full, new_ids), full),
+        respelled_in_test=_respelled(test.same, test.whole),
         kept=len(vocabulary.kept),
         rows=vocabulary.rows,
         _full=full,
         _bos=data.train.bos,
         _student=student,
-        _same=same,
+        _same=student.same_as(full, new_ids),
     )
+
+
+def _respelled(same: Tensor, full: Stream) -> float:
+    """The part of the tokens of ``full`` of which none is the same in another stream."""
+    return 1.0 - int((same != _ABSENT).sum()) / len(full.ids)

@@ -53,7 +53,7 @@ def test_windows_hold_and_predict_the_same_text(
 ) -> None:
     data, cut = data_of(kind[0], text, bos=bos), cut_of(*kind)
     full_tokenizer = TOKENIZERS[kind[0]]()
-    full, cut_windows = data.test.strided(stride), respell(data, cut).test.strided(stride)
+    full, cut_windows = data.test.strided(stride), respell(data, cut, practise=False).test.strided(stride)
     assert len(cut_windows) == len(full)
     assert cut_windows.counted().tolist() == full.predicted().tolist()
     assert (cut_windows.counted_bytes(), cut_windows.text) == (full.counted_bytes(), full.text)
@@ -78,10 +78,12 @@ def test_windows_hold_and_predict_the_same_text(
 
 
 @settings(deadline=None, max_examples=25)
-@given(TEXTS.map("".join), st.sampled_from(KINDS), st.booleans(), st.integers(0, 3))
-def test_lessons_pair_the_same_tokens(text: str, kind: tuple[str, int | None], bos: bool, first: int) -> None:
+@given(TEXTS.map("".join), st.sampled_from(KINDS), st.booleans(), st.integers(0, 3), st.booleans())
+def test_lessons_pair_the_same_tokens(
+    text: str, kind: tuple[str, int | None], bos: bool, first: int, practise: bool
+) -> None:
     data, cut = data_of(kind[0], text, bos=bos), cut_of(*kind)
-    respelled = respell(data, cut)
+    respelled = respell(data, cut, practise=practise)
     chosen = [window for window in (first, first + 1) if window < len(respelled.train)]
     if not chosen:
         return
@@ -99,7 +101,7 @@ def test_lessons_pair_the_same_tokens(text: str, kind: tuple[str, int | None], b
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_text_in_kept_scripts_is_not_respelled(kind: str) -> None:
     text = "there the für Straße other — 12 🙂 é " * 20
-    respelled = respell(data_of(kind, text), cut_of(kind))
+    respelled = respell(data_of(kind, text), cut_of(kind), practise=False)
     assert respelled.respelled == respelled.respelled_in_test == 0.0
     assert respelled.test.predicted().tolist() == respelled.test.counted().tolist()
     lesson = respelled.lesson([0, 1])
@@ -110,7 +112,7 @@ def test_text_in_kept_scripts_is_not_respelled(kind: str) -> None:
 
 def test_the_respelled_part_is_counted_in_tokens_of_the_full_vocabulary() -> None:
     data = data_of("byte_fallback", "the мир " * 40)  # two of four tokens: a space ends a word and begins another
-    respelled = respell(data, cut_of("byte_fallback"))
+    respelled = respell(data, cut_of("byte_fallback"), practise=False)
     full = TOKENIZERS["byte_fallback"]().tokenize("the мир the мир the мир")
     share = sum("мир" in token for token in full) / len(full)
     assert respelled.respelled == pytest.approx(share, abs=0.03)
@@ -122,6 +124,19 @@ def test_the_respelled_part_is_counted_in_tokens_of_the_full_vocabulary() -> Non
 def test_a_window_may_end_inside_a_character(kind: str) -> None:
     """Tokens that are parts of characters, where windows of 11 tokens end anywhere."""
     text = "國學ж" * 60
-    respelled = respell(data_of(kind, text), cut_of(kind))
+    respelled = respell(data_of(kind, text), cut_of(kind), practise=False)
     assert respelled.test.counted_bytes() == respelled.test.full.counted_bytes()
     assert int(respelled.test.predicted().sum()) >= int(respelled.test.counted().sum())
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_that_occur_once_are_spelled_to_practise(kind: str) -> None:
+    cut = cut_of(kind)
+    data = data_of(kind, "the für " * 40 + "12 " + "the für " * 40)
+    plain, practised = (respell(data, cut, practise=practise) for practise in (False, True))
+    assert practised.respelled == plain.respelled == 0.0  # what is told is what happens to a text
+    assert torch.equal(practised.test.batch([0]), plain.test.batch([0]))
+    lessons = [text.lesson(range(len(text.train))) for text in (plain, practised)]
+    assert not len(lessons[0].alone_at)
+    assert cut.tokenizer.decode(lessons[1].alone_targets.tolist()).strip() == "12"
+    assert len(lessons[1].alone_targets) >= 2
