@@ -27,6 +27,7 @@ from pipeline.report.schema import (
     Memory,
     Method,
     Report,
+    RestWeight,
 )
 from pipeline.tasks.base import Task
 from qat.factor import Factor
@@ -93,6 +94,11 @@ def assemble_report(
             _describe_group(plan.recipes[group.name], group, segments[group.name], work) for group in plan.groups
         ),
         dense_blocks=tuple(plan.dense_blocks),
+        rest_weights=tuple(
+            RestWeight(name=weight.name, bits=_bits(tuple(weight.segments)), bytes=weight.bytes)
+            for weight in read_manifest(artifact).weights
+            if weight.name not in packed.weights()
+        ),
         bytes=Bytes(
             dense_float16=2 * whole,
             artifact=size,

@@ -76,6 +76,14 @@ class Group(Record):
     singular_values: tuple[NonNegativeFloat, ...]
 
 
+class RestWeight(Record):
+    """A weight outside the MLPs that is stored as codes: ``bits`` → rows stored with them. ``bytes``: with scales."""
+
+    name: str
+    bits: dict[str, PositiveInt]
+    bytes: PositiveInt
+
+
 class Bytes(Record):
     """Bytes of the dense model, of the artefact, and of its parts, which add up to it; :data:`MLP_PARTS` and
     :data:`PACKAGING_PARTS` name what is special in them."""
@@ -134,6 +142,7 @@ class Report(Record):
     hardware: Hardware
     groups: Annotated[tuple[Group, ...], Field(min_length=1)]
     dense_blocks: tuple[NonNegativeInt, ...]
+    rest_weights: tuple[RestWeight, ...] = ()
     bytes: Bytes
     bits_per_weight: BitsPerWeight
     quality: Quality

@@ -1,5 +1,6 @@
 """What a report says in words and tables: pure functions from a report to sections, the same for every format."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ from pipeline.evaluation.measurements import (
     TokenSpeed,
 )
 from pipeline.report.measures import Measure, measure_of
-from pipeline.report.schema import Report
+from pipeline.report.schema import Report, RestWeight
 from pipeline.report.units import (
     format_bytes,
     format_error,
@@ -148,6 +149,7 @@ def sections(report: Report) -> list[PageSection]:
         _quality(report),
         _size(report),
         _groups(report),
+        *([_rest_weights(report)] if report.rest_weights else []),
         _reconstruction(report),
         _parity(report),
         _speed(report),
@@ -406,6 +408,31 @@ def _quantized_blocks(report: Report) -> PageSection:
 
 def _left_dense(report: Report) -> list[str]:
     return [f"Left dense: {name_blocks(report.dense_blocks)}."] if report.dense_blocks else []
+
+
+def _rest_weights(report: Report) -> PageSection:
+    """Describe the packed weights outside the MLPs, those of one kind and equal bits in one row."""
+    alike: dict[tuple[str, str], list[RestWeight]] = {}
+    for weight in report.rest_weights:
+        kind = re.sub(r"\.\d+(?=\.)", ".*", weight.name)
+        bits = ", ".join(weight.bits) if len(weight.bits) == 1 else _bits_text(weight.bits)
+        alike.setdefault((kind, bits), []).append(weight)
+    rows = tuple(
+        (kind, bits, _numbers_of(weights), f"{len(weights):,}", format_bytes(sum(weight.bytes for weight in weights)))
+        for (kind, bits), weights in sorted(alike.items())
+    )
+    return PageSection(
+        "Weights outside the MLPs",
+        ("What is stored as codes outside the MLPs, scales counted.",),
+        (Table(("weight", "bits", "layers", "weights", "size"), rows, text_columns=3),),
+        ("Of a table in tiers: bits × rows (tokens).",) if any(len(w.bits) > 1 for w in report.rest_weights) else (),
+    )
+
+
+def _numbers_of(weights: Iterable[RestWeight]) -> str:
+    """The numbers in the names of weights of one kind, the first of each, as ranges; a dash where there are none."""
+    found = (re.search(r"\.(\d+)\.", weight.name) for weight in weights)
+    return format_blocks(int(match[1]) for match in found if match) or "–"
 
 
 def _reconstruction(report: Report) -> PageSection:

@@ -752,6 +752,27 @@ def test_a_cut_vocabulary_is_told() -> None:
     assert "over the kept tokens, at 100,000 of 102,200 tokens" in notes
 
 
+def test_weights_outside_the_mlps_are_listed_by_kind_and_bits() -> None:
+    report = sample_language_report()
+    title = "Weights outside the MLPs"
+    assert title not in {section.title for section in sections(report)}
+    layers = [
+        {"name": f"model.layers.{layer}.self_attn.q_proj", "bits": {bits: 640}, "bytes": 300_000}
+        for layer, bits in enumerate(["4", "4", "3", "4"])
+    ]
+    table = {"name": "model.embed_tokens", "bits": {"8": 16_384, "3": 245_760}, "bytes": 72_100_000}
+    packed = changed(report, {"rest_weights": [*layers, table]})
+    (section,) = [section for section in sections(packed) if section.title == title]
+    assert section.tables[0].rows == (
+        ("model.embed_tokens", "8 × 16,384, 3 × 245,760", "–", "1", "72.1 MB"),
+        ("model.layers.*.self_attn.q_proj", "3", "2", "1", "300 kB"),
+        ("model.layers.*.self_attn.q_proj", "4", "0–1, 3", "3", "900 kB"),
+    )
+    assert "bits × rows" in notes_of(packed, title)
+    without_tiers = changed(report, {"rest_weights": layers})
+    assert notes_of(without_tiers, title) == ""
+
+
 def test_text_unlike_the_training_text_is_a_warning() -> None:
     report = sample_language_report()
     assert warning_lines(report) == []

@@ -156,6 +156,9 @@ def test_the_artefact_has_the_chosen_bits_and_keeps_to_the_target(finished: tupl
         tokens = weights[path].rows
         wanted = {width: tokens} if isinstance(width, int) else {8: 40, 3: tokens - 40}
         assert {own: rows for own, rows in segments.items() if rows} == wanted
+    reported = {weight.name: weight.bits for weight in report.rest_weights}
+    assert reported.keys() == bits.keys()
+    assert all(reported[path] == {str(width): weights[path].rows} for path, width in bits.items() if width in (8, 4, 2))
     assert recipe.allocate is not None
     assert recipe.allocate.artifact_bytes is not None
     # What was chosen takes what was measured; all else was counted too high, by little.
