@@ -7,8 +7,8 @@ the basis that they share and V their projections (FiPS, arXiv 2411.09816, secti
 | ------------------- | ---------------------- | --------------------------------------------------------------------- |
 | model               | the recipe             | the dense model, where it is made in the run                          |
 | calibrate           | dense model            | X and Y of every block                                                |
-| allocate/measured   | dense model, X         | what each choice of rank, sparsity and bits takes and costs, if any   |
-| allocate/chosen     | these measurements     | rank, sparsity and bits of every group, bits of what lies outside     |
+| sensitivities       | dense model, X         | what each choice of an allocation takes and costs, where there is one |
+| allocate (optional) | these measurements     | rank, sparsity and bits of every group, bits of what lies outside     |
 | factorize/GROUP     | W, X                   | U, V with W ≈ U V                                                     |
 | fit/GROUP           | U, V, X, Y             | U, V that minimise the error of MLP(X; U, V) to Y, V becoming sparse  |
 | finetune (optional) | U, V                   | U, V that minimise the loss of the whole model                        |

@@ -162,7 +162,7 @@ def calibrate_and_plan(task: Task, dense: StageResult, folder: RunFolder, progre
         return Calibrated(folder, progress, task, plan, activations=activations, planned=activations, rest_bits=rest)
     # What is measured depends neither on the target nor on the training: another one finds it there.
     measured = folder.stage(
-        "allocate/measured",
+        "sensitivities",
         [
             recipe.allocate.model_dump(mode="json", exclude={"target"}),
             recipe.compression.model_dump(mode="json"),
@@ -173,7 +173,7 @@ def calibrate_and_plan(task: Task, dense: StageResult, folder: RunFolder, progre
         partial(measure_choices, task=task, plan=plan, calibration=activations.folder, progress=progress),
     )
     chosen = folder.stage(
-        "allocate/chosen",
+        "allocate",
         [recipe.allocate.target, library_path().stat().st_size],
         [measured],
         partial(choose, task=task, plan=plan, measured=measured.folder, progress=progress),

@@ -78,7 +78,7 @@ RIGL = {"compression.sparsifier": {"algorithm": "rigl", "update_every": 1}}
 LOCAL_KEY, TOGETHER_KEY = "quantization.training.0.", "quantization.training.1."
 REST = {"quantization.rest": {"linear_bits": 4, "embedding_bits": 4, "block_size": 16}}
 TIERS = {"quantization.rest": {"embedding_bits": [{"bits": 8, "tokens": 30}, {"bits": 3}], "block_size": 16}}
-MEASURED = "allocate/measured"
+MEASURED = "sensitivities"
 ALLOCATE_WHOLE = {
     "allocate": {
         "target": "20MB", "linear_bits": [4, 3], "embedding_bits": [[{"bits": 8, "tokens": 30}, {"bits": 3}]]
@@ -198,7 +198,7 @@ EFFECTS: dict[str, Changes | TestedBy | Batches] = {
         [{"bits": 8, "tokens": 31}, {"bits": 3}], "qat/rest", TIERS, "quantization.rest.embedding_bits", text=True
     ),
     "quantization.rest.block_size": Changes(32, "qat/rest", {"quantization.start": "gptq", **REST}, text=True),
-    "allocate.target": Changes(2.3, "allocate/chosen", ALLOCATE),
+    "allocate.target": Changes(2.3, "allocate", ALLOCATE),
     "allocate.budgets": Changes([0.6, 0.9], MEASURED, ALLOCATE),
     "allocate.sparsities": Changes([0.5, 0.75], MEASURED, ALLOCATE),
     "allocate.bits": Changes([4, 3], MEASURED, ALLOCATE),

@@ -168,11 +168,11 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, R
 def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Path, Report]) -> None:
     recipe, folder, report = allocated
     work = folder / "work/allocate"
-    chosen = read_json(work / "chosen/chosen.json")["groups"]
+    chosen = read_json(work / "chosen.json")["groups"]
     assert sorted(chosen) == ["group_0", "group_1"]
     total = 0
     for group in report.groups:
-        measured = read_sealed(work / "measured" / f"{group.name}.json")
+        measured = read_sealed(folder / "work/sensitivities" / f"{group.name}.json")
         assert isinstance(measured, list)
         assert [entry["choice"]["budget"] for entry in measured] == [0.9, 0.9, 0.6, 0.6]
         assert chosen[group.name] in measured
@@ -189,7 +189,7 @@ def test_the_choice_is_the_best_of_what_was_measured(allocated: tuple[Recipe, Pa
 
 def test_groups_come_out_as_they_were_chosen(allocated: tuple[Recipe, Path, Report]) -> None:
     recipe, folder, report = allocated
-    chosen = read_json(folder / "work/allocate/chosen/chosen.json")["groups"]
+    chosen = read_json(folder / "work/allocate/chosen.json")["groups"]
     for group in report.groups:
         choice = Choice(**chosen[group.name]["choice"])
         assert list(group.projection_bits) == [str(choice.bits)]
@@ -203,10 +203,10 @@ def test_a_killed_allocation_goes_on(allocated: tuple[Recipe, Path, Report], tmp
     recipe, folder, _ = allocated
     with pytest.raises(StopRun):
         run(recipe, tmp_path, StoppingProgress("factorize/group_0"))
-    expected = read_sealed(folder / "work/allocate/measured/group_1.json")
+    expected = read_sealed(folder / "work/sensitivities/group_1.json")
     assert isinstance(expected, list)
     # As if it had been killed after the second choice of the last group.
-    work = tmp_path / "work/allocate/measured"
+    work = tmp_path / "work/sensitivities"
     stage = read_json(work / "stage.json")
     (work / "stage.json").unlink()
     write_json(work / "started.json", {"key": stage["key"]})

@@ -99,7 +99,7 @@ def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
 
 
 def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    found = {path.stem: read_sealed(path) for path in (folder / "work/allocate/measured").glob("*.json")}
+    found = {path.stem: read_sealed(path) for path in (folder / "work/sensitivities").glob("*.json")}
     return {name: entries for name, entries in found.items() if isinstance(entries, list)}
 
 
@@ -123,7 +123,7 @@ def test_every_choice_of_every_part_is_measured(finished: tuple[Recipe, Path, Re
 
 def test_the_choice_is_the_best_that_fits(finished: tuple[Recipe, Path, Report, int]) -> None:
     recipe, folder, _, least = finished
-    found, chosen = measured(folder), read_json(folder / "work/allocate/chosen/chosen.json")
+    found, chosen = measured(folder), read_json(folder / "work/allocate/chosen.json")
     picked = chosen["groups"] | chosen["rest"]
     assert picked.keys() == found.keys()
     assert all(picked[name] in entries for name, entries in found.items())
@@ -147,7 +147,7 @@ def test_the_choice_is_the_best_that_fits(finished: tuple[Recipe, Path, Report, 
 
 def test_the_artefact_has_the_chosen_bits_and_keeps_to_the_target(finished: tuple[Recipe, Path, Report, int]) -> None:
     recipe, folder, report, _ = finished
-    chosen = read_json(folder / "work/allocate/chosen/chosen.json")
+    chosen = read_json(folder / "work/allocate/chosen.json")
     bits = {path: width for entry in chosen["rest"].values() for path, width in entry["choice"].items()}
     manifest = read_manifest(folder / "artifact")
     weights = {weight.name: weight for weight in manifest.weights}
