@@ -14,6 +14,7 @@ from exporters.rest import packed_rest
 from pipeline.evaluation.perplexity import HIDDEN_STATES
 from pipeline.plumbing.errors import StageError
 from pipeline.plumbing.progress import Progress
+from pipeline.quantization.rest_layers import rest_bits
 from pipeline.recipe.plan import make_plan
 from pipeline.tasks.base import PACKED_REST
 
@@ -51,7 +52,7 @@ def test_calibration_and_the_rest_read_the_same_samples(tmp_path: Path, monkeypa
     task.calibrate(tmp_path / "calibrate", make_plan(task.recipe, task.sites), Progress())
     calibrated = read.copy()
     read.clear()
-    task.store_rest(tmp_path, Progress())
+    task.store_rest(tmp_path, rest_bits(task.recipe, task.model, task.sites), Progress())
     assert read == calibrated == task.calibration_samples()
     assert len(set(read)) == 7
     assert read == sorted(read) != list(range(7))
@@ -69,7 +70,7 @@ def test_codes_of_the_rest_are_kept(tmp_path: Path, start: str, tied: str) -> No
     tiers = [{"bits": 8, "tokens": 40}, {"bits": 4, "tokens": 30}, {"bits": 2}]
     rest = {"linear_bits": 3, "embedding_bits": tiers, "block_size": 16}
     task = open_language_task(tied, tmp_path, quantization=quantization_of_language(start=start, rest=rest))
-    task.store_rest(tmp_path, Progress())
+    task.store_rest(tmp_path, rest_bits(task.recipe, task.model, task.sites), Progress())
     stored = load_packed_rest(tmp_path / PACKED_REST)
     assert packed_rest(task.open_rest(tmp_path)).weights().keys() == stored.weights().keys()
     assert set(stored.tables) == {"model.embed_tokens"} | ({"lm_head"} if tied == "llama" else set())
