@@ -15,6 +15,7 @@ import pytest
 import torch
 from causal_lm_samples import KINDS, WINDOW, tiny_language_model
 from language_samples import SPECIAL, byte_level_tokenizer
+from manifest_samples import mlp_weights
 from run_samples import (
     KillAt,
     artifact_hashes,
@@ -190,7 +191,7 @@ def test_report_agrees_with_artefact(finished: LanguageRun) -> None:
     manifest = read_manifest(finished.artifact)
     size = sum(path.stat().st_size for path in finished.artifact.rglob("*") if path.is_file())
     assert report["bytes"]["artifact"] == size == sum(report["bytes"]["by_part"].values())
-    assert report["bytes"]["mlp_stored"] == sum(weight.bytes for weight in manifest.weights)
+    assert report["bytes"]["mlp_stored"] == sum(weight.bytes for weight in mlp_weights(manifest))
     assert [group["blocks"] for group in report["groups"]] == [[0, 1], [2, 3]]
     mlp = 3 * 32 * 64
     assert report["bytes"]["mlp_dense_float16"] == 2 * 4 * mlp
@@ -417,7 +418,7 @@ def test_full_basis_with_allocated_bits(gemma: Path, text: Path, tmp_path: Path)
     assert max(errors["factorized"].values()) < 1e-6
     assert quality["qat"] < 1.05 * quality["dense"]
     assert done.report["bits_per_weight"]["stored"] <= 5.0
-    weights = read_manifest(done.artifact).weights
+    weights = mlp_weights(read_manifest(done.artifact))
     widths = [tuple(weight.segments) for weight in weights if "shared_bases" not in weight.name]
     assert len(set(widths)) == 1
     assert sum(size > 0 for size in widths[0]) > 1
@@ -478,7 +479,7 @@ def test_n_of_m(gemma: Path, text: Path, tmp_path: Path, pattern: str, algorithm
     )
     done = finish(language_recipe(gemma, text, compression=compression, quantization=quantization), tmp_path)
     assert_sound(done)
-    patterns = {weight.name: weight.pattern for weight in read_manifest(done.artifact).weights}
+    patterns = {weight.name: weight.pattern for weight in mlp_weights(read_manifest(done.artifact))}
     assert set(patterns.values()) == {"dense", pattern}
     assert sum(kind == "dense" for kind in patterns.values()) == 2
     assert max(done.report["reconstruction_error"]["qat"].values()) < 0.6
