@@ -117,6 +117,7 @@ def test_stored_rest_is_a_copy_with_fixed_positions(weights: str, tmp_path: Path
     task.recipe = tiny_recipe(quantization=TINY["quantization"] | {"rest": {"weights": weights}})
     task.image_size = 16
     task._dense = Dense(dense, find_mlps(dense), source_hash="")
+    task.store_rest(tmp_path, {}, Progress())
     base = task.open_rest(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     positions = base.get_parameter("dinov2.embeddings.position_embeddings")

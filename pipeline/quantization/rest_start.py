@@ -15,11 +15,11 @@ from qat.damping import damped
 
 TIED_TABLE_DAMPING = 3.0
 """A tied table is read in two ways: rows are multiplied with final hidden states, and looked up as they are. Its
-moment is that of the hidden states plus this part of their mean energy times the identity. Gemma 3 270M, only the table
-stored (8 bits for 16,384 tokens, 4 for 49,152, 2 for the others, blocks of 64), perplexity of training documents that the
-tiers did not count, x dense: 1.079 rounded to nearest, 1.047 so, 1.062 with a part of 30. With 0.3, rows of 2 bits are
-off by 0.27 of their energy, and texts with rare tokens pay for it.
-"""
+moment is that of the hidden states plus this part of their mean energy times the identity.
+
+Gemma 3 270M, only the table stored (8 bits for 16,384 tokens, 4 for 49,152, 2 for the others, blocks of 64), perplexity
+of training documents that no tier has counted, times dense: 1.079 rounded to nearest, 1.047 so, 1.062 with a part of
+30. With 0.3, rows of 2 bits are off by 0.27 of their energy, and texts with rare tokens pay for it."""
 
 
 @torch.no_grad()
