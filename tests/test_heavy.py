@@ -61,9 +61,10 @@ def ratio_to_dense(report: Report) -> float:
     return report.quality.difference_to_dense["onnx_native"].ratio
 
 
-def test_gemma3_270m_in_150_megabytes(folder: Path) -> None:
-    report = run_recipe("gemma3-270m-150mb", folder)
-    assert report.bytes.artifact <= 150e6
+@pytest.mark.parametrize(("name", "megabytes"), [("150mb", 150), ("120mb", 120), ("latin", 95), ("64k", 75)])
+def test_gemma3_270m_in_its_megabytes(folder: Path, name: str, megabytes: int) -> None:
+    report = run_recipe(f"gemma3-270m-{name}", folder)
+    assert report.bytes.artifact <= 1e6 * megabytes
     assert ratio_to_dense(report) <= 1.25
     assert report.parity.same_predictions
     assert report.memory.pipeline_peak_rss_bytes <= 12 * 2**30
