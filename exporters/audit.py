@@ -47,8 +47,8 @@ def audit(artifact: Path | ir.Model, packed: PackedModel, rest: Literal["float16
 
     ``rest``: how floating weights outside packed matrices are stored (biases of packed layers may be either). Returns
     one row per initializer, in the graph's order. Raises AuditError if bytes differ from the promised ones, packed
-    streams from those of ``packed``, a shared basis is stored twice, or two initializers have
-    equal type, shape and bytes, or equal bytes in two places.
+    streams from those of ``packed``, a shared basis is stored twice, or two initializers have equal type, shape and
+    bytes, or equal bytes in two places.
     """
     model = artifact if isinstance(artifact, ir.Model) else ir.load(artifact / MODEL)
     nodes = {node.name or "": node for node in model.graph}
@@ -93,6 +93,9 @@ def _match_weights(
     present = {name for name, node in nodes.items() if node.domain == DOMAIN}
     if missing := expected.keys() - present:
         yield f"nodes of {DOMAIN} are missing: {', '.join(sorted(missing))}"
+    # Outside the MLPs, weights are dense.
+    if unknown := {name for name in present - expected.keys() if nodes[name].op_type not in _ROW_BITS}:
+        yield f"nodes of {DOMAIN} are not the packed model's: {', '.join(sorted(unknown))}"
     promised = {id(weight): promised_bytes(weight) for _, weight in expected.values()}
     stored_as: dict[int, tuple[str, ...]] = {}
     for name in sorted(present & expected.keys()):

@@ -22,6 +22,13 @@ NODE_NAME = "fips.name"
 """Key of the node metadata that holds the name a node is to get (see :func:`exporters.passes.name_nodes`)."""
 
 
+def token_layers(model: Any) -> tuple[Any, Any]:
+    """The token table and the output layer of a language model; (None, None) for other models."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    return (None, None) if head is None else (model.get_input_embeddings(), head)
+
+
 class PackedMatrix(nn.Module):
     """A packed matrix S [rows, columns]: ``codes``, ``pattern`` (unless dense) and ``scales`` as buffers.
 

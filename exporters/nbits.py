@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from exporters.modules import NODE_NAME
+from exporters.modules import NODE_NAME, token_layers
 from fips_ort.layout import fitting_block_size, padded_to_blocks
 
 BITS = 4
@@ -105,12 +105,10 @@ class NBitsEmbedding(nn.Module):
 def with_nbits(model: Any, block_size: int, accuracy_level: int, skip: Collection[str] = ()) -> nn.Module:
     """A copy of ``model`` with every linear layer at 4 bits but those at the paths ``skip``; of a language model also
     the token table, which is there once if it is tied to the output layer. ``block_size``: at most."""
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = None if find_head is None else find_head()
+    embedding, head = token_layers(model)
     replaced: dict[int, object] = {}
     tied = None
     if head is not None:
-        embedding = model.get_input_embeddings()
         table = NBitsWeight(embedding.weight, block_size)
         replaced[id(embedding)] = NBitsEmbedding(table, getattr(embedding, "embed_scale", None))
         tied = table if head.weight is embedding.weight else None

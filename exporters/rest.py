@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters.modules import PackedEmbedding, PackedLayer, PackedMatrix, PackedMLPModule, PackedOutput
+from exporters.modules import PackedEmbedding, PackedLayer, PackedMatrix, PackedMLPModule, PackedOutput, token_layers
 from exporters.packed_model import PackedLinear
 from exporters.packed_rest import PackedRest, PackedTable
 
@@ -75,7 +75,7 @@ def install_rest(model: Any, rest: PackedRest, accuracy_level: int = 0) -> nn.Mo
     a number.
     """
     modules = dict(model.named_modules())
-    embedding, head = _token_layers(model)
+    embedding, head = token_layers(model)
     names = {id(module): name for name, module in modules.items()}
     replaced: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for path, weight in rest.linears.items():
@@ -120,13 +120,6 @@ def _table_of(matrix: PackedMatrix) -> PackedTable:
 def _output(head: nn.Linear, table: PackedMatrix, name: str, *, tied: bool) -> nn.Module:
     bias = None if head.bias is None else head.bias.detach().half().float()
     return PackedOutput(table, head.in_features, bias, name, tied=tied).train(head.training)
-
-
-def _token_layers(model: Any) -> tuple[Any, Any]:
-    """The token table and the output layer of a language model; (None, None) for other models."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    return (None, None) if head is None else (model.get_input_embeddings(), head)
 
 
 def _scale_of(embedding: nn.Module) -> Tensor | None:

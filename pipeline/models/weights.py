@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from exporters.modules import token_layers
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import RestOfModel
 
@@ -32,7 +33,7 @@ def check_float16(
     ``compressed``: paths of linear layers that are stored otherwise; ``plain``: of those that ``rest.linear_bits`` does
     not apply to.
     """
-    tables = _token_tables(model)
+    tables = token_layers(model)
     beyond: dict[str, float] = {}
     for path, module in model.named_modules():
         if path in compressed:
@@ -59,13 +60,6 @@ def check_float16(
             f"quantization.rest.weights: {rest.weights}: float16 ends at 65,504 and cannot hold {named}; set "
             f"quantization.rest.weights: float32{without}"
         )
-
-
-def _token_tables(model: Any) -> tuple[Any, ...]:
-    """The token table and output layer of a language model; nothing for other models."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    return () if head is None else (model.get_input_embeddings(), head)
 
 
 def hash_model(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from exporters.modules import PackedLayer
+from exporters.modules import PackedLayer, token_layers
 from exporters.packed_model import PackedLinear
 from fips_ort.packed import unpack
 from pipeline.compression.factorized_mlp import FactorizedMLP
@@ -106,9 +106,7 @@ def make_rest_trainable(model: nn.Module, mlps: Collection[FactorizedMLP]) -> Tr
     alone, and so is the output layer. Tensors that ``model`` shares with other models are copied, never changed.
     """
     inside = {id(module) for mlp in mlps for module in mlp.modules()}
-    find_head = getattr(model, "get_output_embeddings", None)
-    if find_head is not None:
-        inside.add(id(find_head()))
+    inside.add(id(token_layers(model)[1]))
     layers, vectors = {}, {}
     for path, module in list(model.named_modules()):
         if id(module) in inside:

@@ -188,6 +188,13 @@ def test_nodes_are_named_by_module_and_carry_no_traces() -> None:
     assert b"pkg.torch" not in text
 
 
+def test_audit_finds_sparse_products_of_no_mlp() -> None:
+    """Dense ones may be of layers outside the MLPs."""
+    graph = sample("vit", "1:4").graph
+    with pytest.raises(AuditError, match=r"are not the packed model's: vit\.layers\.0\.mlp/fc1, .*\.2\.mlp/fc2;"):
+        audit(graph, PackedModel({}, []), "float16")
+
+
 def test_gate_and_up_share_one_product() -> None:
     graph = sample("dinov2_swiglu", "bitmap").graph.graph
     assert sum(node.op_type == "QMatMul" and ".mlp" in (node.name or "") for node in graph) == 2 * 3
