@@ -5,6 +5,7 @@ the basis that they share and V their projections (FiPS, arXiv 2411.09816, secti
 
 | stage               | reads                  | leaves                                                                |
 | ------------------- | ---------------------- | --------------------------------------------------------------------- |
+| vocabulary          | dense model, text      | how often it expects each token, where a vocabulary is cut to a size  |
 | model               | the recipe             | the dense model, where it is made in the run                          |
 | calibrate           | dense model            | X and Y of every block                                                |
 | sensitivities       | dense model, X         | what each choice of an allocation takes and costs, where there is one |

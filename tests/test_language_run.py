@@ -24,6 +24,7 @@ from run_samples import (
     run_in_process,
     stages_run_for,
 )
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -369,6 +370,8 @@ def test_cut_vocabulary(gemma: Path, text: Path, tmp_path: Path) -> None:
     assert done.report["divergence"]["tokens"] < quality["tokens"]
     cut = done.report["data"]["vocabulary"]
     assert (cut["tokens"], cut["kept"]) == (265, 263)
+    expected = load_file(tmp_path / "work" / "vocabulary" / "expected.safetensors")["expected"]
+    assert (len(expected), float(expected.sum())) == (265, pytest.approx(1))
     assert 0 < cut["respelled"] < 0.2
     assert 0 < cut["respelled_in_test"] < 0.2
     assert any("tokens 263 are kept;" in warning for warning in done.report["warnings"])

@@ -69,7 +69,10 @@ def _vocabulary(cut: VocabularyEstimate) -> str:
     share = "the text is on the hub and was not read"
     if cut.respelled is not None:
         train, test = (f"{100 * part:.2f} %" for part in cut.respelled)
-        share = f"{train} of the training text's tokens and {test} of the test text's are spelled in others"
+        share = (
+            f"{train} of the training text's tokens and {test} of the test text's are spelled in others, where "
+            "ids decide among tokens that the text has equally often (a run asks the model)"
+        )
     return f"vocabulary               {cut.tokens:,} tokens, tokenizer.json {cut.tokenizer_bytes:,} bytes; {share}"
 
 

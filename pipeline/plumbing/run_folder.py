@@ -41,8 +41,8 @@ NOT_INSTALLED = "unknown"
 """Version of a library that is used without being installed, from its sources or its build folder."""
 
 ROOMS = (
-    "model", "evaluate", "calibrate", "sensitivities", "allocate", "factorize", "fit", "finetune", "qat", "pack",
-    "export", "validate", "bench",
+    "vocabulary", "model", "evaluate", "calibrate", "sensitivities", "allocate", "factorize", "fit", "finetune", "qat",
+    "pack", "export", "validate", "bench",
 )  # fmt: skip
 """First parts of the names of all stages: what else lies in ``work/`` is in no stage's way and is left alone."""
 _DONE, _STARTED, _REGISTER = "stage.json", "started.json", ".stages"

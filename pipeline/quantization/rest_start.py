@@ -64,38 +64,35 @@ def tied_moment(hidden: Tensor) -> Tensor:
     return damped(hidden, TIED_TABLE_DAMPING)
 
 
-def token_bits(tiers: int | Sequence[Tier], counts: Tensor) -> Tensor:
-    """Bits of every token's row: uint8 [tokens]. ``counts`` [tokens]: how often each is in the training text; the most
-    frequent ones, of equals those of lower id, are in the first tier."""
-    if isinstance(tiers, int):
-        return torch.full((len(counts),), tiers, dtype=torch.uint8)
-    order = torch.argsort(counts, descending=True, stable=True)
-    result = torch.empty(len(counts), dtype=torch.uint8)
+def token_bits(tiers: Sequence[Tier], order: Tensor) -> Tensor:
+    """Bits of every token's row: uint8 [tokens]. ``order``: all tokens, int64 [tokens]; those that come first are in
+    the first tier."""
+    result = torch.empty(len(order), dtype=torch.uint8)
     start = 0
     for tier in tiers:
-        stop = len(counts) if tier.tokens is None else start + tier.tokens
+        stop = len(order) if tier.tokens is None else start + tier.tokens
         result[order[start:stop]] = tier.bits
         start = stop
     return result
 
 
 def start_rest(
-    model: nn.Module,
+    model: Any,
     bits: Mapping[str, RestBits],
     block_size: int,
     *,
-    counts: Tensor | None = None,
+    order: Tensor | None = None,
     moments: "RestMoments | None" = None,
     on_start: Callable[[str], object] = lambda _: None,
 ) -> PackedRest:
     """Find the codes of linear layers and tables of tokens of ``model`` that have ``bits``, by path.
 
-    ``block_size``: values that share a scale, at most. ``counts``: of a language model's tokens in the training text.
-    With ``moments`` codes are those that GPTQ finds, else the nearest; a table that is only looked up is rounded to
-    nearest in any case. ``on_start`` is called with each path in turn.
+    ``block_size``: values that share a scale, at most. ``order``: of a language model's tokens, the most frequent
+    first (int64 [tokens]); only tiers ask for it. With ``moments`` codes are those that GPTQ finds, else the nearest; a
+    table that is only looked up is rounded to nearest in any case. ``on_start`` is called with each path in turn.
     """
     packed = PackedRest()
-    tables = token_tables(model) if counts is not None else {}
+    tables = token_tables(model) if model.get_output_embeddings() is not None else {}
     for name, width in bits.items():
         on_start(name)
         if name not in tables:
@@ -105,11 +102,15 @@ def start_rest(
             packed.linears[name] = quantize_rows(linear.weight, width, block_size, moment)
             continue
         weight, role = tables[name]
-        assert counts is not None
         moment = None
         if moments is not None and role != "input":
             moment = tied_moment(moments.hidden) if role == "tied" else moments.hidden
-        packed.tables[name] = quantize_table(weight, token_bits(width, counts), block_size, moment)
+        if isinstance(width, int):
+            row_bits = torch.full((len(weight),), width, dtype=torch.uint8)
+        else:
+            assert order is not None
+            row_bits = token_bits(width, order)
+        packed.tables[name] = quantize_table(weight, row_bits, block_size, moment)
     return packed
 
 

@@ -457,7 +457,7 @@ class LocalTraining(Section):
 
 
 class Tier(Section):
-    """Rows of a token table stored with ``bits``: of the ``tokens`` that are most frequent in the training text among
+    """Rows of a token table stored with ``bits``: of the ``tokens`` that are most frequent (docs/recipes.md) among
     those of no tier before; in the last tier, of all others."""
 
     bits: Literal[2, 3, 4, 8]

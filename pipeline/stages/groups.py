@@ -28,6 +28,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.stages import compress
 from pipeline.stages.allocate import choose, load_chosen, measure_choices
 from pipeline.stages.results import SavedFactors
+from pipeline.stages.vocabulary import expected_tokens
 from pipeline.tasks import make_task
 from pipeline.tasks.base import Task
 
@@ -131,7 +132,7 @@ class _GroupStage:
 
 def open_dense(recipe: Recipe, folder: RunFolder, progress: Progress) -> tuple[Task, StageResult]:
     """Make or find the dense model. Returns the task with it, and its stage, whose key covers where it came from."""
-    task = make_task(recipe)
+    task = make_task(recipe, expected=partial(expected_tokens, recipe, folder=folder, progress=progress))
     made = folder.stage(
         "model",
         [recipe.model.model_dump(mode="json"), recipe.seed, task.data_hash],

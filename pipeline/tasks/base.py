@@ -176,8 +176,9 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def token_counts(self) -> Tensor | None:
-        """How often each token of the vocabulary is in the training text: int64 [vocabulary]; None without text."""
+    def token_order(self) -> Tensor | None:
+        """All tokens of the vocabulary, the most frequent first: int64 [vocabulary]; None without text. To find it, the
+        dense model is run the first time."""
 
     @abstractmethod
     def rest_moments(self, paths: Collection[str]) -> RestMoments | None:
@@ -189,11 +190,12 @@ class Task(ABC):
     ) -> PackedRest:
         """Find codes for the weights outside the MLPs that have ``bits``, by path. ``moments``: of
         :meth:`rest_moments`. ``on_start`` is called with each path in turn."""
+        in_tiers = any(not isinstance(width, int) for width in bits.values())
         return start_rest(
             self.model,
             bits,
             self.recipe.quantization.rest.block_size,
-            counts=self.token_counts,
+            order=self.token_order if in_tiers else None,
             moments=moments,
             on_start=on_start,
         )

@@ -171,7 +171,7 @@ class ImageClassificationTask(Task):
     # --- delivery ---
 
     @property
-    def token_counts(self) -> None:
+    def token_order(self) -> None:
         return None
 
     def rest_moments(self, paths: Collection[str]) -> None:

@@ -42,13 +42,13 @@ class CutVocabulary:
 
 
 def cut_vocabulary(
-    section: VocabularySection, tokenizer: Any, rows: int, named: Collection[int], counts: Sequence[int]
+    section: VocabularySection, tokenizer: Any, rows: int, named: Collection[int], order: Sequence[int]
 ) -> CutVocabulary:
     """Cut the vocabulary of ``tokenizer`` as a recipe says.
 
-    ``rows``: of the model's table; ``named``: ids that configurations name; ``counts``: occurrences of each id below
-    ``rows`` in the training text. Raises InputError for a tokenizer that cannot be cut, and a ``keep`` that is less
-    than what stays in any case.
+    ``rows``: of the model's table; ``named``: ids that configurations name; ``order``: all ids below ``rows``, the most
+    frequent first, which only ``keep`` asks for. Raises InputError for a tokenizer that cannot be cut, and a ``keep``
+    that is less than what stays in any case.
     """
     content = content_of(tokenizer)
     check_can_be_cut(content)
@@ -61,7 +61,7 @@ def cut_vocabulary(
     if section.keep is None:
         kept = always | candidates
     else:
-        kept = most_frequent(content, counts, always, candidates, section.keep)
+        kept = most_frequent(content, order, always, candidates, section.keep)
     return CutVocabulary(
         kept=torch.tensor(sorted(kept)),
         rows=rows,

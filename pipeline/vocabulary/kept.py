@@ -6,7 +6,7 @@ frequent in a text, or both.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -61,13 +61,13 @@ def written_in(content: Mapping[str, Any], scripts: Sequence[str]) -> set[int]:
 
 
 def most_frequent(
-    content: Mapping[str, Any], counts: Sequence[int], always: Collection[int], candidates: Collection[int], keep: int
+    content: Mapping[str, Any], order: Iterable[int], always: Collection[int], candidates: Collection[int], keep: int
 ) -> set[int]:
-    """Ids of at most ``keep`` tokens: ``always`` and those of ``candidates`` that occur most often.
+    """Ids of at most ``keep`` tokens: ``always`` and those of ``candidates`` that come first in ``order``, that of all
+    ids from the most frequent one on (:func:`pipeline.vocabulary.frequency.frequency_order`).
 
-    ``counts``: occurrences by id. The lower id comes first where they are equal, also where they are zero. A token
-    comes with its ancestors (:class:`Derivations`); if all of them do not fit any more, it is passed over. Raises
-    InputError if ``always`` is more than ``keep``.
+    A token comes with its ancestors (:class:`Derivations`); if all of them do not fit any more, it is passed over.
+    Raises InputError if ``always`` is more than ``keep``.
     """
     if keep < len(always):
         raise InputError(
@@ -78,10 +78,10 @@ def most_frequent(
     tokens = {index: token for token, index in vocabulary.items()}
     derivations = Derivations.of(content["model"])
     allowed, kept = set(candidates), set(always)
-    for index in sorted(allowed - kept, key=lambda index: (-counts[index], index)):
+    for index in order:
         if len(kept) == keep:
             break
-        if index in kept or index not in tokens:
+        if index in kept or index not in allowed or index not in tokens:
             continue
         wanted = {vocabulary[part] for part in derivations.ancestors(tokens[index])} - kept
         if wanted <= allowed and len(kept) + len(wanted) <= keep:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from exporters.genai_config import compact_tokenizer
 from pipeline.data.text import TextData
@@ -12,14 +13,19 @@ from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import LanguageModelSection, Recipe, TextDataSection
 from pipeline.vocabulary.cut import CutVocabulary, cut_vocabulary
 from pipeline.vocabulary.cut_model import named_ids
+from pipeline.vocabulary.frequency import frequency_order
 from pipeline.vocabulary.respelled import RespelledText, respell
 
 
-def cut_for(recipe: Recipe, tokenizer: Any, data: TextData | None) -> CutVocabulary:
+def cut_for(
+    recipe: Recipe, tokenizer: Any, data: TextData | None, expected: Tensor | None = None
+) -> CutVocabulary:
     """Cut the vocabulary of a recipe's model, whose tokenizer is ``tokenizer``, as the recipe says.
 
     ``data``: the recipe's text in the full vocabulary; None where it is not read yet, and no token is more frequent
-    than another. Raises InputError as :func:`cut_vocabulary` does.
+    than another. ``expected``: float64 [vocabulary], by which tokens are kept that the text has equally often
+    (:func:`pipeline.vocabulary.frequency.expected_frequencies`); None where the model is not read, and ids decide.
+    Raises InputError as :func:`cut_vocabulary` does.
     """
     section = recipe.model
     assert recipe.vocabulary is not None
@@ -27,9 +33,10 @@ def cut_for(recipe: Recipe, tokenizer: Any, data: TextData | None) -> CutVocabul
     config = load_language_config(section)
     rows = int(config.vocab_size)
     text = torch.empty(0, dtype=torch.int32) if data is None else data.train.tokens
-    counts = torch.bincount(text, minlength=rows).tolist()
+    counts = torch.bincount(text, minlength=rows)
+    order = frequency_order(counts, torch.zeros(len(counts)) if expected is None else expected).tolist()
     named = named_ids(config, load_generation_config(section))
-    return cut_vocabulary(recipe.vocabulary, tokenizer, rows, named, counts)
+    return cut_vocabulary(recipe.vocabulary, tokenizer, rows, named, order)
 
 
 def respelled_text(recipe: Recipe, data: TextData, vocabulary: CutVocabulary) -> RespelledText:

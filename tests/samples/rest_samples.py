@@ -39,7 +39,8 @@ def with_packed_tables(
 ) -> nn.Module:
     """A copy of a language model with token table and output layer packed; with tiers, tokens are as frequent as a
     random number says."""
-    counts = torch.randint(0, 1000, (model.config.vocab_size,), generator=torch.Generator().manual_seed(seed))
-    row_bits = token_bits(bits, counts)
+    rows = model.config.vocab_size
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    row_bits = torch.full((rows,), bits, dtype=torch.uint8) if isinstance(bits, int) else token_bits(bits, order)
     packed = {name: quantize_table(table, row_bits, block_size) for name, (table, _) in token_tables(model).items()}
     return install_rest(model, PackedRest(tables=packed), accuracy_level)

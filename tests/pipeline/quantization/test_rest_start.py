@@ -20,6 +20,7 @@ from pipeline.quantization.rest_start import (
 )
 from pipeline.quantization.rest_weights import quantize_rows
 from pipeline.recipe.schema import Tier
+from pipeline.vocabulary.frequency import frequency_order
 
 
 def test_tied_table_counts_every_row_and_what_it_is_multiplied_with() -> None:
@@ -79,7 +80,7 @@ def test_codes_of_a_model(kind: str, linear_bits: int | None, embedding_bits: in
     bits |= {} if embedding_bits is None else dict.fromkeys(token_tables(model), embedding_bits)
     moments = RestCalibration(body_of(model), [tokens(24, 4)]).moments(linears) if start == "gptq" else None
     started: list[str] = []
-    made = start_rest(model, bits, 16, counts=torch.zeros(265), moments=moments, on_start=started.append)
+    made = start_rest(model, bits, 16, moments=moments, on_start=started.append)
     assert started == [*bits]
     assert made.linears.keys() == linears.keys()
     assert len(linears) == (0 if linear_bits is None else 4 * model.config.num_hidden_layers)
@@ -114,8 +115,8 @@ def test_tables_are_named_by_what_they_are_read_for() -> None:
 
 
 def test_the_most_frequent_tokens_have_most_bits() -> None:
-    counts = torch.tensor([5, 0, 7, 7, 1, 0, 9])
+    order = frequency_order(torch.tensor([5, 0, 7, 7, 1, 0, 9]), torch.tensor([0.9, 0.1, 0.2, 0.2, 0, 0.3, 0]))
     tiers = [Tier(bits=8, tokens=2), Tier(bits=4, tokens=2), Tier(bits=2)]
-    # 6 is first; of 2 and 3, which are as frequent, the lower one; then 3 and 0.
-    assert token_bits(tiers, counts).tolist() == [4, 2, 8, 4, 2, 2, 8]
-    assert token_bits(3, counts).tolist() == [3] * 7
+    # 6 is first; of 2 and 3, which are as frequent and as much expected, the lower one; of 1 and 5 the expected one.
+    assert order.tolist() == [6, 2, 3, 0, 4, 5, 1]
+    assert token_bits(tiers, order).tolist() == [4, 2, 8, 4, 2, 2, 8]

@@ -20,6 +20,7 @@ from pipeline.plumbing.errors import InputError
 from pipeline.recipe.schema import VocabularySection
 from pipeline.vocabulary.cut import cut_vocabulary
 from pipeline.vocabulary.cut_tokenizer import check_can_be_cut, cut_tokenizer
+from pipeline.vocabulary.frequency import frequency_order
 from pipeline.vocabulary.kept import always_kept, most_frequent, written_in
 
 ROWS = 10_000
@@ -83,32 +84,32 @@ def test_the_most_frequent_tokens_come_with_their_ancestors(kind: str) -> None:
     read = content(tokenizer)
     always = always_kept(read, ROWS, ())
     candidates = set(read["model"]["vocab"].values())
-    counts = [0] * len(candidates)
-    for index in ids(tokenizer, "мира мира other"):
-        counts[index] += 1
+    size = len(read["model"]["vocab"])
+    counts = torch.bincount(torch.tensor(ids(tokenizer, "мира мира other")), minlength=size)
+    order = frequency_order(counts, torch.zeros(size)).tolist()
     for keep in range(len(always), len(always) + 12):
-        kept = most_frequent(read, counts, always, candidates, keep)
+        kept = most_frequent(read, order, always, candidates, keep)
         assert len(kept) == keep
         assert always <= kept
-    kept = most_frequent(read, counts, always, candidates, len(always) + 40)
+    kept = most_frequent(read, order, always, candidates, len(always) + 40)
     small = Tokenizer.from_str(json.dumps(cut_tokenizer(read, kept)))
     assert small.encode("мира мира other", add_special_tokens=False).tokens == tokenizer.tokenize("мира мира other")
 
 
-def test_of_equal_counts_the_lower_id_stays() -> None:
+def test_tokens_stay_in_their_order_with_what_they_need() -> None:
     read = {
         "model": {
             "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "ac": 4, "abc": 5},
             "merges": ["a b", "a c", "ab c"],
         }
     }
-    counts = [0, 0, 0, 1, 1, 3]
+    order = [5, 3, 4, 0, 1, 2]
     # "abc" comes first, and needs four more; where these do not fit, "ab" is next.
-    assert most_frequent(read, counts, {0}, range(6), 5) == {0, 1, 2, 3, 5}
-    assert most_frequent(read, counts, {0}, range(6), 4) == {0, 1, 3, 2}
-    assert most_frequent(read, counts, {0}, range(6), 2) == {0, 1}
+    assert most_frequent(read, order, {0}, range(6), 5) == {0, 1, 2, 3, 5}
+    assert most_frequent(read, order, {0}, range(6), 4) == {0, 1, 3, 2}
+    assert most_frequent(read, order, {0}, range(6), 2) == {0, 1}
     with pytest.raises(InputError, match=r"vocabulary\.keep: 2: 3 tokens stay in any case: .*give at least 3"):
-        most_frequent(read, counts, {0, 1, 2}, range(6), 2)
+        most_frequent(read, order, {0, 1, 2}, range(6), 2)
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------
@@ -121,8 +122,8 @@ def cut_pair(request: pytest.FixtureRequest) -> tuple[Any, Any, list[int]]:
     tokenizer = TOKENIZERS[kind]()
     size = len(content(tokenizer)["model"]["vocab"])
     section = VocabularySection(scripts=["Latin"]) if cut == "Latin" else VocabularySection(keep=290)
-    counts = torch.bincount(torch.tensor(ids(tokenizer, "there мира there für")), minlength=size).tolist()
-    found = cut_vocabulary(section, tokenizer, size, (), counts)
+    counts = torch.bincount(torch.tensor(ids(tokenizer, "there мира there für")), minlength=size)
+    found = cut_vocabulary(section, tokenizer, size, (), frequency_order(counts, torch.zeros(size)).tolist())
     return tokenizer, found.tokenizer, found.kept.tolist()
 
 

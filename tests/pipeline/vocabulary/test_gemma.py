@@ -16,6 +16,7 @@ from pipeline.models.causal_lm import load_tokenizer
 from pipeline.models.gguf_tokenizer import TOKENIZER_SAMPLES
 from pipeline.recipe.schema import PackagedGGUFModel, VocabularySection
 from pipeline.vocabulary.cut import cut_vocabulary
+from pipeline.vocabulary.frequency import frequency_order
 from pipeline.vocabulary.of_recipe import tokenizer_bytes
 
 pytestmark = [
@@ -51,8 +52,8 @@ def test_all_tokens_take_fewer_merges(tokenizer: Any) -> None:
 )
 def test_cut(tokenizer: Any, section: VocabularySection, kept: int, most_bytes: int, tmp_path: Path) -> None:
     ids = torch.tensor(tokenizer("\n".join(LATIN), add_special_tokens=False)["input_ids"])
-    counts = torch.bincount(ids, minlength=ROWS).tolist()
-    cut = cut_vocabulary(section, tokenizer, ROWS, (), counts)
+    order = frequency_order(torch.bincount(ids, minlength=ROWS), torch.zeros(ROWS)).tolist()
+    cut = cut_vocabulary(section, tokenizer, ROWS, (), order)
     assert len(cut.kept) == len(cut.tokenizer) == kept
     assert tokenizer_bytes(cut.tokenizer) < most_bytes
     for text in TOKENIZER_SAMPLES:

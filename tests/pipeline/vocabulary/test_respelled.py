@@ -13,6 +13,7 @@ from pipeline.data.text import TextData, TextSplit, TokenFacts, leading_token, t
 from pipeline.data.token_bytes import content_of, token_bytes
 from pipeline.recipe.schema import VocabularySection
 from pipeline.vocabulary.cut import CutVocabulary, cut_vocabulary
+from pipeline.vocabulary.frequency import frequency_order
 from pipeline.vocabulary.respelled import respell
 
 CONTEXT = 12
@@ -23,8 +24,8 @@ def cut_of(kind: str, keep: int | None = None) -> CutVocabulary:
     tokenizer = TOKENIZERS[kind]()
     size = len(content(tokenizer)["model"]["vocab"])
     section = VocabularySection(scripts=["Latin"]) if keep is None else VocabularySection(keep=keep)
-    counts = torch.bincount(torch.tensor(tokenizer("there the мир für")["input_ids"]), minlength=size).tolist()
-    return cut_vocabulary(section, tokenizer, size, (), counts)
+    counts = torch.bincount(torch.tensor(tokenizer("there the мир für")["input_ids"]), minlength=size)
+    return cut_vocabulary(section, tokenizer, size, (), frequency_order(counts, torch.zeros(size)).tolist())
 
 
 def data_of(kind: str, text: str, *, bos: bool = True) -> TextData:
