@@ -22,7 +22,7 @@ from pipeline.estimate import estimate
 from pipeline.estimate.memory import PROCESS_BYTES
 from pipeline.estimate.printing import describe, print_estimate, shortages
 from pipeline.estimate.time import MOST_TOKENS, Duration, duration, sample_mlp, seconds_of_step
-from pipeline.estimate.work import MLPTraining, evaluations
+from pipeline.estimate.work import MLPTraining, evaluations, expectations
 from pipeline.plumbing.errors import InputError
 from pipeline.recipe.reading import parse_recipe
 from pipeline.recipe.schema import LocalTextData, Recipe
@@ -269,6 +269,14 @@ def test_work_of_a_language_model(language: Recipe) -> None:
     content["evaluation"]["stride"] = 10
     overlapping = estimate(parse_recipe(content, "r.yaml")).work
     assert overlapping.passes - work.passes == 3 * 6 * 10 * (body + 32 * logits)
+    # Tiers, and a size of the vocabulary, ask the model what it expects, on 16,384 tokens each.
+    content = language.model_dump(mode="json")
+    content["quantization"]["rest"]["embedding_bits"] = [{"bits": 4, "tokens": 9}, {"bits": 2}]
+    tiers = estimate(parse_recipe(content, "r.yaml")).work
+    assert tiers.passes - work.passes == 512 * (body + 32 * logits)
+    assert expectations(parse_recipe(content, "r.yaml")) == 1
+    assert expectations(parse_recipe(content | {"vocabulary": {"keep": 265}}, "r.yaml")) == 2
+    assert expectations(parse_recipe(content | {"vocabulary": {"scripts": ["Latin"]}}, "r.yaml")) == 1
 
 
 def test_rest_of_a_language_model(language: Recipe) -> None:

@@ -17,6 +17,7 @@ from pipeline.estimate.memory import FLOAT32_BYTES
 from pipeline.evaluation.measurements import Stage
 from pipeline.recipe.plan import GroupPlan, Plan
 from pipeline.recipe.schema import EndToEnd, Fit, LocalTraining, Precision, Recipe, ScratchModel, TextSection
+from pipeline.vocabulary.frequency import EXPECTED_OVER
 from qat.losses import FREQUENT, SAMPLED
 
 FORWARD_AND_BACKWARD = 3
@@ -65,8 +66,9 @@ class MLPTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Operations of a run. ``dense_training``: of training the dense model. ``passes``: of calibration, evaluation and
-    allocation, through the whole model. ``training``: of the compressed MLPs, in the recipe's order."""
+    """Operations of a run. ``dense_training``: of training the dense model. ``passes``: of calibration, evaluation,
+    allocation and expected tokens, through the whole model. ``training``: of the compressed MLPs, in the recipe's
+    order."""
 
     dense_training: int
     passes: int
@@ -85,6 +87,8 @@ def count_work(recipe: Recipe, plan: Plan, passed: Pass, measured: int) -> Work:
         evaluated *= math.ceil(recipe.data.context / recipe.evaluation.stride)  # windows that overlap
     if recipe.allocate is not None:
         evaluated += recipe.allocate.samples * measured
+    if isinstance(recipe.data, TextSection):
+        evaluated += expectations(recipe) * math.ceil(EXPECTED_OVER / recipe.data.context)
     return Work(
         dense_training=dense,
         passes=(recipe.calibration.samples or 0) * passed.body + evaluated * (passed.body + passed.head),
@@ -113,6 +117,16 @@ def evaluations(recipe: Recipe) -> int:
         "onnx_portable": not recipe.is_language_model,
     }
     return sum(forms.values())
+
+
+def expectations(recipe: Recipe) -> int:
+    """How often the dense model is asked which tokens it expects (:mod:`pipeline.vocabulary.frequency`): for a
+    vocabulary that is cut to a size, and for a token table in tiers."""
+    tables = [recipe.quantization.rest.embedding_bits]
+    if recipe.allocate is not None:
+        tables += recipe.allocate.embedding_bits or []
+    cut = recipe.vocabulary is not None and recipe.vocabulary.keep is not None
+    return cut + any(isinstance(bits, list) for bits in tables)
 
 
 def mlp_operations(group: GroupPlan, tokens: int) -> int:
