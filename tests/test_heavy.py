@@ -61,11 +61,13 @@ def ratio_to_dense(report: Report) -> float:
     return report.quality.difference_to_dense["onnx_native"].ratio
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("150mb", 150), ("120mb", 120), ("latin", 95), ("64k", 75)])
-def test_gemma3_270m_in_its_megabytes(folder: Path, name: str, megabytes: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "megabytes", "ratio"), [("150mb", 150, 1.25), ("120mb", 120, 1.19), ("latin", 95, 1.25), ("64k", 75, 1.25)]
+)
+def test_gemma3_270m_in_its_megabytes(folder: Path, name: str, megabytes: int, ratio: float) -> None:
     report = run_recipe(f"gemma3-270m-{name}", folder)
     assert report.bytes.artifact <= 1e6 * megabytes
-    assert ratio_to_dense(report) <= 1.25
+    assert ratio_to_dense(report) <= ratio
     assert report.parity.same_predictions
     assert report.memory.pipeline_peak_rss_bytes <= 12 * 2**30
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.data.text import TextData
+from pipeline.data.text import TextData, check_vocabulary
 from pipeline.models.causal_lm import load_language_model
+from pipeline.models.causal_lm_parts import output_table
 from pipeline.plumbing.files import write_aside
 from pipeline.plumbing.progress import Progress
 from pipeline.plumbing.run_folder import RunFolder
@@ -19,7 +20,8 @@ _EXPECTED = "expected.safetensors"
 
 def expected_tokens(recipe: Recipe, data: TextData, *, folder: RunFolder, progress: Progress) -> Tensor:
     """Measure or find how often the dense model of ``recipe`` expects each token of its full vocabulary in ``data``:
-    float64 [vocabulary] (:func:`pipeline.vocabulary.frequency.expected_frequencies`)."""
+    float64 [vocabulary] (:func:`pipeline.vocabulary.frequency.expected_frequencies`). Raises InputError where the
+    model cannot be loaded, or does not know a token of the text."""
     settings = [recipe.model.model_dump(mode="json"), data.hash, recipe.seed]
     stage = folder.stage("vocabulary", settings, [], partial(_measure, recipe=recipe, data=data, progress=progress))
     return load_file(stage.folder / _EXPECTED)["expected"]
@@ -28,7 +30,9 @@ def expected_tokens(recipe: Recipe, data: TextData, *, folder: RunFolder, progre
 def _measure(folder: Path, recipe: Recipe, data: TextData, progress: Progress) -> None:
     section = recipe.model
     assert isinstance(section, LanguageModelSection)
-    model = load_language_model(section).model
+    loaded = load_language_model(section)
+    model = loaded.model
+    check_vocabulary(data, loaded.tokenizer, len(output_table(model)))
     windows = list(windows_to_expect_from(data.train, recipe.seed))
     with progress.task("tokens that the model expects", len(windows)) as advance:
         expected = expected_frequencies(model, (window for window in windows if advance(1, "") is None))

@@ -1,13 +1,22 @@
 """The order of tokens: by count, then by what the model expects, then by id."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from causal_lm_samples import tiny_language_model, tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from run_samples import language_recipe
+from task_samples import open_multilingual_task, write_multilingual
+from vocabulary_samples import byte_fallback_scripts
 
+from pipeline.data.token_bytes import content_of
+from pipeline.tasks import make_task
 from pipeline.vocabulary import frequency
+from pipeline.vocabulary.cut_tokenizer import ids_put_around
 from pipeline.vocabulary.frequency import expected_frequencies, frequency_order
+from pipeline.vocabulary.kept import always_kept
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma2", "llama"])
@@ -31,3 +40,31 @@ def test_order(facts: list[tuple[int, float]]) -> None:
     first = {0, len(facts) - 1}
     led = [*sorted(first), *(index for index in wanted if index not in first)]
     assert frequency_order(counts, expected.double(), first).tolist() == led
+
+
+def test_what_no_text_counts_leads(tmp_path: Path) -> None:
+    task = open_multilingual_task("gemma3", tmp_path, byte_fallback_scripts())
+    order, rows = task.token_order, len(byte_fallback_scripts())
+    content = content_of(byte_fallback_scripts())
+    special = always_kept(content, rows, ids_put_around(content))
+    assert byte_fallback_scripts().bos_token_id in special
+    assert order[: len(special)].tolist() == sorted(special)
+    assert sorted(order.tolist()) == list(range(rows))
+    counts = torch.bincount(task.data.train.tokens, minlength=rows)[order[len(special) :]]
+    assert torch.equal(counts, counts.sort(descending=True).values)
+    assert int(counts[-1]) == 0
+
+
+def test_of_tokens_that_the_text_has_not_the_expected_ones_are_kept(tmp_path: Path) -> None:
+    tokenizer = byte_fallback_scripts()
+    write_multilingual("gemma3", tmp_path, tokenizer)
+    vocabulary, rows = tokenizer.get_vocab(), len(tokenizer)
+    recipe = language_recipe(tmp_path / "model", tmp_path, vocabulary={"keep": rows})
+    everything = make_task(recipe).tokenizer.get_vocab().keys()
+    recipe = language_recipe(tmp_path / "model", tmp_path, vocabulary={"keep": len(everything) - 1})
+    for unexpected in ("🙂", "é", "—"):
+        expected = torch.ones(rows, dtype=torch.float64)
+        expected[[index for token, index in vocabulary.items() if unexpected in token]] = 0.0
+        task = make_task(recipe, expected=lambda _, found=expected: found)
+        (dropped,) = everything - task.tokenizer.get_vocab().keys()
+        assert unexpected in dropped
