@@ -10,7 +10,7 @@ from pipeline.estimate import Estimate
 from pipeline.estimate.time import Duration, duration, seconds_of_step
 from pipeline.estimate.vocabulary import VocabularyEstimate
 from pipeline.plumbing.console import table_console
-from pipeline.recipe.schema import Allocate, Recipe, TextSection
+from pipeline.recipe.schema import Allocate, Recipe, TextSection, VocabularySection
 
 
 def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
@@ -26,7 +26,8 @@ def print_estimate(recipe: Recipe, estimated: Estimate) -> None:
     for rows in estimated.fitted:
         console.print(str(rows))
     if estimated.vocabulary is not None:
-        console.print(_vocabulary(estimated.vocabulary))
+        assert recipe.vocabulary is not None
+        console.print(_vocabulary(estimated.vocabulary, recipe.vocabulary))
     float16 = 2 * estimated.dense_parameters
     console.print(
         f"weights of the artefact  {estimated.artifact_bytes:,} bytes, "
@@ -65,14 +66,13 @@ def _allowed(allocate: Allocate, estimated: Estimate) -> str:
     return f"{left:,} bytes for these MLPs at {allocate.stored_bits:g} stored bits per weight"
 
 
-def _vocabulary(cut: VocabularyEstimate) -> str:
+def _vocabulary(cut: VocabularyEstimate, section: VocabularySection) -> str:
     share = "the text is on the hub and was not read"
     if cut.respelled is not None:
         train, test = (f"{100 * part:.2f} %" for part in cut.respelled)
-        share = (
-            f"{train} of the training text's tokens and {test} of the test text's are spelled in others, where "
-            "ids decide among tokens that the text has equally often (a run asks the model)"
-        )
+        share = f"{train} of the training text's tokens and {test} of the test text's are spelled in others"
+        if section.keep is not None:
+            share += ", where ids decide among tokens that the text has equally often (a run asks the model)"
     return f"vocabulary               {cut.tokens:,} tokens, tokenizer.json {cut.tokenizer_bytes:,} bytes; {share}"
 
 

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.text import TextSplit, TextWindows
 from pipeline.evaluation.measurements import PairedDifference, TextDivergence
-from pipeline.models.causal_lm_parts import final_softcap, hidden_states
+from pipeline.models.causal_lm_parts import OutputLayer, hidden_states
 from pipeline.plumbing.errors import InputError
 from pipeline.plumbing.files import create_array, read_json, write_aside, write_json, writing
 from pipeline.plumbing.progress import OnProgress
@@ -225,22 +225,6 @@ def _ratio_of_sums(sums: Tensor, counts: Tensor, grouped: int) -> tuple[float, f
 
 
 # --- PyTorch models --------------------------------------------------------------------------------------------
-
-
-class OutputLayer:
-    """The output layer of a transformers causal language model, with the soft cap that follows it."""
-
-    def __init__(self, model: Any) -> None:
-        self._layer: nn.Module = model.get_output_embeddings()
-        self._softcap = final_softcap(model)
-
-    @torch.no_grad()
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [..., vocabulary] of hidden states [..., d]."""
-        logits: Tensor = self._layer(hidden).float()
-        if self._softcap is not None:
-            logits = logits.div_(self._softcap).tanh_().mul_(self._softcap)
-        return logits
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ output layer, from there to logits."""
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from exporters.modules import PackedOutput
 
@@ -26,3 +27,19 @@ def final_softcap(model: Any) -> float | None:
     """The bound c of Gemma 2's logits, ``c tanh(logits / c)``; None for models whose logits are not bounded."""
     softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
     return softcap
+
+
+class OutputLayer:
+    """The output layer of a transformers causal language model, with the soft cap that follows it."""
+
+    def __init__(self, model: Any) -> None:
+        self._layer: nn.Module = model.get_output_embeddings()
+        self._softcap = final_softcap(model)
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., vocabulary] of hidden states [..., d]."""
+        logits: Tensor = self._layer(hidden).float()
+        if self._softcap is not None:
+            logits = logits.div_(self._softcap).tanh_().mul_(self._softcap)
+        return logits

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters.packed_rest import PackedRest
+from exporters.packed_rest import PackedRest, PackedTable
 from pipeline.quantization.rest_layers import RestBits, token_tables
 from pipeline.quantization.rest_weights import quantize_rows, quantize_table
 from pipeline.recipe.schema import Tier
@@ -106,11 +106,10 @@ def start_rest(
         if moments is not None and role != "input":
             moment = tied_moment(moments.hidden) if role == "tied" else moments.hidden
         if isinstance(width, int):
-            row_bits = torch.full((len(weight),), width, dtype=torch.uint8)
+            packed.tables[name] = PackedTable(quantize_rows(weight, width, block_size, moment))
         else:
             assert order is not None
-            row_bits = token_bits(width, order)
-        packed.tables[name] = quantize_table(weight, row_bits, block_size, moment)
+            packed.tables[name] = quantize_table(weight, token_bits(width, order), block_size, moment)
     return packed
 
 

@@ -1,5 +1,6 @@
 """How often the dense model expects each token: what a vocabulary is cut by, before there is a cut model."""
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pipeline.data.text import TextData, check_vocabulary
 from pipeline.models.causal_lm import load_language_model
 from pipeline.models.causal_lm_parts import output_table
 from pipeline.plumbing.files import write_aside
-from pipeline.plumbing.progress import Progress
+from pipeline.plumbing.progress import Advance, Progress
 from pipeline.plumbing.run_folder import RunFolder
 from pipeline.recipe.schema import LanguageModelSection, Recipe
 from pipeline.vocabulary.frequency import expected_frequencies, windows_to_expect_from
@@ -31,9 +32,15 @@ def _measure(folder: Path, recipe: Recipe, data: TextData, progress: Progress) -
     section = recipe.model
     assert isinstance(section, LanguageModelSection)
     loaded = load_language_model(section)
-    model = loaded.model
-    check_vocabulary(data, loaded.tokenizer, len(output_table(model)))
+    check_vocabulary(data, loaded.tokenizer, len(output_table(loaded.model)))
     windows = list(windows_to_expect_from(data.train, recipe.seed))
     with progress.task("tokens that the model expects", len(windows)) as advance:
-        expected = expected_frequencies(model, (window for window in windows if advance(1, "") is None))
+        expected = expected_frequencies(loaded.model, _each(windows, advance))
     write_aside(folder / _EXPECTED, lambda path: save_file({"expected": expected}, path))
+
+
+def _each(windows: Sequence[Tensor], advance: Advance) -> Iterator[Tensor]:
+    """Yield the ``windows``, and note each that is done with."""
+    for window in windows:
+        yield window
+        advance(1, "")

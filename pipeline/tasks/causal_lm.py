@@ -302,7 +302,7 @@ class CausalLMTask(Task):
         counts = self._token_counts
         # No text has the tokens that begin one or divide a chat, and yet all that follows hangs on them: with 2 bits
         # for the row of <bos>, Gemma 3 270M's perplexity is 2.4 times that of the dense model.
-        leading = hardly_counted(content_of(self.tokenizer), len(counts))
+        leading = hardly_counted(content_of(self.tokenizer), len(counts), self.tokenizer.all_special_ids)
         return frequency_order(counts, expected_frequencies(self.model, windows), leading)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.data.samples import shuffled_order
 from pipeline.data.text import TextWindows
-from pipeline.models.causal_lm_parts import final_softcap, hidden_states, output_table
+from pipeline.models.causal_lm_parts import OutputLayer, hidden_states
 
 EXPECTED_OVER = 16_384
 """Tokens of text whose continuations are averaged. Twice as many leave 0.70 % there, these 0.75 %."""
@@ -34,14 +34,11 @@ def expected_frequencies(model: Any, windows: Iterable[Tensor]) -> Tensor:
 
     ``model``: a causal language model. ``windows``: of token ids, int64 [B, T].
     """
-    table, softcap = output_table(model), final_softcap(model)
-    total, places = torch.zeros(len(table), dtype=torch.float64), 0
+    output_layer, places = OutputLayer(model), 0
+    total = torch.zeros(model.get_output_embeddings().out_features, dtype=torch.float64)
     for window in windows:
         for states in hidden_states(model, window).flatten(0, 1).split(_TOKENS_AT_ONCE):
-            logits = states @ table.T
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            total += torch.softmax(logits, dim=1).sum(dim=0)
+            total += torch.softmax(output_layer(states), dim=1).sum(dim=0)
         places += window.numel()
     return total / places
 

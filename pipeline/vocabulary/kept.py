@@ -14,7 +14,6 @@ import regex
 from exporters.merges import Derivations
 from pipeline.data.token_bytes import byte_tokens, is_byte_level, token_bytes
 from pipeline.plumbing.errors import InputError
-from pipeline.vocabulary.cut_tokenizer import ids_put_around
 
 _PLACEHOLDER = re.compile(r"[<\[|]*(unused|reserved|reserved_token|reserved_special_token)[_-]?\d+[|>\]]*")
 """Names of tokens that models have in reserve, as Gemma's ``<unused7>`` and Llama 3's ``<|reserved_special_token_7|>``.
@@ -38,11 +37,11 @@ def always_kept(content: Mapping[str, Any], rows: int, named: Collection[int]) -
     return {index for index in kept.union(named) if index < rows}
 
 
-def hardly_counted(content: Mapping[str, Any], rows: int) -> set[int]:
+def hardly_counted(content: Mapping[str, Any], rows: int, named: Collection[int]) -> set[int]:
     """Ids on which texts hang though none has them, or few: special and added tokens but for placeholders, and the
     bytes that a vocabulary falls back to (at byte level, bytes are tokens like others). Arguments: of
     :func:`always_kept`."""
-    found = always_kept(content, rows, ids_put_around(content))
+    found = always_kept(content, rows, named)
     if is_byte_level(content):
         vocabulary: Mapping[str, int] = content["model"]["vocab"]
         found -= {vocabulary[token] for token in byte_tokens(content) if token in vocabulary}

@@ -80,7 +80,7 @@ def test_codes_of_the_rest_are_kept(tmp_path: Path, start: str, tied: str) -> No
     row_bits = stored.tables["model.embed_tokens"].row_bits
     assert row_bits is not None
     counts = torch.bincount(task.data.train.tokens, minlength=len(row_bits))
-    special = hardly_counted(content_of(task.tokenizer), len(counts))
+    special = hardly_counted(content_of(task.tokenizer), len(counts), ())
     assert special == set(task.tokenizer.all_special_ids)  # no byte: here they are tokens like others
     counts[sorted(special)] = counts.max()
     by_tier = [counts[torch.from_numpy(row_bits == bits)] for bits in (8, 4, 2)]

@@ -45,7 +45,7 @@ def test_what_no_text_counts_leads(tmp_path: Path) -> None:
     task = open_multilingual_task("gemma3", tmp_path, byte_fallback_scripts())
     order, rows = task.token_order, len(byte_fallback_scripts())
     content = content_of(byte_fallback_scripts())
-    special = hardly_counted(content, rows)
+    special = hardly_counted(content, rows, ())
     assert {index for token, index in content["model"]["vocab"].items() if token.startswith("<0x")} < special
     assert byte_fallback_scripts().bos_token_id in special
     assert order[: len(special)].tolist() == sorted(special)
