@@ -15,7 +15,7 @@ from exporters.modules import input_node, linear_node, output_node
 from exporters.packed_model import PackedModel
 from exporters.passes import group_by_bytes, tensor_of
 from fips_ort.layout import BIT_WIDTHS, Layout
-from fips_ort.ops import DOMAIN, Q_GATHER, Q_MATMUL
+from fips_ort.ops import CACHED_ATTENTION, DOMAIN, Q_GATHER, Q_MATMUL, QK_NORM_CACHED_ATTENTION
 from fips_ort.packed import PackedWeight, unpack
 
 SMALLEST = 64
@@ -93,8 +93,9 @@ def _match_weights(
     present = {name for name, node in nodes.items() if node.domain == DOMAIN}
     if missing := expected.keys() - present:
         yield f"nodes of {DOMAIN} are missing: {', '.join(sorted(missing))}"
-    # Outside the MLPs, weights are dense.
-    if unknown := {name for name in present - expected.keys() if nodes[name].op_type not in _ROW_BITS}:
+    # Outside the MLPs, weights are dense, and attention has none.
+    known = {*_ROW_BITS, CACHED_ATTENTION, QK_NORM_CACHED_ATTENTION}
+    if unknown := {name for name in present - expected.keys() if nodes[name].op_type not in known}:
         yield f"nodes of {DOMAIN} are not the packed model's: {', '.join(sorted(unknown))}"
     promised = {id(weight): promised_bytes(weight) for _, weight in expected.values()}
     stored_as: dict[int, tuple[str, ...]] = {}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters import passes
+from exporters.fused_attention import fuse_attention
 from exporters.genai_builder import new_builder, silent
 from exporters.modules import (
     PackedEmbedding,
@@ -69,6 +70,7 @@ def export_causal_lm(model: nn.Module, max_length: int = MAX_LENGTH) -> ir.Model
     for value in list(graph.graph.initializers.values()):
         value.name = _module_name(value.name or "")
     passes.deduplicate_initializers(graph)
+    fuse_attention(graph)
     passes.store_float16(graph)
     graph.graph.sort()
     # The builder declares a newer opset, whose operators compute the same.

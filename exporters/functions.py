@@ -6,40 +6,44 @@ folds the decoding into a float32 matrix when it loads a model with graph optimi
 intermediate result until then, so codes and masks stay uint8 and bool, and indices int32, as long as they can.
 """
 
+from collections.abc import Collection
+
 import onnx
 import onnx.parser
 
 from fips_ort.bits import CHUNK
 from fips_ort.layout import BIT_WIDTHS, STEP_GROUPS, TILE_ROWS
-from fips_ort.ops import ATTRIBUTES, BITMAP_Q_MATMUL, DOMAIN, Q_GATHER, Q_MATMUL, SPARSE_Q_MATMUL
+from fips_ort.ops import (
+    ATTRIBUTES,
+    BITMAP_Q_MATMUL,
+    CACHED_ATTENTION,
+    DOMAIN,
+    Q_GATHER,
+    Q_MATMUL,
+    QK_NORM_CACHED_ATTENTION,
+    SPARSE_Q_MATMUL,
+)
 
 MINIMUM_OPSET = 18
 """The first ONNX opset with every operator of the bodies (BitwiseAnd)."""
 
 
-def op_functions(opset: int = MINIMUM_OPSET) -> list[onnx.FunctionProto]:
-    """QMatMul, SparseQMatMul, BitmapQMatMul and QGather, generic over all attributes and over the optional inputs.
+def op_functions(ops: Collection[str] = tuple(ATTRIBUTES), opset: int = MINIMUM_OPSET) -> list[onnx.FunctionProto]:
+    """The functions of ``ops``, generic over all attributes and over the optional inputs.
 
     ``opset`` is the ONNX opset that the model imports: functions and model must import the same one. Raises
     ValueError below 18. ``accuracy_level`` is a permission to round activations, which the functions do not use.
     """
     if opset < MINIMUM_OPSET:
         raise ValueError(f"the functions need opset {MINIMUM_OPSET} or later, got {opset}")
-    return [
-        _function(opset, Q_MATMUL, "A, codes, scales, bias, row_bits",
-                  _SIZES + _DENSE + _DENSE_VALUES + _PRODUCT),
-        _function(opset, SPARSE_Q_MATMUL, "A, codes, pattern, scales, bias",
-                  _SIZES + _N_OF_M + _SPARSE_VALUES + _PRODUCT),
-        _function(opset, BITMAP_Q_MATMUL, "A, codes, pattern, scales, bias",
-                  _SIZES + _BITMAP + _SPARSE_VALUES + _PRODUCT),
-        _function(opset, Q_GATHER, "indices, codes, scales, row_bits", _GATHER),
-    ]
+    return [_function(opset, name, *_SIGNATURES[name]) for name in ATTRIBUTES if name in ops]
 
 
-def _function(opset: int, name: str, inputs: str, body: str) -> onnx.FunctionProto:
-    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
+def _function(opset: int, name: str, inputs: str, outputs: str, body: str) -> onnx.FunctionProto:
+    microsoft = ', "com.microsoft" : 1' if "com.microsoft." in body else ""
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}{microsoft}]>'
     attributes = ", ".join(ATTRIBUTES[name])
-    return onnx.parser.parse_function(f"{header}\n{name} <{attributes}> ({inputs}) => (Y)\n{{\n{body}}}")
+    return onnx.parser.parse_function(f"{header}\n{name} <{attributes}> ({inputs}) => ({outputs})\n{{\n{body}}}")
 
 
 def _attribute(name: str) -> str:
@@ -604,3 +608,72 @@ _GATHER = f"""
     Y_shape = Concat <axis = 0> (Y_batch, columns)
     Y = Reshape <allowzero = 1> (scaled_blocks, Y_shape)
 """
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+_ATTENTION_INPUTS = (
+    "qkv, past_key, past_value, seqlens_k, total_sequence_length, position_ids, cos_cache, sin_cache"
+)
+_ATTENTION_OUTPUTS = "Y, present_key, present_value"
+
+
+def _normed(part: str) -> str:
+    """{part}_normed [batch, tokens, heads * head_size]: every head of {part}_heads divided by its root mean square,
+    times {part}_norm."""
+    return f"""
+    {part}_apart = Reshape ({part}_heads, apart)
+    {part}_squares = Mul ({part}_apart, {part}_apart)
+    {part}_mean = ReduceMean ({part}_squares, minus_one)
+    {part}_shifted = Add ({part}_mean, epsilon_0)
+    {part}_root = Sqrt ({part}_shifted)
+    {part}_divided = Div ({part}_apart, {part}_root)
+    {part}_unit = Mul ({part}_divided, {part}_norm)
+    {part}_together = Concat <axis = 0> (keep_length, minus_one, {part}_width)
+    {part}_normed = Reshape ({part}_unit, {part}_together)
+"""
+
+
+def _attention(queries: str, keys: str) -> str:
+    """Y, present_key and present_value by ONNX Runtime's own operators; ``queries`` and ``keys``: names of what is
+    rotated."""
+    epsilon = "epsilon_0 = Constant <value_float: float = @epsilon> ()"
+    normed = "".join((epsilon, *map(_normed, "qk"))) if queries == "q_normed" else ""
+    return f"""
+    keep_length = Constant <value_ints = [0]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    two = Constant <value_ints = [2]> ()
+    q_scalar = Constant <value_int: int = @num_heads> ()
+    k_scalar = Constant <value_int: int = @kv_num_heads> ()
+    q_count = Reshape (q_scalar, minus_one)
+    k_count = Reshape (k_scalar, minus_one)
+    kv_count = Mul (k_count, two)
+    all_count = Add (q_count, kv_count)
+    width = Shape <start = 2, end = 3> (qkv)
+    head_size = Div (width, all_count)
+    q_width = Mul (q_count, head_size)
+    k_width = Mul (k_count, head_size)
+    widths = Concat <axis = 0> (q_width, k_width, k_width)
+    q_heads, k_heads, v_heads = Split <axis = -1> (qkv, widths)
+    apart = Concat <axis = 0> (keep_length, minus_one, head_size)
+    {normed}
+    q_rotated = com.microsoft.RotaryEmbedding <interleaved = 0> ({queries}, position_ids, cos_cache, sin_cache)
+    k_rotated = com.microsoft.RotaryEmbedding <interleaved = 0> ({keys}, position_ids, cos_cache, sin_cache)
+    Y, present_key, present_value = com.microsoft.GroupQueryAttention <
+        num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale,
+        local_window_size: int = @local_window_size, do_rotary = 0>
+        (q_rotated, k_rotated, v_heads, past_key, past_value, seqlens_k, total_sequence_length)
+"""
+
+
+_SIGNATURES = {
+    Q_MATMUL: ("A, codes, scales, bias, row_bits", "Y", _SIZES + _DENSE + _DENSE_VALUES + _PRODUCT),
+    SPARSE_Q_MATMUL: ("A, codes, pattern, scales, bias", "Y", _SIZES + _N_OF_M + _SPARSE_VALUES + _PRODUCT),
+    BITMAP_Q_MATMUL: ("A, codes, pattern, scales, bias", "Y", _SIZES + _BITMAP + _SPARSE_VALUES + _PRODUCT),
+    Q_GATHER: ("indices, codes, scales, row_bits", "Y", _GATHER),
+    CACHED_ATTENTION: (_ATTENTION_INPUTS, _ATTENTION_OUTPUTS, _attention("q_heads", "k_heads")),
+    QK_NORM_CACHED_ATTENTION: (
+        f"{_ATTENTION_INPUTS}, q_norm, k_norm", _ATTENTION_OUTPUTS, _attention("q_normed", "k_normed")
+    ),
+}
+"""Inputs, outputs and body of each op."""

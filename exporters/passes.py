@@ -114,7 +114,7 @@ def as_float16(array: NDArray[np.float32]) -> NDArray[np.float16] | None:
 
 
 def finish(model: ir.Model, name: str) -> None:
-    """Make a graph a whole model called ``name``: versions, the functions of our ops if it uses them, and nothing
+    """Make a graph a whole model called ``name``: versions, the functions of those of our ops that it uses, and nothing
     that depends on where it was made. ``model`` must be in opset :data:`OPSET`."""
     strip(model)
     model.producer_name, model.producer_version = "fips-onnx", None
@@ -122,7 +122,8 @@ def finish(model: ir.Model, name: str) -> None:
     model.ir_version = IR_VERSION
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = VERSION
-        for proto in op_functions(OPSET):
+        used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+        for proto in op_functions(used, OPSET):
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
 

@@ -8,15 +8,23 @@ Q_MATMUL = "QMatMul"
 SPARSE_Q_MATMUL = "SparseQMatMul"
 BITMAP_Q_MATMUL = "BitmapQMatMul"
 Q_GATHER = "QGather"
+CACHED_ATTENTION = "CachedAttention"
+QK_NORM_CACHED_ATTENTION = "QKNormCachedAttention"
 _SEGMENTS = tuple(f"size_{bits}bit" for bits in BIT_WIDTHS)
+_ATTENTION = ("num_heads", "kv_num_heads", "local_window_size", "scale")
 _PRODUCT = ("K", "N", "transB", "block_size", "segment_axis", *_SEGMENTS, "midrise", "accuracy_level")
 ATTRIBUTES = {
     Q_MATMUL: _PRODUCT,
     SPARSE_Q_MATMUL: (*_PRODUCT, "keep", "of"),
     BITMAP_Q_MATMUL: _PRODUCT,
     Q_GATHER: ("K", "N", "block_size", *_SEGMENTS, "midrise"),
+    CACHED_ATTENTION: _ATTENTION,
+    QK_NORM_CACHED_ATTENTION: (*_ATTENTION, "epsilon"),
 }
-"""Attribute names per op; all are integers and all are present on every node."""
+"""Attribute names per op, all present on every node; all are integers but ``scale`` and ``epsilon``."""
+
+HEAD_STEP = 16
+"""Of what the size of heads is a multiple in the attention ops."""
 
 
 def op_type(layout: Layout) -> str:

@@ -5,6 +5,8 @@
 
 #include "kernels.h"
 
+#include "attention/heads.h"
+#include "attention/tile.h"
 #include "decode/decoded_values.h"
 #include "float/decoded_bytes.h"
 #include "float/decoded_floats.h"
@@ -107,6 +109,8 @@ constexpr Kernels all_kernels() {
   all.decode_row = decode_row;
   all.merge_rows = merge_rows;
   all.add_parts = add_parts;
+  all.prepare_head = prepare_head;
+  all.attend = attend;
   return all;
 }
 

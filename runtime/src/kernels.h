@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "task/attention_tile.h"
 #include "task/task.h"
 
 namespace fips {
@@ -32,6 +33,11 @@ struct Kernels {
                      const size_t (&begins)[4], float* y);
   // y [size] = the sum of parts [count, size].
   void (*add_parts)(const float* parts, size_t count, size_t size, float* y);
+  // A head of queries or keys, of a multiple of kHeadStep elements, as attention reads it (attention/heads.h).
+  void (*prepare_head)(const float* x, size_t size, const float* norm, float epsilon, const float* cosines,
+                       const float* sines, float factor, float* out);
+  // Sums of values (attention/tile.h). scores: room for kAttentionScores.
+  void (*attend)(const AttentionTile& tile, const AttentionSums& sums, float* scores);
 };
 
 // The best kernels for this CPU, or those named by the environment variable FIPS_ORT_ISA.

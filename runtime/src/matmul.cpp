@@ -12,13 +12,13 @@
 #include <optional>
 #include <vector>
 
+#include "memory.h"
 #include "simd/integers.h"
 #include "weight/row_order.h"
 
 namespace fips {
 namespace {
 
-constexpr size_t kAlignment = 64;
 // Magnitudes of activations that are multiplied as they are, as bits of floats: scales and levels (up to 2^16 and 2^8)
 // and sums of up to 2^31 terms neither overflow then nor become subnormal. A row of others, 0 aside, is brought there.
 constexpr int32_t kSmallest = (127 - 64) << 23, kLargest = (127 + 64) << 23;
@@ -33,34 +33,6 @@ constexpr size_t kLeastRows = 16, kMostRows = 64, kRowTiles = 16;
 constexpr size_t kLeastOrdered = 256, kMostOrdered = 2048, kOrderedOutputs = 1 << 16;
 // The same of columns.
 constexpr size_t kLeastColumns = 64, kMostColumns = 256, kColumnTiles = 8;
-
-struct AlignedDelete {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
-};
-
-template <typename T>
-class AlignedArray {
- public:
-  explicit AlignedArray(size_t size)
-      : memory_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(kAlignment)))) {}
-  T* get() const { return memory_.get(); }
-
- private:
-  std::unique_ptr<T, AlignedDelete> memory_;
-};
-
-// A thread's working memory, kept between calls; null if there is no memory.
-void* thread_scratch(size_t bytes) {
-  thread_local std::unique_ptr<void, AlignedDelete> scratch;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    capacity = 0;
-    scratch.reset(::operator new(bytes, std::align_val_t(kAlignment), std::nothrow));
-    if (!scratch) return nullptr;
-    capacity = bytes;
-  }
-  return scratch.get();
-}
 
 // A product, for the threads. tasks: one for each part of the weight that has a kernel of its own.
 struct Job {

@@ -57,8 +57,7 @@ def test_all_nodes_of_a_step_are_counted(
     rows = {cells[0]: cells[1] for line in lines if len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 4}
     layers = exported.module.config.num_hidden_layers
     expected = Counter(node.op_type for node in exported.graph.graph)
-    assert int(rows["GroupQueryAttention"]) == expected["GroupQueryAttention"] == layers
-    assert int(rows["RotaryEmbedding"]) == 2 * layers
+    assert int(rows["QKNormCachedAttention"]) == expected["QKNormCachedAttention"] == layers
     products = {name: int(nodes) for name, nodes in rows.items() if "QMatMul" in name}
     assert sum(products.values()) == sum(expected[op] for op in ("QMatMul", "SparseQMatMul", "BitmapQMatMul"))
     assert any(name.endswith(" up_proj") and nodes == layers for name, nodes in products.items())

@@ -166,4 +166,4 @@ def test_looking_up_never_decodes_the_table(tmp_path: Path) -> None:
 
 def test_functions_refuse_opsets_without_their_operators() -> None:
     with pytest.raises(ValueError, match="need opset 18 or later, got 17"):
-        op_functions(17)
+        op_functions(opset=17)

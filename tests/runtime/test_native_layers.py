@@ -7,7 +7,7 @@ from pathlib import Path
 from places import ROOT
 
 SOURCE = ROOT / "runtime/src"
-LAYERS = ({"simd"}, {"weight"}, {"task"}, {"decode"}, {"integer", "float"}, {"."}, {"ort"})
+LAYERS = ({"simd"}, {"weight"}, {"task"}, {"decode"}, {"integer", "float", "attention"}, {"."}, {"ort"})
 """Folders, the lowest first; those of one layer know nothing of each other. ".": what lies in runtime/src itself."""
 
 

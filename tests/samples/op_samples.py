@@ -93,7 +93,7 @@ def op_model(weight: PackedWeight, trans_b: bool, accuracy_level: int = 0, bias:
         protos if constant else [],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
-    functions = op_functions(opset) if functions is None else functions
+    functions = op_functions((op_type(weight.layout),), opset) if functions is None else functions
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=9)
 
 
@@ -113,7 +113,7 @@ def gather_model(weight: PackedWeight, row_bits: np.ndarray | None = None, *, op
     output = helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, [*shape, attributes["K"]])
     graph = helper.make_graph([node], "one_gather", inputs, [output], protos if constant else [])
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
-    functions = op_functions(opset) if functions is None else functions
+    functions = op_functions((Q_GATHER,), opset) if functions is None else functions
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=9)
 
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "ort/attention_op.h"
 #include "ort/gather_op.h"
 #include "ort/matmul_op.h"
 #include "ort/node.h"
@@ -27,11 +28,13 @@ constexpr const char* kRegistered = "ai.fips.registered";
 // The operators and their domain. Sessions keep pointers to them, so they live until the process ends.
 struct Library {
   explicit Library(const void* table)
-      : api(table), dense(api, Kind::kDense), n_of_m(api, Kind::kNOfM), bitmap(api, Kind::kBitmap), gather(api) {}
+      : api(table), dense(api, Kind::kDense), n_of_m(api, Kind::kNOfM), bitmap(api, Kind::kBitmap), gather(api),
+        attention(api, false), normed_attention(api, true) {}
 
   Api api;
   MatMulOp dense, n_of_m, bitmap;
   GatherOp gather;
+  AttentionOp attention, normed_attention;
   OrtCustomOpDomain* domain = nullptr;
 };
 
@@ -39,8 +42,9 @@ OrtStatus* create_library(const void* table, Library** result) {
   auto library = std::make_unique<Library>(table);
   const Api& api = library->api;
   if (OrtStatus* status = api.create_custom_op_domain(kDomain, &library->domain)) return status;
-  for (const CustomOp* op : std::initializer_list<const CustomOp*>{&library->dense, &library->n_of_m,
-                                                                   &library->bitmap, &library->gather}) {
+  const CustomOp* const ops[] = {&library->dense,  &library->n_of_m,    &library->bitmap,
+                                 &library->gather, &library->attention, &library->normed_attention};
+  for (const CustomOp* op : ops) {
     if (OrtStatus* status = api.add_custom_op(library->domain, op)) {
       api.release_custom_op_domain(library->domain);
       return status;

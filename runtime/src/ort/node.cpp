@@ -65,6 +65,15 @@ int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* nam
   return result;
 }
 
+float float_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
+  float result = 0;
+  if (OrtStatus* status = api.float_attribute(info, name, &result)) {
+    api.release_status(status);
+    throw InvalidWeight(std::string("attribute ") + name + " is missing or no float");
+  }
+  return result;
+}
+
 std::optional<Tensor> constant_input(const Api& api, const OrtKernelInfo* info, size_t index) {
   int is_constant = 0;
   const OrtValue* value = nullptr;
@@ -83,23 +92,23 @@ std::optional<Tensor> input(const Api& api, const OrtKernelContext* context, siz
   return read_tensor(api, value);
 }
 
-float* output(const Api& api, OrtKernelContext* context, const std::vector<int64_t>& shape) {
+float* output(const Api& api, OrtKernelContext* context, const std::vector<int64_t>& shape, size_t index) {
   OrtValue* value = nullptr;
-  check(api, api.output(context, 0, shape.data(), shape.size(), &value));
+  check(api, api.output(context, index, shape.data(), shape.size(), &value));
   void* data = nullptr;
   check(api, api.tensor_data(value, &data));
   return static_cast<float*>(data);
 }
 
-Op::Op(const Api& api_table, const char* op_name, std::vector<Input> op_inputs)
-    : CustomOp{}, api(api_table), name(op_name), inputs(std::move(op_inputs)) {
+Op::Op(const Api& api_table, const char* op_name, std::vector<Input> op_inputs, size_t op_outputs)
+    : CustomOp{}, api(api_table), name(op_name), inputs(std::move(op_inputs)), outputs(op_outputs) {
   version = kApiVersion;
   get_name = [](const CustomOp* op) { return self(op).name; };
   get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
   get_input_type = [](const CustomOp* op, size_t index) -> int { return self(op).inputs[index].type; };
   get_input_count = [](const CustomOp* op) { return self(op).inputs.size(); };
   get_output_type = [](const CustomOp*, size_t) -> int { return kFloat; };
-  get_output_count = [](const CustomOp*) -> size_t { return 1; };
+  get_output_count = [](const CustomOp* op) { return self(op).outputs; };
   get_input_characteristic = [](const CustomOp* op, size_t index) -> int {
     return self(op).inputs[index].characteristic;
   };

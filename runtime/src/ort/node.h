@@ -55,8 +55,9 @@ void require_shape(const char* name, const Tensor& tensor, const std::vector<int
 // Elements of a vector. Throws InvalidWeight if it is none.
 size_t vector_size(const char* name, const Tensor& tensor);
 
-// Throws InvalidWeight if there is none.
+// Throw InvalidWeight if there is none.
 int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
+float float_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
 
 // When the session is made: nothing if the input is no initializer.
 std::optional<Tensor> constant_input(const Api& api, const OrtKernelInfo* info, size_t index);
@@ -64,8 +65,7 @@ std::optional<Tensor> constant_input(const Api& api, const OrtKernelInfo* info, 
 // At a run: nothing if an optional input is not connected.
 std::optional<Tensor> input(const Api& api, const OrtKernelContext* context, size_t index);
 
-// The first output.
-float* output(const Api& api, OrtKernelContext* context, const std::vector<int64_t>& shape);
+float* output(const Api& api, OrtKernelContext* context, const std::vector<int64_t>& shape, size_t index = 0);
 
 // The session's threads, for one run of a node.
 class Threads {
@@ -93,13 +93,14 @@ struct Input {
   Characteristic characteristic = kRequired;
 };
 
-// An operator with one output of float32. Sessions keep pointers to operators.
+// An operator whose outputs are of float32. Sessions keep pointers to operators.
 struct Op : CustomOp {
-  Op(const Api& api_table, const char* op_name, std::vector<Input> op_inputs);
+  Op(const Api& api_table, const char* op_name, std::vector<Input> op_inputs, size_t op_outputs = 1);
 
   const Api& api;
   const char* name;
   std::vector<Input> inputs;
+  size_t outputs;
 };
 
 }  // namespace fips::ort

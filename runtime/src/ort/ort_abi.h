@@ -36,7 +36,7 @@ constexpr uint32_t kApiVersion = 17;
 constexpr int kFail = 1;
 constexpr int kInvalidArgument = 2;
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 // The table of functions. All of those used here return null on success unless noted.
@@ -88,6 +88,9 @@ class Api {
   }
   void release_tensor_info(OrtTensorTypeAndShapeInfo* info) const { call<void, OrtTensorTypeAndShapeInfo*>(99, info); }
 
+  OrtStatus* float_attribute(const OrtKernelInfo* info, const char* name, float* value) const {
+    return call<OrtStatus*, const OrtKernelInfo*, const char*, float*>(85, info, name, value);
+  }
   OrtStatus* int_attribute(const OrtKernelInfo* info, const char* name, int64_t* value) const {
     return call<OrtStatus*, const OrtKernelInfo*, const char*, int64_t*>(86, info, name, value);
   }

@@ -99,6 +99,8 @@ struct VecBase {
   // (a & b) | o. Highway's OrAnd, in the register of a: the others are used again.
   static Bytes AndOr(Bytes a, Bytes b, Bytes o) { return (a & b) | o; }
   static Ints Max(Ints a, Ints b) { return a > b ? a : b; }
+  // a, if one of them is NaN.
+  static Floats Max(Floats a, Floats b) { return b > a ? b : a; }
   template <int count>
   static Ints ShiftLeft(Ints a) {
     return a * (1 << count);

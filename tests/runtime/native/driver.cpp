@@ -27,7 +27,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -38,6 +37,7 @@
 #include "kernel_table.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "threads.h"
 #include "weight/row_order.h"
 #include "weight/weight.h"
 
@@ -100,19 +100,6 @@ class FlushedSubnormals {
   uint64_t before_;
 #endif
 };
-
-void run_on_one_thread(void*, size_t total, void (*fn)(void*, size_t), void* data) {
-  for (size_t i = 0; i < total; ++i) fn(data, i);
-}
-
-// Last tile first on one thread, the others on another: no tile may depend on its place in the order.
-void run_on_two_threads(void*, size_t total, void (*fn)(void*, size_t), void* data) {
-  std::thread other([&] {
-    for (size_t i = 0; i < total / 2; ++i) fn(data, i);
-  });
-  for (size_t i = total; i > total / 2; --i) fn(data, i - 1);
-  other.join();
-}
 
 struct Case {
   fips::Attributes attributes;
