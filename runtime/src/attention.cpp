@@ -15,9 +15,10 @@
 namespace fips {
 namespace {
 
-// Few queries, as of a new token, are too little work for the threads but where a text is long: then its keys are cut
-// into parts of so many. Parts do not depend on the number of threads, and so neither does the result.
-constexpr size_t kPartKeys = 512;
+// A tile of few queries, as of a new token, is one for all threads, and its time is that of reading keys and values: so
+// these are cut into parts of at least so many, and at most so many parts. They do not depend on the number of threads,
+// and so neither does the result.
+constexpr size_t kPartKeys = 64, kMostParts = 16;
 
 // Where the keys of new tokens begin.
 size_t past_of(const Attention& a, size_t text) { return static_cast<size_t>(a.seqlens_k[text]) + 1 - a.tokens; }
@@ -87,10 +88,13 @@ class Tiles {
       : a_(a), queries_(queries), rows_(a.tokens * (a.heads / a.kv_heads)),
         tiles_((rows_ + kAttentionRows - 1) / kAttentionRows) {
     if (tiles_ > 1) return;
+    size_t keys = 0;
     for (size_t text = 0; text < a.batch; ++text) {
       const AttentionTile whole = tile(text * a.kv_heads);
-      parts_ = std::max(parts_, (whole.end - whole.begin + kPartKeys - 1) / kPartKeys);
+      keys = std::max(keys, whole.end - whole.begin);
     }
+    parts_ = std::min(kMostParts, (keys + kPartKeys - 1) / kPartKeys);
+    part_keys_ = round_up((keys + parts_ - 1) / parts_, kAttentionKeys);
   }
 
   size_t count() const { return a_.batch * a_.kv_heads * tiles_; }
@@ -120,8 +124,8 @@ class Tiles {
     AttentionTile result = tile(index);
     if (parts_ == 1) return result;
     const size_t end = result.end;
-    result.begin = std::min(result.begin + number * kPartKeys, end);
-    result.end = std::min(result.begin + kPartKeys, end);
+    result.begin = std::min(result.begin + number * part_keys_, end);
+    result.end = std::min(result.begin + part_keys_, end);
     return result;
   }
 
@@ -157,7 +161,7 @@ class Tiles {
  private:
   const Attention& a_;
   const float* queries_;
-  size_t rows_, tiles_, parts_ = 1;
+  size_t rows_, tiles_, parts_ = 1, part_keys_ = 0;
 };
 
 }  // namespace
