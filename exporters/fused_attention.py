@@ -1,11 +1,10 @@
-"""GroupQueryAttention and what comes before it (queries, keys and values taken apart, norms of heads, rotary embeddings)
-become one node: up to nine nodes less in every layer, and a kernel that reads keys and values once for all heads that
-share them."""
+"""GroupQueryAttention and what comes before it (queries, keys and values taken apart, norms of heads, rotary
+embeddings) become one node: up to nine nodes less in every layer, and a kernel that reads keys and values once for all
+heads that share them."""
 
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fips_ort.ops import CACHED_ATTENTION, DOMAIN, HEAD_STEP, QK_NORM_CACHED_ATTENTION
 
@@ -15,8 +14,8 @@ _PAST_KEY, _PAST_VALUE, _SEQLENS, _TOTAL = range(3, 7)
 
 @dataclass(frozen=True)
 class _Rotated:
-    """Queries or keys of a GroupQueryAttention: ``heads``, before norm and rotation; ``norm`` and ``epsilon``, the weight
-    of what normalizes them, if anything does; ``tables``: positions, cosines and sines."""
+    """Queries or keys of a GroupQueryAttention: ``heads``, before norm and rotation; ``norm`` and ``epsilon``, the
+    weight of what normalizes them, if anything does; ``tables``: positions, cosines and sines."""
 
     heads: ir.Value
     norm: ir.Value | None
@@ -25,13 +24,12 @@ class _Rotated:
 
 
 def fuse_attention(model: ir.Model) -> None:
-    """Replace every GroupQueryAttention of ``model``, in place, by a CachedAttention or a QKNormCachedAttention that reads
-    the product of queries, keys and values. Nodes that compute what these do not (capped scores, biases, quantized
-    caches, rotations of a part of a head, heads of other sizes than multiples of 16) stay."""
+    """Replace every GroupQueryAttention of ``model``, in place, by a CachedAttention or a QKNormCachedAttention that
+    reads the product of queries, keys and values. Nodes that compute what these do not (capped scores, biases,
+    quantized caches, rotations of a part of a head, heads of other sizes than multiples of 16) stay."""
     for node in list(model.graph):
         if node.op_type == "GroupQueryAttention":
             _fuse(model.graph, node)
-    RemoveUnusedNodesPass()(model)
 
 
 def _fuse(graph: ir.Graph, attention: ir.Node) -> None:
@@ -62,7 +60,7 @@ def _fuse(graph: ir.Graph, attention: ir.Node) -> None:
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.name = None
         old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(attention, safe=True)
+    _remove_unused(graph, attention)
 
 
 def _is_plain(attention: ir.Node) -> bool:
@@ -102,3 +100,14 @@ def _rotates_whole_heads(part: _Rotated, head_size: int) -> bool:
     cosines = part.tables[1]
     return cosines is not None and cosines.shape is not None and cosines.shape[-1] == head_size // 2
 
+
+def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
+    """Remove ``node`` and the nodes before it that nothing reads any more. (onnx-ir's RemoveUnusedNodesPass logs a
+    stack for every operator that ONNX itself does not know.)"""
+    before = {value.producer() for value in node.inputs if value is not None}
+    graph.remove(node, safe=True)
+    for producer in before:
+        if producer is None or producer.graph is not graph:  # removed on another way
+            continue
+        if not any(value.uses() or value.is_graph_output() for value in producer.outputs):
+            _remove_unused(graph, producer)

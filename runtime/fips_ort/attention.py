@@ -52,7 +52,8 @@ def cached_attention(
     batch, tokens, width = qkv.shape
     size, rest = divmod(width, num_heads + 2 * kv_num_heads)
     if rest or size % HEAD_STEP or not size or num_heads % kv_num_heads:
-        raise ValueError(f"{width} features are not {num_heads} + 2 x {kv_num_heads} heads of a multiple of {HEAD_STEP}")
+        heads = f"{num_heads} + 2 x {kv_num_heads} heads"
+        raise ValueError(f"{width} features are not those of {heads} of a multiple of {HEAD_STEP}")
     if local_window_size != -1 and local_window_size < 1:
         raise ValueError(f"local_window_size must be -1 or positive, got {local_window_size}")
     if position_ids.size and (position_ids.min() < 0 or position_ids.max() >= len(cos_cache)):
