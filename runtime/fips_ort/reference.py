@@ -7,7 +7,8 @@ from fips_ort.ops import gather_attributes
 from fips_ort.packed import PackedWeight, dequantize, unpack
 from fips_ort.row_order import stored_rows
 
-_SMALL = np.float32(2.0**-64)
+# Both float32: numpy 1 makes a float64 of 1 / _SMALL.
+_SMALL, _LIFT = np.float32(2.0**-64), np.float32(2.0**64)
 
 
 def q_matmul(a: NDArray[np.float32], weight: PackedWeight, *, trans_b: bool = True,
@@ -66,7 +67,7 @@ def _int8_matmul(a: NDArray[np.float32], weight: PackedWeight) -> NDArray[np.flo
     blocks = a.reshape(*a.shape[:-1], weight.layout.columns // block_size, block_size)
     maxima = np.abs(blocks).max(axis=-1, keepdims=True)
     # Exact, and the quotients below are normal floats then.
-    lift = np.where(maxima < _SMALL, 1 / _SMALL, np.float32(1))
+    lift = np.where(maxima < _SMALL, _LIFT, np.float32(1))
     a_scales = maxima * lift / np.float32(127)
     a_codes = np.rint(blocks * lift / np.where(a_scales > 0, a_scales, np.float32(1)))
     a_scales = a_scales.astype(np.float64) / lift
