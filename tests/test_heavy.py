@@ -62,7 +62,7 @@ def ratio_to_dense(report: Report) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "megabytes", "ratio"), [("150mb", 150, 1.25), ("120mb", 120, 1.19), ("latin", 95, 1.25), ("64k", 75, 1.25)]
+    ("name", "megabytes", "ratio"), [("150mb", 150, 1.25), ("120mb", 120, 1.19), ("latin", 95, 1.18), ("64k", 75, 1.25)]
 )
 def test_gemma3_270m_in_its_megabytes(folder: Path, name: str, megabytes: int, ratio: float) -> None:
     report = run_recipe(f"gemma3-270m-{name}", folder)

@@ -31,8 +31,14 @@ void check(const Attention& a) {
       continue;
     }
     throw std::invalid_argument("seqlens_k has " + std::to_string(a.seqlens_k[text]) + ": with " +
-                                std::to_string(tokens) + " new tokens that is no text whose past is among " +
-                                std::to_string(a.past_capacity) + " tokens");
+                                std::to_string(tokens) + " new tokens that is no text for a past of " +
+                                std::to_string(a.past_capacity) + " and a cache of " + std::to_string(a.capacity) +
+                                " tokens");
+  }
+  if (a.past_capacity != a.capacity && (a.past_key == a.present_key || a.past_value == a.present_value) &&
+      a.past_capacity != 0) {
+    throw std::invalid_argument("past and present are the same memory, but for " + std::to_string(a.past_capacity) +
+                                " and " + std::to_string(a.capacity) + " tokens");
   }
   for (size_t i = 0; i < a.batch * a.tokens; ++i) {
     if (a.position_ids[i] >= 0 && static_cast<uint64_t>(a.position_ids[i]) < a.table_rows) continue;
@@ -73,14 +79,6 @@ void prepare_token(const Attention& a, const Kernels& kernels, size_t index, flo
   for (size_t head = 0; head < a.kv_heads; ++head, x += size) std::copy_n(x, size, cached(a.present_value, head));
 }
 
-// Sums of kAttentionRows rows, in memory for all of them.
-constexpr size_t sums_size(size_t head_size) { return kAttentionRows * (head_size + 2); }
-
-AttentionSums sums_at(float* memory, size_t head_size) {
-  float* const weights = memory + kAttentionRows * head_size;
-  return {memory, weights, weights + kAttentionRows};
-}
-
 // The tiles of all texts and heads, each in `parts` parts.
 class Tiles {
  public:
@@ -95,6 +93,13 @@ class Tiles {
     }
     parts_ = std::min(kMostParts, (keys + kPartKeys - 1) / kPartKeys);
     part_keys_ = round_up((keys + parts_ - 1) / parts_, kAttentionKeys);
+  }
+
+  // Floats that the sums of a tile take, or of a part of it.
+  size_t sums_size() const { return most_rows() * (a_.head_size + 2); }
+  AttentionSums sums_at(float* memory) const {
+    float* const weights = memory + most_rows() * a_.head_size;
+    return {memory, weights, weights + most_rows()};
   }
 
   size_t count() const { return a_.batch * a_.kv_heads * tiles_; }
@@ -115,8 +120,8 @@ class Tiles {
     result.group = a_.heads / a_.kv_heads;
     result.past = past_of(a_, text);
     result.window = a_.window;
-    result.begin = result.row_begin(0);
-    result.end = result.row_end(result.rows - 1);
+    result.begin = row_begin(result, 0);
+    result.end = row_end(result, result.rows - 1);
     return result;
   }
 
@@ -130,7 +135,7 @@ class Tiles {
   }
 
   // The outputs of a tile, from the sums of its parts.
-  void write(size_t index, const float* memory) const {
+  void write(size_t index, float* memory) const {
     const AttentionTile whole = tile(index);
     const size_t size = a_.head_size, head = head_of(index), text = head / a_.kv_heads;
     for (size_t r = 0; r < whole.rows; ++r) {
@@ -138,7 +143,7 @@ class Tiles {
       const size_t query_head = head % a_.kv_heads * whole.group + row % whole.group;
       float* const y = a_.y + ((text * a_.tokens + token) * a_.heads + query_head) * size;
       const auto sums = [&](size_t part) {
-        return sums_at(const_cast<float*>(memory) + part * sums_size(size), size);
+        return sums_at(memory + part * sums_size());
       };
       float maximum = -std::numeric_limits<float>::infinity();
       for (size_t part = 0; part < parts_; ++part) maximum = std::max(maximum, sums(part).maxima[r]);
@@ -159,6 +164,8 @@ class Tiles {
   }
 
  private:
+  size_t most_rows() const { return std::min(kAttentionRows, rows_); }
+
   const Attention& a_;
   const float* queries_;
   size_t rows_, tiles_, parts_ = 1, part_keys_ = 0;
@@ -176,7 +183,7 @@ void cached_attention(const Attention& a, const Kernels& kernels, const Parallel
            [&](size_t index) { prepare_token(a, kernels, index, queries.get()); });
 
   const Tiles tiles(a, queries.get());
-  const size_t parts = tiles.parts(), size = sums_size(a.head_size);
+  const size_t parts = tiles.parts(), size = tiles.sums_size();
   size_t work = 0;
   for (size_t index = 0; index < tiles.count(); ++index) {
     const AttentionTile tile = tiles.tile(index);
@@ -190,7 +197,7 @@ void cached_attention(const Attention& a, const Kernels& kernels, const Parallel
         out_of_memory = true;
         return;
       }
-      kernels.attend(tiles.part(index, 0), sums_at(memory, a.head_size), memory + size);
+      kernels.attend(tiles.part(index, 0), tiles.sums_at(memory), memory + size);
       tiles.write(index, memory);
     });
   } else {
@@ -201,7 +208,7 @@ void cached_attention(const Attention& a, const Kernels& kernels, const Parallel
         out_of_memory = true;
         return;
       }
-      kernels.attend(tiles.part(i / parts, i % parts), sums_at(sums.get() + i * size, a.head_size), scores);
+      kernels.attend(tiles.part(i / parts, i % parts), tiles.sums_at(sums.get() + i * size), scores);
     });
     if (!out_of_memory) {
       for (size_t index = 0; index < tiles.count(); ++index) tiles.write(index, sums.get() + index * parts * size);

@@ -77,16 +77,58 @@ def test_heads_of_other_sizes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [node.op_type for node in fused.graph if "Attention" in node.op_type] == ["GroupQueryAttention"] * 2
 
 
+def change(node: ir.Node, name: str, value: object) -> None:
+    node.attributes[name] = ir.convenience.convert_attribute(name, value)
+
+
+def producer(node: ir.Node, *places: int) -> ir.Node:
+    for place in places:
+        node = node.inputs[place].producer()
+    return node
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("softcap", 3.0), ("do_rotary", 1), ("smooth_softmax", 1)],
+    ("where", "name", "value"),
+    [
+        ((), "softcap", 3.0), ((), "do_rotary", 1), ((), "smooth_softmax", 1), ((), "kv_cache_bit_width", 8),
+        ((0,), "interleaved", 1), ((0,), "rotary_embedding_dim", 8), ((1,), "is_packed_batching", 1),
+        ((1,), "scale", 0.5), ((0, 0, 0), "axis", 1), ((2,), "axis", 1), ((1, 0, 0), "epsilon", 1e-3),
+    ],
 )
-def test_what_asks_for_more_stays(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_asks_for_more_stays(
+    where: tuple[int, ...], name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attributes of attention, of what rotates, of what normalizes and of what takes queries, keys and values apart."""
+    _, stock = exports("gemma3", monkeypatch)
+    first = next(node for node in stock.graph if node.op_type == "GroupQueryAttention")
+    change(producer(first, *where), name, value)
+    fused_attention.fuse_attention(stock)
+    assert [node.name for node in stock.graph if node.op_type == "GroupQueryAttention"] == [first.name]
+
+
+def test_defaults_that_are_written_are_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     _, stock = exports("gemma3", monkeypatch)
     nodes = [node for node in stock.graph if node.op_type == "GroupQueryAttention"]
-    nodes[0].attributes[name] = ir.convenience.convert_attribute(name, value)
+    change(producer(nodes[0], 0), "scale", 1.0)
+    change(nodes[0], "local_window_size", 0)
+    for name in ("scale", "local_window_size"):
+        nodes[1].attributes.pop(name)
+    for place in (0, 1):
+        producer(nodes[2], place, 0, 0).attributes.pop("epsilon")
     fused_attention.fuse_attention(stock)
-    assert [node.op_type for node in stock.graph if "Attention" in node.op_type].count("GroupQueryAttention") == 1
+    own = [node for node in stock.graph if node.op_type == "QKNormCachedAttention"]
+    assert [node.attributes["local_window_size"].as_int() for node in own[:2]] == [-1, -1]
+    assert own[1].attributes["scale"].as_float() == pytest.approx(0.25)
+    assert own[2].attributes["epsilon"].as_float() == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("domain", ["", "elsewhere"])
+def test_operators_of_other_domains_stay(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stock = exports("gemma3", monkeypatch)
+    first = next(node for node in stock.graph if node.op_type == "GroupQueryAttention")
+    producer(first, 0).domain = domain
+    fused_attention.fuse_attention(stock)
+    assert [node.name for node in stock.graph if node.op_type == "GroupQueryAttention"] == [first.name]
 
 
 def test_what_else_reads_the_parts_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from attention_samples import CASES, OUTPUTS, AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isa import available_isas
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from op_samples import session_options
 
 import fips_ort
@@ -30,18 +30,17 @@ def assert_close(actual: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> 
         np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max(), err_msg=name)
 
 
-def knows_group_query_attention() -> bool:
-    """Whether this onnxruntime has GroupQueryAttention for float32 on CPUs: 1.17 does not."""
-    case = AttentionCase()
-    try:
-        onnxruntime.InferenceSession(case.model().SerializeToString(), session_options())
-    except InvalidGraph:
-        return False
-    return True
+def known_to_onnxruntime() -> list[str]:
+    """Cases that the functions compute in this version: GroupQueryAttention of float32 on CPUs is there from 1.18 on,
+    and counts a token itself in its window from 1.24 on."""
+    version = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    return [
+        name for name, case in CASES.items()
+        if case.is_known_to_onnxruntime and version >= ((1, 18) if case.window == -1 else (1, 24))
+    ]
 
 
-@pytest.mark.skipif(not knows_group_query_attention(), reason="this onnxruntime has no GroupQueryAttention for float32")
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_known_to_onnxruntime])
+@pytest.mark.parametrize("name", known_to_onnxruntime())
 def test_functions_agree_with_the_reference(name: str) -> None:
     case = CASES[name]
     feeds = case.feeds()
@@ -131,18 +130,45 @@ def test_what_is_not_finite_reaches_those_that_see_it(
     place: tuple[int, ...] = (0, 2, 0) if name == "qkv" else (0, 0, 35, 0)
     feeds[name][place] = value
     found = native_session(case).run(None, feeds)[0]
-    bad = ~np.isfinite(found).all(axis=-1)
-    # A query that is NaN spoils its own token; a key of token 35 those up to token 42.
-    expected = [[False, False, True, False]] if name == "qkv" else [[True, True, True, False]]
-    np.testing.assert_array_equal(bad, [*expected, [False] * 4])
-    np.testing.assert_array_equal(found[~bad], sound[~bad])
+    infinite = np.zeros((2, 4, case.heads), bool)
+    infinite[0, :3] = np.isinf(value)
+    shape = (2, 4, case.heads, case.head_size)
+    bad = ~np.isfinite(found.reshape(shape)).all(axis=-1)
+    expected = np.zeros_like(bad)
+    if name == "qkv":  # one head of its own token
+        expected[0, 2, 0] = True
+    else:  # all tokens that see it: those up to token 42. What infinity times a query is says its sign.
+        expected[0, :3] = True
+        expected &= np.isnan(value) | bad
+        assert expected.any()
+    np.testing.assert_array_equal(bad, expected)
+    np.testing.assert_array_equal(found.reshape(shape)[~bad & ~infinite], sound.reshape(shape)[~bad & ~infinite])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_keys_that_nothing_attends_to(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of -infinity are weights of 0, wherever they are, as long as there are others."""
+    monkeypatch.setenv("FIPS_ORT_ISA", isa)
+    case = AttentionCase(tokens=1, pasts=(200,), norms=False)
+    feeds = case.feeds()
+    feeds["qkv"][..., 0] = feeds["qkv"][..., case.head_size // 2] = 1.0
+    feeds["cos_cache"][...], feeds["sin_cache"][...] = 1.0, 0.0
+    feeds["qkv"][..., : 4 * case.head_size] = np.abs(feeds["qkv"][..., : 4 * case.head_size])
+    feeds["past_key"][0, 0, 3:100] = -np.inf  # more than a block and a part
+    with np.errstate(invalid="ignore"):
+        expected = case.expected(feeds)[0]
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(native_session(case).run(None, feeds)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seqlens_k": [1]}, "seqlens_k has 1: with 3 new tokens that is no text whose past is among 5 tokens"),
+        ({"seqlens_k": [1]}, "seqlens_k has 1: with 3 new tokens that is no text for a past of 5 and a cache of 8"),
         ({"seqlens_k": [8]}, "seqlens_k has 8"),
+        ({"total_sequence_length": 7}, "seqlens_k has 7: with 3 new tokens that is no text for a past of 5 and a cache"),
+        ({"total_sequence_length": 9}, "total_sequence_length is 9, more than a past of 5 and 3 new tokens"),
+        ({"total_sequence_length": -1}, "seqlens_k has 7"),
         ({"seqlens_k": [-1]}, "seqlens_k has -1"),
         ({"seqlens_k": [2**31 - 1]}, "seqlens_k has 2147483647"),
         ({"seqlens_k": [7, 7]}, "seqlens_k has shape [2], expected [1]"),
@@ -156,7 +182,7 @@ def test_what_is_not_finite_reaches_those_that_see_it(
         ({"k_norm": np.zeros(63)}, "k_norm has shape [63], expected [64]"),
     ],
 )
-def test_what_does_not_fit_is_refused(changed: dict[str, list[int]], message: str) -> None:
+def test_what_does_not_fit_is_refused(changed: dict[str, object], message: str) -> None:
     case = AttentionCase()
     feeds = case.feeds()
     feeds |= {name: np.array(value, feeds[name].dtype) for name, value in changed.items()}

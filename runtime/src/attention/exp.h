@@ -7,7 +7,7 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// exp(x) of numbers up to 0, within 2 units in the last place; 0 below -88, where floats become subnormal. NaN stays.
+// exp(x) of numbers up to 0, within 2 units in the last place; 0 where that would be subnormal, below -87.6. NaN stays.
 // 2^n · exp(r): n is x / ln 2 rounded, r what is left, at most ln 2 / 2; exp(r) by its Taylor polynomial of degree 7.
 template <typename V>
 inline typename V::Floats exp_of_negative(typename V::Floats x) {

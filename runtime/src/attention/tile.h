@@ -89,6 +89,12 @@ inline float largest(const float* values) {
   return result;
 }
 
+inline bool any_nan(const float* values) {
+  bool result = false;
+  for (size_t j = 0; j < kAttentionKeys; ++j) result |= values[j] != values[j];
+  return result;
+}
+
 // Scores of a row, of which it attends to one at least → their exponentials, and the row's sums so far → those under the
 // new maximum.
 template <typename V>
@@ -104,7 +110,10 @@ inline void weigh_row(size_t size, float* scores, float* values, float* weight, 
     }
     *maximum = top;
   }
-  // Where no score is larger than -infinity, as where one is NaN, so is the row.
+  if (*maximum == kNone && !any_nan(scores)) {  // keys that nothing attends to
+    for (size_t j = 0; j < kAttentionKeys; ++j) scores[j] = 0.0f;
+    return;
+  }
   const typename V::Floats shift = V::Set(f32, *maximum);
   typename V::Floats sum = V::Zero(f32);
   for (size_t j = 0; j < kAttentionKeys; j += V::kLanes) {
@@ -133,7 +142,7 @@ void attend_with(const AttentionTile& tile, const AttentionSums& sums, float* sc
     }
     for (size_t r = 0; r < tile.rows; ++r) {
       float* row = scores + r * kAttentionKeys;
-      const size_t first = larger(tile.row_begin(r), begin), last = smaller(tile.row_end(r), end);
+      const size_t first = larger(row_begin(tile, r), begin), last = smaller(row_end(tile, r), end);
       if (first >= last) {
         for (size_t j = 0; j < kAttentionKeys; ++j) row[j] = 0.0f;
         continue;

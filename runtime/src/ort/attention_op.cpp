@@ -78,7 +78,11 @@ class AttentionKernel {
     a.q_norm = norm_at("q_norm", 8);
     a.k_norm = norm_at("k_norm", 9);
 
-    const int64_t room = std::max<int64_t>(past_room, *total.as<int32_t>());
+    const int64_t longest = *total.as<int32_t>(), room = std::max(past_room, longest);
+    if (longest > past_room + tokens) {
+      throw std::invalid_argument("total_sequence_length is " + std::to_string(longest) + ", more than a past of " +
+                                  std::to_string(past_room) + " and " + std::to_string(tokens) + " new tokens");
+    }
     a.batch = static_cast<size_t>(batch);
     a.tokens = static_cast<size_t>(tokens);
     a.head_size = static_cast<size_t>(size);

@@ -75,6 +75,7 @@ class Threads {
   ParallelFor parallel_for() {
     return {[](void* self, size_t total, void (*fn)(void*, size_t), void* data) {
               Threads& threads = *static_cast<Threads*>(self);
+              if (threads.status_) return;  // of an earlier failure: nothing after it counts
               threads.status_ = threads.api_.parallel_for(threads.context_, fn, total, 0, data);
             },
             this};

@@ -22,14 +22,20 @@ struct AttentionTile {
   size_t group;          // rows of a token
   size_t past;           // keys before those of the new tokens
   size_t window;         // how many keys a query attends to at most, its own token's the last of them; 0: all
-
-  // Keys that a row attends to.
-  size_t row_end(size_t row) const { return past + (first_row + row) / group + 1; }
-  size_t row_begin(size_t row) const {
-    const size_t stop = row_end(row);
-    return window == 0 || stop < window ? 0 : stop - window;
-  }
 };
+
+namespace {
+
+// Keys that a row attends to. (In an unnamed namespace: kernels.cpp.)
+inline size_t row_end(const AttentionTile& tile, size_t row) {
+  return tile.past + (tile.first_row + row) / tile.group + 1;
+}
+inline size_t row_begin(const AttentionTile& tile, size_t row) {
+  const size_t end = row_end(tile, row);
+  return tile.window == 0 || end < tile.window ? 0 : end - tile.window;
+}
+
+}  // namespace
 
 // What a tile gives: sums of values, weighted by exp(score - maximum), the sums of these weights, and the maxima. A row
 // that attends to none of the tile's keys has the maximum -infinity and sums of 0.

@@ -220,7 +220,8 @@ std::string run(Case c, const fips::Kernels& kernels, double& worst) {
   const Outputs two = attend(c, kernels, {run_on_two_threads, nullptr}, false);
   if (one.y != two.y || one.key != two.key || one.value != two.value) return "two threads give other bits than one";
   if (c.shape.past_capacity == c.shape.capacity) {
-    if (attend(c, kernels, {run_on_two_threads, nullptr}, true).y != one.y) return "differs in place";
+    const Outputs own = attend(c, kernels, {run_on_two_threads, nullptr}, true);
+    if (own.y != one.y || !(compare(c, own) <= 1)) return "differs in place";
   }
   const int32_t length = c.seqlens_k[0];
   const int32_t longest = static_cast<int32_t>(c.shape.past_capacity + c.shape.tokens);
@@ -229,6 +230,9 @@ std::string run(Case c, const fips::Kernels& kernels, double& worst) {
     if (!is_refused(c, kernels)) return "a text of " + std::to_string(wrong) + " + 1 tokens is accepted";
   }
   c.seqlens_k[0] = length;
+  Case small = c;
+  small.shape.capacity = static_cast<size_t>(length);
+  if (!is_refused(small, kernels)) return "a cache that is too small for its text is accepted";
   for (const int64_t wrong : {INT64_MIN, int64_t{-1}, static_cast<int64_t>(c.shape.table_rows), INT64_MAX}) {
     c.position_ids.back() = wrong;
     if (!is_refused(c, kernels)) return "position " + std::to_string(wrong) + " is accepted";
