@@ -59,10 +59,10 @@ def cached_attention(
     if position_ids.size and (position_ids.min() < 0 or position_ids.max() >= len(cos_cache)):
         raise IndexError(f"position_ids has one that is not among the {len(cos_cache)} rows of cos_cache")
     if not past_key.shape == past_value.shape == (batch, kv_num_heads, past_key.shape[2], size):
-        raise ValueError(f"past_key {list(past_key.shape)} and past_value {list(past_value.shape)} are no such caches")
+        raise ValueError(f"past_key {past_key.shape} and past_value {past_value.shape} are no such caches")
     room = max(past_key.shape[2], total_sequence_length)
     queries, keys, values = np.split(
-        qkv.reshape(batch, tokens, num_heads + 2 * kv_num_heads, size).astype(np.float64), [num_heads, num_heads + kv_num_heads], axis=2
+        raise ValueError(f"past_key {past_key.shape} and past_value {past_value.shape} are not [batch, heads, past, size]")
     )
     if norms is not None:
         queries = _normalized(queries, norms.queries, norms.epsilon)

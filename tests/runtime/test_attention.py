@@ -166,7 +166,7 @@ def test_keys_that_nothing_attends_to(isa: str, monkeypatch: pytest.MonkeyPatch)
     [
         ({"seqlens_k": [1]}, "seqlens_k has 1: with 3 new tokens that is no text for a past of 5 and a cache of 8"),
         ({"seqlens_k": [8]}, "seqlens_k has 8"),
-        ({"total_sequence_length": 7}, "seqlens_k has 7: with 3 new tokens that is no text for a past of 5 and a cache"),
+        ({"total_sequence_length": 7}, "seqlens_k has 7: with 3 new tokens that is no text for a past of 5 and a"),
         ({"total_sequence_length": 9}, "total_sequence_length is 9, more than a past of 5 and 3 new tokens"),
         ({"total_sequence_length": -1}, "seqlens_k has 7"),
         ({"seqlens_k": [-1]}, "seqlens_k has -1"),
