@@ -61,9 +61,8 @@ def cached_attention(
     if not past_key.shape == past_value.shape == (batch, kv_num_heads, past_key.shape[2], size):
         raise ValueError(f"past_key {past_key.shape} and past_value {past_value.shape} are no such caches")
     room = max(past_key.shape[2], total_sequence_length)
-    queries, keys, values = np.split(
-        raise ValueError(f"past_key {past_key.shape} and past_value {past_value.shape} are not [batch, heads, past, size]")
-    )
+    parts = qkv.reshape(batch, tokens, num_heads + 2 * kv_num_heads, size).astype(np.float64)
+    queries, keys, values = np.split(parts, [num_heads, num_heads + kv_num_heads], axis=2)
     if norms is not None:
         queries = _normalized(queries, norms.queries, norms.epsilon)
         keys = _normalized(keys, norms.keys, norms.epsilon)
