@@ -35,8 +35,8 @@ void check(const Attention& a) {
                                 std::to_string(a.past_capacity) + " and a cache of " + std::to_string(a.capacity) +
                                 " tokens");
   }
-  if (a.past_capacity != a.capacity && (a.past_key == a.present_key || a.past_value == a.present_value) &&
-      a.past_capacity != 0) {
+  const bool is_shared = a.past_key == a.present_key || a.past_value == a.present_value;
+  if (is_shared && a.batch && a.past_capacity && a.past_capacity != a.capacity) {
     throw std::invalid_argument("past and present are the same memory, but for " + std::to_string(a.past_capacity) +
                                 " and " + std::to_string(a.capacity) + " tokens");
   }

@@ -7,7 +7,8 @@ namespace fips {
 namespace FIPS_ISA {
 namespace {
 
-// out [size] = factor times the rotation of x [size] · norm / sqrt(mean square of x + epsilon), or, without norm, of x.
+// out [size] = factor times the rotation of x [size] · norm / sqrt(mean square of x + epsilon), or, without norm, of
+// x.
 // cosines, sines [size / 2]: of the angles by which elements i and size / 2 + i are rotated together.
 template <typename V>
 void prepare_head_with(const float* x, size_t size, const float* norm, float epsilon, const float* cosines,

@@ -95,8 +95,8 @@ inline bool any_nan(const float* values) {
   return result;
 }
 
-// Scores of a row, of which it attends to one at least → their exponentials, and the row's sums so far → those under the
-// new maximum.
+// Scores of a row, of which it attends to one at least → their exponentials, and the row's sums so far → those under
+// the new maximum.
 template <typename V>
 inline void weigh_row(size_t size, float* scores, float* values, float* weight, float* maximum) {
   const float top = largest<V>(scores);

@@ -64,7 +64,8 @@ class AttentionKernel {
     require_shape("seqlens_k", seqlens_k, {batch});
     require_shape("position_ids", position_ids, {batch, tokens});
     if (total.size() != 1) {
-      throw std::invalid_argument("total_sequence_length has shape " + to_string(total.shape) + ", expected one number");
+      throw std::invalid_argument("total_sequence_length has shape " + to_string(total.shape) +
+                                  ", expected one number");
     }
     const int64_t table_rows = cosines.shape.empty() ? 0 : cosines.shape[0];
     require_shape("cos_cache", cosines, {table_rows, size / 2});

@@ -1,10 +1,10 @@
 // Runs attention on every instruction set, on random texts, and compares it with a plain loop in double.
 //
-// attention_driver CASES [ISA...]: for each named instruction set prints "ISA cases worst": how many cases were computed,
-// and the largest difference in units of what is allowed. Each is computed on one thread and on two, which must agree to
-// the last bit, with the caches copied and in place. Texts that do not fit and positions that do not exist must be
-// refused. Exits with 1 if anything is wrong, and says which case it was. Every array gets an allocation of its own exact
-// size, so that the address sanitizer sees a read past its end.
+// attention_driver CASES [ISA...]: for each named instruction set prints "ISA cases worst": how many cases were
+// computed, and the largest difference in units of what is allowed. Each is computed on one thread and on two, which
+// must agree to the last bit, with the caches copied and in place. Texts that do not fit and positions that do not
+// exist must be refused. Exits with 1 if anything is wrong, and says which case it was. Every array gets an allocation
+// of its own exact size, so that the address sanitizer sees a read past its end.
 
 #include <cmath>
 #include <cstdint>
@@ -80,7 +80,8 @@ Case random_case(uint64_t seed) {
   // What is behind a text must not matter.
   for (size_t i = 0; i < cache; ++i) {
     const size_t row = i / s.head_size, text = row / s.past_capacity / s.kv_heads;
-    if (row % s.past_capacity >= c.past(text)) c.past_key[i] = c.past_value[i] = std::numeric_limits<float>::quiet_NaN();
+    if (row % s.past_capacity < c.past(text)) continue;
+    c.past_key[i] = c.past_value[i] = std::numeric_limits<float>::quiet_NaN();
   }
   c.cosines = random.normal(s.table_rows * s.head_size / 2);
   c.sines = random.normal(s.table_rows * s.head_size / 2);
