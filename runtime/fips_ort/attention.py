@@ -84,7 +84,8 @@ def cached_attention(
             scores = scale * queries[text, :, head] @ present_key[text, cached, :total].T.astype(np.float64)
             places, own = np.arange(total), past + np.arange(tokens)[:, None]
             seen = (places <= own) & ((places > own - local_window_size) | (local_window_size == -1))
-            weights = np.exp(np.where(seen, scores, -np.inf) - np.where(seen, scores, -np.inf).max(-1, keepdims=True))
+            scores = np.where(seen, scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
             y[text, :, head] = weights @ present_value[text, cached, :total].astype(np.float64)
     return y.reshape(batch, tokens, num_heads * size).astype(np.float32), present_key, present_value

@@ -10,8 +10,6 @@
 namespace fips::ort {
 namespace {
 
-const AttentionOp& self(const CustomOp* op) { return *static_cast<const AttentionOp*>(op); }
-
 std::vector<Input> inputs_of(bool norms) {
   std::vector<Input> result = {{kFloat}, {kFloat}, {kFloat}, {kInt32}, {kInt32}, {kInt64}, {kFloat}, {kFloat}};
   if (norms) result.insert(result.end(), 2, {kFloat});
@@ -118,14 +116,7 @@ class AttentionKernel {
 AttentionOp::AttentionOp(const Api& api_table, bool with_norms)
     : Op(api_table, with_norms ? "QKNormCachedAttention" : "CachedAttention", inputs_of(with_norms), 3),
       norms(with_norms) {
-  create_kernel_v2 = [](const CustomOp* op, const void*, const OrtKernelInfo* info, void** kernel) {
-    return guarded(self(op).api, self(op).name, [&] { *kernel = new AttentionKernel(self(op), info); });
-  };
-  compute_v2 = [](void* kernel, OrtKernelContext* context) {
-    const AttentionKernel& attention = *static_cast<AttentionKernel*>(kernel);
-    return guarded(attention.op().api, attention.op().name, [&] { attention.compute(context); });
-  };
-  destroy = [](void* kernel) { delete static_cast<AttentionKernel*>(kernel); };
+  use_kernel<AttentionKernel>(*this);
 }
 
 }  // namespace fips::ort

@@ -7,8 +7,6 @@
 namespace fips::ort {
 namespace {
 
-const GatherOp& self(const CustomOp* op) { return *static_cast<const GatherOp*>(op); }
-
 Attributes attributes_of(const Api& api, const OrtKernelInfo* info) {
   const auto value = [&](const char* name) { return int_attribute(api, info, name); };
   Attributes result{};
@@ -51,14 +49,7 @@ class GatherKernel {
 
 GatherOp::GatherOp(const Api& api_table)
     : Op(api_table, "QGather", {{kInt64}, {kUint8}, {kFloat16}, {kUint8, kOptional}}) {
-  create_kernel_v2 = [](const CustomOp* op, const void*, const OrtKernelInfo* info, void** kernel) {
-    return guarded(self(op).api, self(op).name, [&] { *kernel = new GatherKernel(self(op), info); });
-  };
-  compute_v2 = [](void* kernel, OrtKernelContext* context) {
-    const GatherKernel& gather = *static_cast<GatherKernel*>(kernel);
-    return guarded(gather.op().api, gather.op().name, [&] { gather.compute(context); });
-  };
-  destroy = [](void* kernel) { delete static_cast<GatherKernel*>(kernel); };
+  use_kernel<GatherKernel>(*this);
 }
 
 }  // namespace fips::ort

@@ -7,8 +7,6 @@
 namespace fips::ort {
 namespace {
 
-const MatMulOp& self(const CustomOp* op) { return *static_cast<const MatMulOp*>(op); }
-
 const char* name_of(Kind kind) {
   return kind == Kind::kDense ? "QMatMul" : kind == Kind::kNOfM ? "SparseQMatMul" : "BitmapQMatMul";
 }
@@ -80,14 +78,7 @@ class MatMulKernel {
 
 MatMulOp::MatMulOp(const Api& api_table, Kind op_kind)
     : Op(api_table, name_of(op_kind), inputs_of(op_kind)), kind(op_kind) {
-  create_kernel_v2 = [](const CustomOp* op, const void*, const OrtKernelInfo* info, void** kernel) {
-    return guarded(self(op).api, self(op).name, [&] { *kernel = new MatMulKernel(self(op), info); });
-  };
-  compute_v2 = [](void* kernel, OrtKernelContext* context) {
-    const MatMulKernel& matmul = *static_cast<MatMulKernel*>(kernel);
-    return guarded(matmul.op().api, matmul.op().name, [&] { matmul.compute(context); });
-  };
-  destroy = [](void* kernel) { delete static_cast<MatMulKernel*>(kernel); };
+  use_kernel<MatMulKernel>(*this);
 }
 
 }  // namespace fips::ort

@@ -21,6 +21,12 @@ Tensor read_tensor(const Api& api, const OrtValue* value) {
   return tensor;
 }
 
+void require_attribute(const Api& api, OrtStatus* status, const char* name, const char* kind) {
+  if (!status) return;
+  api.release_status(status);
+  throw InvalidWeight(std::string("attribute ") + name + " is missing or no " + kind);
+}
+
 const Op& self(const CustomOp* op) { return *static_cast<const Op*>(op); }
 
 }  // namespace
@@ -58,19 +64,13 @@ size_t vector_size(const char* name, const Tensor& tensor) {
 
 int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
   int64_t result = 0;
-  if (OrtStatus* status = api.int_attribute(info, name, &result)) {
-    api.release_status(status);
-    throw InvalidWeight(std::string("attribute ") + name + " is missing or no integer");
-  }
+  require_attribute(api, api.int_attribute(info, name, &result), name, "integer");
   return result;
 }
 
 float float_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
   float result = 0;
-  if (OrtStatus* status = api.float_attribute(info, name, &result)) {
-    api.release_status(status);
-    throw InvalidWeight(std::string("attribute ") + name + " is missing or no float");
-  }
+  require_attribute(api, api.float_attribute(info, name, &result), name, "float");
   return result;
 }
 

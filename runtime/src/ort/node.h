@@ -104,4 +104,19 @@ struct Op : CustomOp {
   size_t outputs;
 };
 
+// Lets every node of an operator be a Kernel: made of the operator and what the session says of the node, with
+// compute() for a run and op(), the operator.
+template <typename Kernel, typename OwnOp>
+void use_kernel(OwnOp& op) {
+  op.create_kernel_v2 = [](const CustomOp* base, const void*, const OrtKernelInfo* info, void** kernel) {
+    const OwnOp& self = *static_cast<const OwnOp*>(base);
+    return guarded(self.api, self.name, [&] { *kernel = new Kernel(self, info); });
+  };
+  op.compute_v2 = [](void* kernel, OrtKernelContext* context) {
+    const Kernel& node = *static_cast<Kernel*>(kernel);
+    return guarded(node.op().api, node.op().name, [&] { node.compute(context); });
+  };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+}
+
 }  // namespace fips::ort
